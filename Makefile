@@ -1,0 +1,31 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install demo test simulator clean
+
+install: .venv/.installed
+
+# stlpips_pytorch is taken for its weight file alone: without --no-deps it drags in torchvision.
+.venv/.installed: pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[world,report,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps stlpips_pytorch==0.0.2
+	touch $@
+
+demo: install
+	$(BIN)/holdover demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# Only needed to record new clips: Panda3D and an OpenGL driver that renders without a screen.
+simulator: install
+	apt-get install --yes --no-install-recommends libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0 libgl1
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[simulator]'
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,1 @@
+"""Holdover makes video world models fast without training them."""

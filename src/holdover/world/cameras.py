@@ -1,0 +1,77 @@
+"""The seven-camera rig: X-World's, at one eighth of its size.
+
+Ego coordinates are metres, x forward, y left, z up, with the origin on the ground under the rear axle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FPS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    """A pinhole camera on the ego vehicle.
+
+    Sizes are in pixels, angles in degrees (yaw counts to the left, pitch downwards), positions in metres in ego
+    coordinates. Cameras of one ``group`` share a size, so that a model can stack them as views.
+    """
+
+    name: str
+    group: str
+    width: int
+    height: int
+    fov: float
+    yaw: float
+    pitch: float
+    position: tuple[float, float, float]
+
+
+RIG: tuple[Camera, ...] = (
+    Camera(name="front_wide", group="front", width=128, height=64, fov=100, yaw=0, pitch=4, position=(2.0, 0.0, 1.5)),
+    Camera(name="front_narrow", group="front", width=128, height=64, fov=50, yaw=0, pitch=1, position=(2.0, 0.0, 1.5)),
+    Camera(name="left_front", group="side", width=64, height=48, fov=90, yaw=60, pitch=4, position=(1.8, 0.9, 1.3)),
+    Camera(name="right_front", group="side", width=64, height=48, fov=90, yaw=-60, pitch=4, position=(1.8, -0.9, 1.3)),
+    Camera(name="left_rear", group="side", width=64, height=48, fov=90, yaw=130, pitch=4, position=(1.2, 0.9, 1.3)),
+    Camera(name="right_rear", group="side", width=64, height=48, fov=90, yaw=-130, pitch=4, position=(1.2, -0.9, 1.3)),
+    Camera(name="rear", group="rear", width=112, height=48, fov=100, yaw=180, pitch=4, position=(-0.8, 0.0, 1.4)),
+)
+
+#: Camera names of the stitched view, row by row; rows narrower than the widest are centred.
+STITCH_ROWS: tuple[tuple[str, ...], ...] = (
+    ("front_wide", "front_narrow"),
+    ("left_rear", "left_front", "right_front", "right_rear"),
+    ("rear",),
+)
+
+
+def stitch(frames: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """Lay the cameras of a rig out on one canvas, for people and for stitched metrics.
+
+    Args:
+        frames: per camera name an array ``[..., height, width, channels]`` of one dtype.
+
+    Returns:
+        ``[..., 160, 256, channels]`` for the full rig; the parts that no camera covers are zero.
+    """
+    rows = []
+    for names in STITCH_ROWS:
+        present = [frames[name] for name in names if name in frames]
+        if present:
+            rows.append(np.concatenate(present, axis=-2))
+    if not rows:
+        raise ValueError(f"frames holds none of the rig's cameras, but {sorted(frames)}")
+    width = max(row.shape[-2] for row in rows)
+    padded = []
+    for row in rows:
+        left = (width - row.shape[-2]) // 2
+        padding = [(0, 0)] * row.ndim
+        padding[-2] = (left, width - row.shape[-2] - left)
+        padded.append(np.pad(row, padding))
+    return np.concatenate(padded, axis=-3)
