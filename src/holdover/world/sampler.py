@@ -1,0 +1,45 @@
+"""Few-step sampling of one window: shifted flow-matching noise levels, and the known part re-noised at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def noise_levels(steps: int, shift: float) -> tuple[float, ...]:
+    """The ``steps`` noise levels of a pass, from 1 downwards: ``shift*s / (1 + (shift-1)*s)`` over uniform ``s``.
+
+    Source: the timestep shift of SD3 (Esser et al., arXiv 2403.03206, eq. 23).
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"steps={steps} must be at least 1 and shift={shift} positive")
+    uniform = [1 - i / steps for i in range(steps)]
+    return tuple(shift * s / (1 + (shift - 1) * s) for s in uniform)
+
+
+def denoise(
+    predict: Callable[[int, Tensor], Tensor], noise_SBFNP: Tensor, sigmas: Sequence[float], known_BFNP: Tensor
+) -> Tensor:
+    """Denoise one window whose first latent frames are known already.
+
+    At each level the sample is ``(1 - sigma)*clean + sigma*noise[step]``, where ``clean`` is the last prediction, and
+    the known latents in their place (METHODS: the window cadence).
+
+    Args:
+        predict: maps (step, noisy window) to predicted clean latents.
+        noise_SBFNP: one draw of Gaussian noise per step.
+        sigmas: noise levels, the first 1.
+        known_BFNP: the latents of the window's first frames; may be of no frames.
+
+    Returns:
+        The clean window ``[B, F, N, P]``, its first frames the known ones.
+    """
+    done = known_BFNP.shape[1]
+    clean = torch.zeros_like(noise_SBFNP[0])
+    clean[:, :done] = known_BFNP
+    for i, sigma in enumerate(sigmas):
+        clean = predict(i, (1 - sigma) * clean + sigma * noise_SBFNP[i]).to(noise_SBFNP.dtype)
+        clean[:, :done] = known_BFNP
+    return clean

@@ -1,0 +1,442 @@
+"""The reference world model: X-World in miniature, a block-causal diffusion transformer over a camera rig.
+
+A *latent frame* packs ``frames_per_latent`` video frames of every camera into patches of pixels; a *window* is
+``window`` latent frames that are denoised together, attending to each other and to the windows before them through a
+rolling KV cache. Blocks alternate between temporal attention (one camera over the window and the KV cache) and
+cross-view attention (all cameras at one instant); noise level and action enter by adaLN (Peebles & Xie, DiT,
+arXiv 2212.09748; one shared projection with a learned offset per block, as in PixArt-alpha, arXiv 2310.00426). The
+model predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
+
+Shape suffixes: B batch, F latent frames, N tokens of one latent frame (in the order group, view, h, w), L = F*N,
+P values of one patch, C channels, V views of a group, H heads, D channels of a head, S tokens of an attention
+sequence, A dimensions of the action.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from holdover.engine.slots import ViewGroup
+from holdover.world.cameras import RIG, Camera
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """Sizes of a world model. The defaults are those of the shipped checkpoint."""
+
+    channels: int = 192
+    depth: int = 12
+    heads: int = 3
+    mlp_ratio: int = 4
+    patch: int = 8
+    frames_per_latent: int = 4
+    window: int = 4
+    context: int = 4
+    action_dims: int = 2
+    cameras: tuple[Camera, ...] = field(default=RIG)
+
+    def __post_init__(self) -> None:
+        if self.channels % self.heads:
+            raise ValueError(f"channels={self.channels} must be a multiple of heads={self.heads}")
+        if self.channels // self.heads % 8:
+            raise ValueError(f"channels / heads = {self.channels // self.heads} must be a multiple of 8, for rotary axes")
+        if self.context % self.window:
+            raise ValueError(f"context={self.context} must hold whole windows of {self.window} latent frames")
+        for camera in self.cameras:
+            if camera.width % self.patch or camera.height % self.patch:
+                size = f"{camera.width}x{camera.height}"
+                raise ValueError(f"camera {camera.name} is {size}, not a multiple of patch={self.patch}")
+
+    @property
+    def groups(self) -> tuple[tuple[Camera, ...], ...]:
+        """The cameras by view group, groups in the order of their first camera."""
+        names = list(dict.fromkeys(camera.group for camera in self.cameras))
+        return tuple(tuple(c for c in self.cameras if c.group == name) for name in names)
+
+    def grid(self, camera: Camera) -> tuple[int, int]:
+        """Rows and columns of patches in one frame of a camera."""
+        return camera.height // self.patch, camera.width // self.patch
+
+    @property
+    def view_groups(self) -> tuple[ViewGroup, ...]:
+        return tuple(
+            ViewGroup(group[0].group, len(group), *self.grid(group[0]))  # every camera of a group has one size
+            for group in self.groups
+        )
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens of one latent frame."""
+        return sum(math.prod(self.grid(camera)) for camera in self.cameras)
+
+    @property
+    def patch_values(self) -> int:
+        """P, values of one patch."""
+        return 3 * self.frames_per_latent * self.patch**2
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> WorldConfig:
+        fields = json.loads(text)
+        cameras = tuple(Camera(**{**c, "position": tuple(c["position"])}) for c in fields.pop("cameras"))
+        return cls(cameras=cameras, **fields)
+
+
+class KVCache:
+    """Keys and values of the committed windows of one stream, for every temporal block, rolling.
+
+    A clean pass stages its keys and values with `stage`; they become visible together on `commit`, so a pass that
+    fails half-way leaves the cache as it was.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.frames = 0  # latent frames committed since the start, the position of the next window
+        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._staged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def get(self, block: int, group: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[B*V, H, S, D]`` held for one block and view group, oldest first."""
+        return self._held.get((block, group))
+
+    def stage(self, block: int, group: int, keys: Tensor, values: Tensor) -> None:
+        self._staged[block, group] = keys, values
+
+    def commit(self, frames: int) -> None:
+        """Append what was staged, ``frames`` latent frames, and drop what no longer fits."""
+        for key, staged in self._staged.items():
+            held = self._held.get(key)
+            joined = [torch.cat(pair, 2) for pair in zip(held, staged, strict=True)] if held else list(staged)
+            limit = staged[0].shape[2] // frames * self.capacity
+            self._held[key] = joined[0][:, :, -limit:], joined[1][:, :, -limit:]
+        self._staged = {}
+        self.frames += frames
+
+    def fork(self) -> KVCache:
+        """A copy that shares memory: held tensors are replaced, never written in place."""
+        twin = KVCache(self.capacity)
+        twin.frames, twin._held = self.frames, dict(self._held)
+        return twin
+
+    def state_dict(self) -> dict[str, Tensor]:
+        tensors = {f"{b}.{g}.{n}": t for (b, g), kv in self._held.items() for n, t in zip("kv", kv, strict=True)}
+        return {"frames": torch.tensor(self.frames), **tensors}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name != "frames"}
+        self._held = {(b, g): (tensors[f"{b}.{g}.k"], tensors[f"{b}.{g}.v"]) for b, g in keys}
+        self._staged = {}
+        self.frames = int(tensors["frames"])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for kv in self._held.values() for t in kv)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the blocks of one forward pass share."""
+
+    modulation_BF6C: Tensor
+    rotary_temporal: tuple[tuple[Tensor, Tensor], ...]
+    rotary_cross: tuple[Tensor, Tensor]
+    cache: KVCache | None
+    write: bool
+
+
+def rotary_table(positions: Tensor, frequencies: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[S, D]`` of rotary embedding; axis ``a`` of ``positions [S, axes]`` turns ``frequencies[a]``."""
+    angles = torch.cat([positions[:, i : i + 1] * f.to(positions) for i, f in enumerate(frequencies)], 1)
+    angles = torch.cat([angles, angles], 1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply a `rotary_table` to ``x [..., S, D]``."""
+    cos, sin = table
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over ``[*, H, S, D]``; the queries come scaled.
+
+    On a CPU in half precision plain matrix products are about three times as fast as PyTorch's fused kernel.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, scale=1)
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+class Block(nn.Module):
+    """Attention, over time or across views, and an MLP, both modulated per latent frame."""
+
+    def __init__(self, config: WorldConfig, index: int) -> None:
+        super().__init__()
+        c = config.channels
+        self.config, self.index, self.temporal = config, index, index % 2 == 0
+        self.table_6C = nn.Parameter(torch.zeros(6, c))
+        self.norm1 = nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(c, 3 * c, bias=False)
+        head = c // config.heads
+        self.norm_q = nn.RMSNorm(head, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head, eps=1e-6)
+        nn.init.constant_(self.norm_q.weight, head**-0.5)  # the scale of the dot product, learned from there
+        self.out = nn.Linear(c, c, bias=False)
+        self.up = nn.Linear(c, config.mlp_ratio * c)
+        self.down = nn.Linear(config.mlp_ratio * c, c)
+
+    def forward(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
+        b, _, c = hidden_BLC.shape
+        x_BFNC = hidden_BLC.view(b, -1, self.config.tokens, c)
+        modulation = (shared.modulation_BF6C + self.table_6C).unsqueeze(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
+        attend = self.attend_temporal if self.temporal else self.attend_cross
+        x_BFNC = x_BFNC + gate1 * self.out(attend(self.norm1(x_BFNC) * (1 + scale1) + shift1, shared))
+        mlp = self.down(F.gelu(self.up(self.norm2(x_BFNC) * (1 + scale2) + shift2)))
+        return (x_BFNC + gate2 * mlp).view(hidden_BLC.shape)
+
+    def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
+        """Each camera for itself, over the window and the windows held in the KV cache."""
+        b, f, _, c = x_BFNC.shape
+        qkv, outputs, start = self.qkv(x_BFNC), [], 0
+        for g, group in enumerate(self.config.view_groups):
+            size = group.height * group.width
+            stop = start + group.views * size
+            part = qkv[:, :, start:stop].reshape(b, f, group.views, size, 3, self.config.heads, -1)
+            q, k, v = part.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, b * group.views, self.config.heads, f * size, -1)
+            table = shared.rotary_temporal[g]
+            q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
+            held = shared.cache.get(self.index, g) if shared.cache else None
+            if shared.cache and shared.write:
+                shared.cache.stage(self.index, g, k, v)
+            if held:
+                k, v = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
+            out = attention(q, k, v).view(b, group.views, self.config.heads, f, size, -1)
+            outputs.append(out.permute(0, 3, 1, 4, 2, 5).reshape(b, f, stop - start, c))
+            start = stop
+        return torch.cat(outputs, 2)
+
+    def attend_cross(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
+        """All cameras at one instant; positions are viewing directions, so that overlapping cameras meet."""
+        b, f, n, c = x_BFNC.shape
+        q, k, v = self.qkv(x_BFNC).view(b, f, n, 3, self.config.heads, -1).permute(3, 0, 1, 4, 2, 5)
+        q, k = rotate(self.norm_q(q), shared.rotary_cross), rotate(self.norm_k(k), shared.rotary_cross)
+        return attention(q, k, v).transpose(2, 3).reshape(b, f, n, c)
+
+
+class WorldModel(nn.Module):
+    """Predicts the clean latents of a window from its noisy ones, the noise level, the actions and the KV cache."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        super().__init__()
+        c = config.channels
+        self.config = config
+        self.embed = nn.Linear(config.patch_values, c)
+        self.position_NC = nn.Parameter(torch.randn(config.tokens, c) * 0.02)
+        self.sigma_mlp = nn.Sequential(nn.Linear(128, c), nn.SiLU(), nn.Linear(c, c))
+        self.action_mlp = nn.Sequential(nn.Linear(17 * config.action_dims, c), nn.SiLU(), nn.Linear(c, c))
+        self.modulation = nn.Linear(c, 6 * c)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.final_norm = nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
+        self.final_modulation = nn.Linear(c, 2 * c)
+        self.head = nn.Linear(c, config.patch_values)
+        for layer in (self.modulation, self.final_modulation, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self._rotary: dict[tuple[Any, ...], Any] = {}
+
+    def forward(
+        self, x_BFNP: Tensor, *, sigma: float | Tensor, action_BFA: Tensor, cache: KVCache | None = None, write: bool = False
+    ) -> Tensor:
+        """Predict clean latents.
+
+        Args:
+            x_BFNP: noisy latents, `patchify`'s layout.
+            sigma: noise level in [0, 1], a number or one per row ``[B]``.
+            action_BFA: the normalised action of each latent frame; frames not yet commanded hold the newest.
+            cache: the stream's KV cache; its windows are attended to.
+            write: commit this pass's keys and values to the cache (the clean pass of the KV update).
+        """
+        b, f, n, _ = x_BFNP.shape
+        dtype = self.head.weight.dtype
+        sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=x_BFNP.device).expand(b)
+        condition_BFC = self.sigma_mlp(sigma_features(sigma_B).to(dtype))[:, None] + self.action_mlp(
+            action_features(action_BFA.float()).to(dtype)
+        )
+        condition_BFC = F.silu(condition_BFC)
+        shared = Pass(
+            modulation_BF6C=self.modulation(condition_BFC).unflatten(-1, (6, -1)),
+            rotary_temporal=self._temporal_tables(cache.frames if cache else 0, f, x_BFNP.device, dtype),
+            rotary_cross=self._cross_table(x_BFNP.device, dtype),
+            cache=cache,
+            write=write,
+        )
+        hidden = (self.embed(x_BFNP.to(dtype)) + self.position_NC).view(b, f * n, -1)
+        for block in self.blocks:
+            hidden = block(hidden, shared)
+        if cache is not None and write:
+            cache.commit(f)
+        shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
+        return self.head(self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift)
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config.context)
+
+    def holdover_slots(self) -> list[nn.Module]:
+        """Where `holdover.attach` finds the blocks."""
+        return list(self.blocks)
+
+    def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
+        return self.config.view_groups
+
+    def _temporal_tables(
+        self, start: int, frames: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Rotary tables per view group: time, row, column."""
+        key = ("time", start, frames, device, dtype)
+        if key not in self._rotary:
+            if len(self._rotary) > 64:  # a long rollout must not collect tables for ever
+                self._rotary.clear()
+            half = self.config.channels // self.config.heads // 2
+            quarter = half // 4
+            frequencies = [
+                0.5 ** torch.linspace(0, 5, half - 2 * quarter),  # periods from 2 pi to 200 latent frames
+                0.5 ** torch.linspace(0, 5, quarter),
+                0.5 ** torch.linspace(0, 5, quarter),
+            ]
+            tables = []
+            for group in self.config.view_groups:
+                axes = torch.arange(start, start + frames), torch.arange(group.height), torch.arange(group.width)
+                grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).float()
+                cos, sin = rotary_table(grid, frequencies)
+                tables.append((cos.to(device, dtype), sin.to(device, dtype)))
+            self._rotary[key] = tuple(tables)
+        tables_: tuple[tuple[Tensor, Tensor], ...] = self._rotary[key]
+        return tables_
+
+    def _cross_table(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotary table over viewing directions; whole-numbered azimuth frequencies close the circle."""
+        key = ("view", device, dtype)
+        if key not in self._rotary:
+            half = self.config.channels // self.config.heads // 2
+            quarter = half // 4
+            azimuth = torch.linspace(1, 24, half - quarter).round()
+            elevation = torch.linspace(1, 24, quarter)
+            cos, sin = rotary_table(torch.from_numpy(ray_directions(self.config)), [azimuth, elevation])
+            self._rotary[key] = cos.to(device, dtype), sin.to(device, dtype)
+        table: tuple[Tensor, Tensor] = self._rotary[key]
+        return table
+
+    def save(self, path: Path) -> None:
+        """Write weights (bfloat16) and configuration to one safetensors file, whole or not at all."""
+        tensors = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in self.state_dict().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        save_file(tensors, temporary, metadata={"config": self.config.to_json()})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, *, dtype: torch.dtype = torch.bfloat16) -> WorldModel:
+        """Read a model that `save` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a world model.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"no checkpoint at {path}; train one with `holdover world train`")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "config" not in metadata:
+                raise ValueError(f"{path} carries no world model configuration; write checkpoints with WorldModel.save")
+            model = cls(WorldConfig.from_json(metadata["config"]))
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return model.to(dtype).eval().requires_grad_(False)
+
+
+def sigma_features(sigma_B: Tensor) -> Tensor:
+    """Sinusoidal features ``[B, 128]`` of a noise level in [0, 1]."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000), 64, device=sigma_B.device))
+    angles = sigma_B[:, None] * frequencies * math.pi
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def action_features(action_BFA: Tensor) -> Tensor:
+    """The action itself and its Fourier features at eight octaves, ``[B, F, 17*A]``."""
+    octaves = math.pi * 2.0 ** torch.arange(-1, 7, device=action_BFA.device)
+    angles = (action_BFA[..., None] * octaves).flatten(-2)
+    return torch.cat([action_BFA, angles.sin(), angles.cos()], -1)
+
+
+def ray_directions(config: WorldConfig) -> NDArray[np.float32]:
+    """Azimuth and elevation in radians, ego coordinates, through the centre of each patch: ``[N, 2]``."""
+    directions = []
+    for camera in (camera for group in config.groups for camera in group):
+        rows, columns = config.grid(camera)
+        focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
+        right = (np.arange(columns) + 0.5) * config.patch - camera.width / 2
+        down = (np.arange(rows) + 0.5) * config.patch - camera.height / 2
+        v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
+        pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
+        forward = math.cos(pitch) - v * math.sin(pitch)
+        up = -math.sin(pitch) - v * math.cos(pitch)
+        x = forward * math.cos(yaw) + u * math.sin(yaw)
+        y = forward * math.sin(yaw) - u * math.cos(yaw)
+        directions.append(np.stack([np.arctan2(y, x), np.arctan2(up, np.hypot(x, y))], -1).reshape(-1, 2))
+    return np.concatenate(directions).astype(np.float32)
+
+
+def patchify(frames: Mapping[str, Tensor], config: WorldConfig) -> Tensor:
+    """Turn video into latents.
+
+    Args:
+        frames: per camera ``uint8 [B, T, height, width, 3]``, T a multiple of ``frames_per_latent``.
+
+    Returns:
+        ``float32 [B, F, N, P]`` in [-1, 1].
+    """
+    p, t = config.patch, config.frames_per_latent
+    parts = []
+    for camera in (camera for group in config.groups for camera in group):
+        if camera.name not in frames:
+            raise ValueError(f"camera {camera.name!r} is missing; frames holds {sorted(frames)}")
+        video = frames[camera.name]
+        if video.shape[1] % t:
+            raise ValueError(f"{video.shape[1]} frames of {camera.name} are not a multiple of {t}")
+        rows, columns = config.grid(camera)
+        x = video.reshape(video.shape[0], -1, t, rows, p, columns, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        parts.append(x.reshape(*x.shape[:2], rows * columns, -1))
+    return torch.cat(parts, 2).float() / 127.5 - 1
+
+
+def unpatchify(x_BFNP: Tensor, config: WorldConfig) -> dict[str, Tensor]:
+    """The inverse of `patchify`, rounded and clipped to uint8."""
+    p, t = config.patch, config.frames_per_latent
+    pixels = ((x_BFNP.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    frames, start = {}, 0
+    for camera in (camera for group in config.groups for camera in group):
+        rows, columns = config.grid(camera)
+        part = pixels[:, :, start : start + rows * columns].reshape(*pixels.shape[:2], rows, columns, t, p, p, 3)
+        part = part.permute(0, 1, 4, 2, 5, 3, 6, 7)
+        frames[camera.name] = part.reshape(pixels.shape[0], -1, camera.height, camera.width, 3)
+        start += rows * columns
+    return frames
+
+
