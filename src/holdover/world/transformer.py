@@ -14,138 +14,21 @@ sequence, A dimensions of the action.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from holdover.engine.slots import ViewGroup
-from holdover.world.cameras import RIG, Camera
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorldConfig:
-    """Sizes of a world model. The defaults are those of the shipped checkpoint."""
-
-    channels: int = 192
-    depth: int = 12
-    heads: int = 3
-    mlp_ratio: int = 4
-    patch: int = 8
-    frames_per_latent: int = 4
-    window: int = 4
-    context: int = 4
-    action_dims: int = 2
-    cameras: tuple[Camera, ...] = field(default=RIG)
-
-    def __post_init__(self) -> None:
-        if self.channels % self.heads:
-            raise ValueError(f"channels={self.channels} must be a multiple of heads={self.heads}")
-        if self.channels // self.heads % 8:
-            raise ValueError(f"channels / heads = {self.channels // self.heads} must be a multiple of 8, for rotary axes")
-        if self.context % self.window:
-            raise ValueError(f"context={self.context} must hold whole windows of {self.window} latent frames")
-        for camera in self.cameras:
-            if camera.width % self.patch or camera.height % self.patch:
-                size = f"{camera.width}x{camera.height}"
-                raise ValueError(f"camera {camera.name} is {size}, not a multiple of patch={self.patch}")
-
-    @property
-    def groups(self) -> tuple[tuple[Camera, ...], ...]:
-        """The cameras by view group, groups in the order of their first camera."""
-        names = list(dict.fromkeys(camera.group for camera in self.cameras))
-        return tuple(tuple(c for c in self.cameras if c.group == name) for name in names)
-
-    def grid(self, camera: Camera) -> tuple[int, int]:
-        """Rows and columns of patches in one frame of a camera."""
-        return camera.height // self.patch, camera.width // self.patch
-
-    @property
-    def view_groups(self) -> tuple[ViewGroup, ...]:
-        return tuple(
-            ViewGroup(group[0].group, len(group), *self.grid(group[0]))  # every camera of a group has one size
-            for group in self.groups
-        )
-
-    @property
-    def tokens(self) -> int:
-        """N, tokens of one latent frame."""
-        return sum(math.prod(self.grid(camera)) for camera in self.cameras)
-
-    @property
-    def patch_values(self) -> int:
-        """P, values of one patch."""
-        return 3 * self.frames_per_latent * self.patch**2
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> WorldConfig:
-        fields = json.loads(text)
-        cameras = tuple(Camera(**{**c, "position": tuple(c["position"])}) for c in fields.pop("cameras"))
-        return cls(cameras=cameras, **fields)
-
-
-class KVCache:
-    """Keys and values of the committed windows of one stream, for every temporal block, rolling.
-
-    A clean pass stages its keys and values with `stage`; they become visible together on `commit`, so a pass that
-    fails half-way leaves the cache as it was.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.frames = 0  # latent frames committed since the start, the position of the next window
-        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._staged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def get(self, block: int, group: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values ``[B*V, H, S, D]`` held for one block and view group, oldest first."""
-        return self._held.get((block, group))
-
-    def stage(self, block: int, group: int, keys: Tensor, values: Tensor) -> None:
-        self._staged[block, group] = keys, values
-
-    def commit(self, frames: int) -> None:
-        """Append what was staged, ``frames`` latent frames, and drop what no longer fits."""
-        for key, staged in self._staged.items():
-            held = self._held.get(key)
-            joined = [torch.cat(pair, 2) for pair in zip(held, staged, strict=True)] if held else list(staged)
-            limit = staged[0].shape[2] // frames * self.capacity
-            self._held[key] = joined[0][:, :, -limit:], joined[1][:, :, -limit:]
-        self._staged = {}
-        self.frames += frames
-
-    def fork(self) -> KVCache:
-        """A copy that shares memory: held tensors are replaced, never written in place."""
-        twin = KVCache(self.capacity)
-        twin.frames, twin._held = self.frames, dict(self._held)
-        return twin
-
-    def state_dict(self) -> dict[str, Tensor]:
-        tensors = {f"{b}.{g}.{n}": t for (b, g), kv in self._held.items() for n, t in zip("kv", kv, strict=True)}
-        return {"frames": torch.tensor(self.frames), **tensors}
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name != "frames"}
-        self._held = {(b, g): (tensors[f"{b}.{g}.k"], tensors[f"{b}.{g}.v"]) for b, g in keys}
-        self._staged = {}
-        self.frames = int(tensors["frames"])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for kv in self._held.values() for t in kv)
+from holdover.world.config import WorldConfig, ray_directions
+from holdover.world.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -263,7 +146,13 @@ class WorldModel(nn.Module):
         self._rotary: dict[tuple[Any, ...], Any] = {}
 
     def forward(
-        self, x_BFNP: Tensor, *, sigma: float | Tensor, action_BFA: Tensor, cache: KVCache | None = None, write: bool = False
+        self,
+        x_BFNP: Tensor,
+        *,
+        sigma: float | Tensor,
+        action_BFA: Tensor,
+        cache: KVCache | None = None,
+        write: bool = False,
     ) -> Tensor:
         """Predict clean latents.
 
@@ -383,60 +272,3 @@ def action_features(action_BFA: Tensor) -> Tensor:
     octaves = math.pi * 2.0 ** torch.arange(-1, 7, device=action_BFA.device)
     angles = (action_BFA[..., None] * octaves).flatten(-2)
     return torch.cat([action_BFA, angles.sin(), angles.cos()], -1)
-
-
-def ray_directions(config: WorldConfig) -> NDArray[np.float32]:
-    """Azimuth and elevation in radians, ego coordinates, through the centre of each patch: ``[N, 2]``."""
-    directions = []
-    for camera in (camera for group in config.groups for camera in group):
-        rows, columns = config.grid(camera)
-        focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
-        right = (np.arange(columns) + 0.5) * config.patch - camera.width / 2
-        down = (np.arange(rows) + 0.5) * config.patch - camera.height / 2
-        v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
-        pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
-        forward = math.cos(pitch) - v * math.sin(pitch)
-        up = -math.sin(pitch) - v * math.cos(pitch)
-        x = forward * math.cos(yaw) + u * math.sin(yaw)
-        y = forward * math.sin(yaw) - u * math.cos(yaw)
-        directions.append(np.stack([np.arctan2(y, x), np.arctan2(up, np.hypot(x, y))], -1).reshape(-1, 2))
-    return np.concatenate(directions).astype(np.float32)
-
-
-def patchify(frames: Mapping[str, Tensor], config: WorldConfig) -> Tensor:
-    """Turn video into latents.
-
-    Args:
-        frames: per camera ``uint8 [B, T, height, width, 3]``, T a multiple of ``frames_per_latent``.
-
-    Returns:
-        ``float32 [B, F, N, P]`` in [-1, 1].
-    """
-    p, t = config.patch, config.frames_per_latent
-    parts = []
-    for camera in (camera for group in config.groups for camera in group):
-        if camera.name not in frames:
-            raise ValueError(f"camera {camera.name!r} is missing; frames holds {sorted(frames)}")
-        video = frames[camera.name]
-        if video.shape[1] % t:
-            raise ValueError(f"{video.shape[1]} frames of {camera.name} are not a multiple of {t}")
-        rows, columns = config.grid(camera)
-        x = video.reshape(video.shape[0], -1, t, rows, p, columns, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7)
-        parts.append(x.reshape(*x.shape[:2], rows * columns, -1))
-    return torch.cat(parts, 2).float() / 127.5 - 1
-
-
-def unpatchify(x_BFNP: Tensor, config: WorldConfig) -> dict[str, Tensor]:
-    """The inverse of `patchify`, rounded and clipped to uint8."""
-    p, t = config.patch, config.frames_per_latent
-    pixels = ((x_BFNP.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    frames, start = {}, 0
-    for camera in (camera for group in config.groups for camera in group):
-        rows, columns = config.grid(camera)
-        part = pixels[:, :, start : start + rows * columns].reshape(*pixels.shape[:2], rows, columns, t, p, p, 3)
-        part = part.permute(0, 1, 4, 2, 5, 3, 6, 7)
-        frames[camera.name] = part.reshape(pixels.shape[0], -1, camera.height, camera.width, 3)
-        start += rows * columns
-    return frames
-
-

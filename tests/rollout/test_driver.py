@@ -1,0 +1,107 @@
+"""The closed loop against the window cadence as METHODS.md states it, read off the calls that the model receives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from holdover.rollout.driver import ClosedLoop, LoopConfig
+from holdover.world.sampler import noise_levels
+from holdover.world.transformer import WorldModel
+from tests.world.small import latents, small_model
+
+
+class Spy:
+    """Records every call of a model: its inputs and what it returned."""
+
+    def __init__(self, model: WorldModel) -> None:
+        self.calls: list[dict[str, Any]] = []
+        model.register_forward_hook(self._record, with_kwargs=True)
+
+    def _record(self, model: Any, args: tuple[Tensor], kwargs: dict[str, Any], output: Tensor) -> None:
+        self.calls.append(
+            {"x": args[0].clone(), "output": output.clone(), **kwargs, "write": kwargs.get("write", False)}
+        )
+
+    @property
+    def written(self) -> list[dict[str, Any]]:
+        return [call for call in self.calls if call["write"]]
+
+
+def loop(model: WorldModel, **changes: Any) -> ClosedLoop:
+    return ClosedLoop(model, latents(model, 2), torch.zeros(1, 2, 2), config=LoopConfig(**changes), seed=3)
+
+
+def drive(model: WorldModel, generations: int, **changes: Any) -> tuple[list[Tensor], Spy]:
+    spy = Spy(model)
+    driver = loop(model, **changes)
+    torch.manual_seed(0)
+    actions = torch.rand(generations, 2, generator=torch.Generator().manual_seed(5))
+    return [piece.latents for piece in driver.run(actions)], spy
+
+
+def test_a_window_is_generated_once_per_piece_with_the_same_noise() -> None:
+    pieces, spy = drive(small_model(), 4)
+    sigmas = noise_levels(4, 5.0)
+    assert len(pieces) == 4
+    assert [call["write"] for call in spy.calls] == [True] + ([False] * 8 + [True]) * 2
+    first, second = spy.calls[1:5], spy.calls[5:9]
+    assert [call["sigma"] for call in first] == list(sigmas)
+    assert torch.equal(first[0]["x"], second[0]["x"])
+    assert not torch.equal(spy.calls[10]["x"], first[0]["x"])  # the next cycle draws anew
+    # The emitted piece is put in place, re-noised: the noise of a step is what the first generation saw of it.
+    for i in (1, 2, 3):
+        noise = (first[i]["x"] - (1 - sigmas[i]) * first[i - 1]["output"]) / sigmas[i]
+        expected = (1 - sigmas[i]) * pieces[0] + sigmas[i] * noise[:, :1]
+        torch.testing.assert_close(second[i]["x"][:, :1], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(pieces[1], second[3]["output"][:, 1:2])
+
+
+def test_nothing_looks_ahead() -> None:
+    _, spy = drive(small_model(), 4)
+    actions = torch.rand(4, 2, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(spy.calls[1]["action_BFA"][0], actions[[0, 0]])  # frames not yet commanded hold the newest
+    assert torch.equal(spy.calls[5]["action_BFA"][0], actions[[0, 1]])
+    assert torch.equal(spy.calls[10]["action_BFA"][0], actions[[2, 2]])
+
+
+def test_fresh_noise_is_drawn_every_generation() -> None:
+    _, spy = drive(small_model(), 2, fresh_noise=True)
+    assert not torch.equal(spy.calls[1]["x"], spy.calls[5]["x"])
+
+
+def test_the_commit_rules() -> None:
+    pieces, spy = drive(small_model(), 2, commit="first")
+    assert torch.equal(spy.written[1]["x"], spy.calls[4]["output"])
+    assert torch.equal(spy.written[1]["action_BFA"], spy.calls[1]["action_BFA"])
+    pieces, spy = drive(small_model(), 2, commit="emitted")
+    assert torch.equal(spy.written[1]["x"], torch.cat(pieces, 1))
+    pieces, spy = drive(small_model(), 2, commit="last_full")  # without a cache every generation is computed in full
+    assert torch.equal(spy.written[1]["x"], torch.cat(pieces, 1))
+    assert spy.written[1]["sigma"] == 0
+
+
+def test_the_plain_cadence_commits_every_piece() -> None:
+    pieces, spy = drive(small_model(), 3, cadence="plain")
+    assert [call["write"] for call in spy.calls] == [True] * 2 + ([False] * 4 + [True]) * 3
+    assert all(call["x"].shape[1] == 1 for call in spy.calls)
+    assert torch.equal(spy.calls[6]["x"], pieces[0])
+
+
+def test_the_same_seed_draws_the_same_video() -> None:
+    first, _ = drive(small_model(), 5)
+    again, _ = drive(small_model(), 5)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_mistakes_are_named() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="cadence='waltz'"):
+        LoopConfig(cadence="waltz")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="3 latent frames"):
+        ClosedLoop(model, latents(model, 3), torch.zeros(1, 3, 2))
+    with pytest.raises(ValueError, match="start_actions"):
+        ClosedLoop(model, latents(model, 2), torch.zeros(1, 4, 2))

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from holdover.world import train as training
+from holdover.world.config import WorldConfig
+from holdover.world.train import Batch, Recipe, hold_actions, read_log, train
+from holdover.world.transformer import WorldModel
+
+from .small import latents, small_config, small_model
+
+
+class Sheet:
+    """Stands in for recorded clips: every segment is a smooth function of where it starts."""
+
+    def __init__(self, folder: Path, config: WorldConfig) -> None:
+        self.config, self.clips = config, [folder]
+        self.model = small_model()
+
+    def load(self, clip: Path, start: int, latent_frames: int) -> Batch:
+        return Batch(latents(self.model, latent_frames, seed=start), torch.full((1, latent_frames, 2), 0.1))
+
+    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> Batch:
+        return Batch(
+            *(torch.cat([t] * batch) for t in vars(self.load(Path(), int(rng.integers(3)), latent_frames)).values())
+        )
+
+
+@pytest.fixture
+def sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "Segments", Sheet)
+
+
+RECIPE = Recipe(steps=8, batch=1, own_context_from=0.5, plain_share=0.4, warmup=2)
+
+
+@pytest.mark.usefixtures("sheet")
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(depth=2)
+    whole = train(tmp_path, tmp_path / "whole", RECIPE, heldout=tmp_path, config=config, save_every=3)
+    real = training.sequence_loss
+    calls = 0
+
+    def power_cut(*args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "sequence_loss", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, tmp_path / "cut", RECIPE, heldout=tmp_path, config=config, save_every=3)
+    monkeypatch.setattr(training, "sequence_loss", real)
+    resumed = train(tmp_path, tmp_path / "cut", RECIPE, heldout=tmp_path, config=config, save_every=3)
+    curves = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(p.parent)] for p in (whole, resumed)
+    ]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 8
+    assert whole.read_bytes() == resumed.read_bytes()
+    with pytest.raises(ValueError, match="another folder"):
+        train(tmp_path, tmp_path / "cut", Recipe(steps=9), config=config)
+
+
+@pytest.mark.usefixtures("sheet")
+def test_training_learns(tmp_path: Path) -> None:
+    recipe = Recipe(steps=60, batch=1, plain_share=0.2, own_context_from=0.8, warmup=5, ema=0.9)
+    path = train(tmp_path, tmp_path / "run", recipe, heldout=tmp_path, config=small_config(depth=2), save_every=20)
+    log = list(read_log(path.parent))
+    psnr = [line["heldout_psnr_db"][0] for line in log if "heldout_psnr_db" in line]
+    assert psnr[-1] > psnr[0]
+    assert np.mean([line["loss"] for line in log[-10:]]) < 0.9 * np.mean([line["loss"] for line in log[:5]])
+    assert isinstance(WorldModel.load(path), WorldModel)
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    recipe = Recipe(steps=100, warmup=10, decay=0.5)
+    assert recipe.rate(0) == pytest.approx(0.1)
+    assert recipe.rate(9) == recipe.rate(50) == 1
+    assert recipe.rate(75) == pytest.approx(0.5)
+    assert recipe.rate(99) == pytest.approx(0.02)
+
+
+def test_frames_not_yet_commanded_hold_the_newest_action() -> None:
+    actions = torch.arange(4.0).view(1, 4, 1)
+    assert [hold_actions(actions, k).flatten().tolist() for k in range(4)] == [
+        [0, 0, 0, 0],
+        [0, 1, 1, 1],
+        [0, 1, 2, 2],
+        [0, 1, 2, 3],
+    ]
+
+
+def test_an_empty_folder_and_a_wrong_share_are_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps({"format": 1, "fps": 12, "cameras": []}))
+    with pytest.raises(ValueError, match="holds no clips"):
+        train(tmp_path, tmp_path / "run", Recipe(steps=1))
+    with pytest.raises(ValueError, match=r"decay=1\.5"):
+        Recipe(decay=1.5)
