@@ -107,6 +107,7 @@ class ClosedLoop:
         self.kv = model.new_cache()
         self.generation = 0
         self._dit_seconds = 0.0
+        self._noise: Tensor | None
         self._noise_source = torch.Generator(start.device).manual_seed(seed)
         self._shape = start.shape[0], *start.shape[2:]
         self._device = start.device
@@ -129,6 +130,7 @@ class ClosedLoop:
         if self._noise is None or self.config.fresh_noise:
             draw = (self.config.steps, self._shape[0], self.chunk_frames, *self._shape[1:])
             self._noise = torch.randn(draw, generator=self._noise_source, device=self._device)
+        noise = self._noise
         self._actions.append(action)
         actions = torch.stack(self._actions + [action] * (self.chunk_frames - position - 1), 1)
         announced = 0 if self.config.protected == "first" else self.chunk_frames - 1
@@ -144,8 +146,8 @@ class ClosedLoop:
             )
             return self._forward(step, noisy, sigma=self.sigmas[index], action_BFA=actions, cache=self.kv)
 
-        known = torch.cat([self._noise[0, :, :0], *self._emitted], 1)
-        window = denoise(predict, self._noise, self.sigmas, known)
+        known = torch.cat([noise[0, :, :0], *self._emitted], 1)
+        window = denoise(predict, noise, self.sigmas, known)
         exact = self.cache is None or self.cache.exact(self.stream)
         piece = window[:, position : position + 1].clone()
         self._emitted.append(piece)
@@ -167,7 +169,7 @@ class ClosedLoop:
     def _begin_cycle(self) -> None:
         self._emitted: list[Tensor] = []
         self._actions: list[Tensor] = []
-        self._noise: Tensor | None = None
+        self._noise = None
 
     @torch.inference_mode()
     def _write_kv(self, latents: Tensor, actions: Tensor) -> None:

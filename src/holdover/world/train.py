@@ -95,7 +95,7 @@ class Segments:
         per = self.config.frames_per_latent
         recording = read_clip(clip, start=start, frames=latent_frames * per)
         frames = {name: torch.from_numpy(video)[None] for name, video in recording.frames.items()}
-        actions = torch.from_numpy(recording.actions).unflatten(0, (latent_frames, per)).mean(1)
+        actions = torch.from_numpy(recording.actions).reshape(latent_frames, per, -1).mean(1)
         return Batch(patchify(frames, self.config), actions[None])
 
     def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> Batch:
@@ -265,7 +265,13 @@ def train(
             blend = 1 - min(recipe.ema, (step + 1) / (step + 10))
             for name, p in parameters.items():
                 average[name].lerp_(p.detach(), blend)
-            record = {"step": step, "loss": loss.item(), "norm": norm.item(), "plain": plain, "own": own}
+            record: dict[str, Any] = {
+                "step": step,
+                "loss": loss.item(),
+                "norm": norm.item(),
+                "plain": plain,
+                "own": own,
+            }
             record["seconds"] = round(perf_counter() - started, 3)
             finished = step + 1 == recipe.steps
             if finished or (step + 1) % save_every == 0:
@@ -293,8 +299,8 @@ def heldout_psnr(model: WorldModel, average: dict[str, Tensor], held: Segments, 
     for index, clip in enumerate(held.clips[:: max(1, len(held.clips) // 6)][:6]):
         batch = held.load(clip, 48, config.context + config.window)
         batch = Batch(batch.latents.to(device), batch.actions.to(device))
-        context, target = batch.latents.split([config.context, config.window], 1)
-        actions = batch.actions.split([config.context, config.window], 1)
+        context, target = torch.split(batch.latents, [config.context, config.window], 1)
+        actions = torch.split(batch.actions, [config.context, config.window], 1)
         kv = model.new_cache()
         predict(context, sigma=0.0, action_BFA=actions[0], cache=kv, write=True)
         generator = torch.Generator(device).manual_seed(index)

@@ -43,7 +43,7 @@ class Pass:
 
 
 def rotary_table(positions: Tensor, frequencies: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[S, D]`` of rotary embedding; axis ``a`` of ``positions [S, axes]`` turns ``frequencies[a]``."""
+    """Cosine and sine ``[S, D]``: column ``a`` of ``positions [S, axes]`` turns by ``frequencies[a]``."""
     angles = torch.cat([positions[:, i : i + 1] * f.to(positions) for i, f in enumerate(frequencies)], 1)
     angles = torch.cat([angles, angles], 1)
     return angles.cos(), angles.sin()
@@ -93,7 +93,8 @@ class Block(nn.Module):
         attend = self.attend_temporal if self.temporal else self.attend_cross
         x_BFNC = x_BFNC + gate1 * self.out(attend(self.norm1(x_BFNC) * (1 + scale1) + shift1, shared))
         mlp = self.down(F.gelu(self.up(self.norm2(x_BFNC) * (1 + scale2) + shift2)))
-        return (x_BFNC + gate2 * mlp).view(hidden_BLC.shape)
+        result: Tensor = (x_BFNC + gate2 * mlp).view(hidden_BLC.shape)
+        return result
 
     def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
         """Each camera for itself, over the window and the windows held in the KV cache."""
@@ -183,7 +184,8 @@ class WorldModel(nn.Module):
         if cache is not None and write:
             cache.commit(f)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
-        return self.head(self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift)
+        clean: Tensor = self.head(self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift)
+        return clean
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.context)
