@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -26,12 +27,16 @@ from typing import Any, Self
 
 import av
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow
+import pyarrow.parquet
 from numpy.typing import NDArray
 
 from holdover.world.cameras import FPS, RIG, Camera
 from holdover.world.vehicles import normalise_action
+
+# Typed loosely: pyarrow ships no types.
+_arrow: Any = pyarrow
+_parquet: Any = pyarrow.parquet
 
 FORMAT = 1
 COLUMNS = ("time", "speed_command", "curvature_command", "speed", "curvature", "x", "y", "yaw")
@@ -45,8 +50,8 @@ class Clip:
 
     ``frames``: per camera uint8 ``[T, H, W, 3]``. ``depth``: per camera float32 ``[T, H, W]``, metres along the viewing
     axis, 655.35 for the sky, or None. ``actions``: float32 ``[T, 2]``, normalised (speed, curvature); action k causes
-    frame k. ``poses``: float64 ``[T, 3]``: x and y in metres, yaw in radians. ``motion``: float64 ``[T, 2]``: the actual
-    speed in m/s and curvature in 1/m.
+    frame k. ``poses``: float64 ``[T, 3]``: x and y in metres, yaw in radians. ``motion``: float64 ``[T, 2]``: actual
+    speed and curvature.
     """
 
     scenario: str
@@ -149,11 +154,11 @@ class ClipWriter:
         self, folder: Path, scenario: str, seed: int, *, cameras: Sequence[Camera] = RIG, depth: bool = True
     ) -> None:
         self._target = folder / clip_name(scenario, seed)
-        self._working = folder / f".{self._target.name}.part"
+        # A name of its own, so that two recordings into one folder never write into each other's files.
+        self._working = Path(tempfile.mkdtemp(dir=folder, prefix=f".{self._target.name}.", suffix=".part"))
+        self._working.chmod(0o755)
         self._about = {"scenario": scenario, "seed": seed}
         self._rows: list[tuple[float, ...]] = []
-        shutil.rmtree(self._working, ignore_errors=True)
-        self._working.mkdir(parents=True)
         self._colour = {c.name: _Video(self._working / f"{c.name}.mp4", c, depth=False) for c in cameras}
         depth_cameras = cameras if depth else ()
         self._depth = {c.name: _Video(self._working / f"{c.name}.depth.mkv", c, depth=True) for c in depth_cameras}
@@ -187,9 +192,11 @@ class ClipWriter:
     def finish(self) -> Path:
         """Complete the clip, give it its name and return its folder."""
         self._close()
-        table = {"frame": pa.array(range(len(self._rows)), pa.int32())}
-        table |= {name: pa.array([row[k] for row in self._rows], pa.float64()) for k, name in enumerate(COLUMNS)}
-        pq.write_table(pa.table(table), self._working / "clip.parquet")
+        table = {"frame": _arrow.array(range(len(self._rows)), _arrow.int32())}
+        table |= {
+            name: _arrow.array([row[k] for row in self._rows], _arrow.float64()) for k, name in enumerate(COLUMNS)
+        }
+        _parquet.write_table(_arrow.table(table), self._working / "clip.parquet")
         about = {**self._about, "frames": len(self._rows), "holdover": version("holdover")}
         (self._working / "clip.json").write_text(json.dumps(about) + "\n")
         shutil.rmtree(self._target, ignore_errors=True)
@@ -256,8 +263,8 @@ def _read_table(path: Path, rows: int) -> NDArray[np.float64]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        table = pq.read_table(path, columns=list(COLUMNS))
-    except (pa.ArrowException, OSError) as error:
+        table = _parquet.read_table(path, columns=list(COLUMNS))
+    except (_arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): record the clip again") from error
     if table.num_rows != rows:
         raise ValueError(f"{path} has {table.num_rows} rows, {rows} are needed: record the clip again")

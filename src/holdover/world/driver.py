@@ -12,7 +12,7 @@ import numpy as np
 
 from holdover.world.cameras import FPS
 from holdover.world.roads import Points, Route, arc
-from holdover.world.scenes import Scene
+from holdover.world.scenery import Scene
 from holdover.world.traffic import EGO, Traffic, gap_ahead, reach
 from holdover.world.vehicles import LENGTH, MAX_CURVATURE, MAX_SPEED, REAR_TO_CENTRE, WIDTH, EgoState, follow
 

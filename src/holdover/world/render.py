@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from holdover.world.textures import textures
 from holdover.world.vehicles import EgoState
 
 try:
-    from panda3d import core as p3d
+    p3d: Any = import_module("panda3d.core")  # without types, and absent where nobody records
 except ImportError as error:
     raise ImportError("recording and simulating need Panda3D and an OpenGL driver: run `make simulator`") from error
 

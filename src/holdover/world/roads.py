@@ -58,7 +58,8 @@ class Route:
         self._reach(float(s.max()))
         beyond = np.maximum(s - self.length, 0.0)[..., None] * self._end_direction()
         x, y = self._points.T
-        return np.stack([np.interp(s, self._arc, x), np.interp(s, self._arc, y)], axis=-1) + beyond
+        points: Points = np.stack([np.interp(s, self._arc, x), np.interp(s, self._arc, y)], axis=-1) + beyond
+        return points
 
     def heading(self, s: float) -> float:
         """Direction in radians at ``s`` metres."""
@@ -105,7 +106,7 @@ class Route:
 
     def _end_direction(self) -> Points:
         step: Points = self._points[-1] - self._points[-2]
-        return step / np.hypot(*step)
+        return step / float(np.hypot(*step))
 
 
 def arc_lengths(points: Points) -> NDArray[np.float64]:

@@ -74,7 +74,7 @@ class Simulator:
         return self._traffic
 
     def command(self) -> tuple[float, float]:
-        """What the scripted driver commands now: speed (m/s) and curvature (1/m), to be held for ``driver.HOLD`` steps."""
+        """What the scripted driver commands now, for ``driver.HOLD`` steps: speed (m/s) and curvature (1/m)."""
         return self.driver.command(self._ego, self._traffic)
 
     def step(self, speed_command: float, curvature_command: float) -> RigFrame:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdover.world.roads import Lane, Points, Route
-from holdover.world.scenes import Scene
+from holdover.world.scenery import Scene
 from holdover.world.vehicles import LENGTH, EgoState, follow
 
 EGO = -1  # the ego's number where cars are numbered
@@ -185,7 +185,7 @@ def gap_ahead(path: Points, discs: Points, velocities: Points) -> tuple[float, f
     if not len(discs):
         return math.inf, 0.0
     distance = np.hypot(path[:, None, 0] - discs[None, :, 0], path[:, None, 1] - discs[None, :, 1])
-    hits = (distance < _CORRIDOR).any(axis=1)
+    hits: NDArray[np.bool_] = np.any(distance < _CORRIDOR, axis=1)
     # What already overlaps one's own middle is no reason to stand still for ever.
     hits[:2] = False
     if not hits.any():

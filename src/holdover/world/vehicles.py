@@ -123,7 +123,8 @@ def follow(
     )
     free = 1 - (speed / np.maximum(desired, 0.1)) ** 4
     crowded = (wanted_gap / np.maximum(gap, 0.2)) ** 2
-    return np.clip(acceleration * (free - crowded), -MAX_BRAKING, acceleration)
+    bounded: NDArray[np.float64] = np.clip(acceleration * (free - crowded), -MAX_BRAKING, acceleration)
+    return bounded
 
 
 def _clip(value: float, low: float, high: float) -> float:
