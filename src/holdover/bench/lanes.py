@@ -1,0 +1,234 @@
+"""Runs to be compared, interleaved generation by generation in one process.
+
+Every run has its own copy of the model, so that one policy's cache never meets another's. What a cached run is compared
+with computes everything under the same cadence, seed and actions *and commits the same windows*: where a commit rule
+follows what the cache did (``last_full``), so does its reference, because another history is another video.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdover.bench.scenarios import Scenario
+from holdover.engine.attach import Cache, attach
+from holdover.engine.contract import Policy
+from holdover.engine.trace import Decision, Stats
+from holdover.rollout.driver import ClosedLoop, LoopConfig, Piece
+from holdover.world.latents import unpatchify
+from holdover.world.transformer import WorldModel
+
+STREAM = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to run a scenario: a policy (None computes everything, with nothing attached) under a cadence."""
+
+    name: str
+    policy: Policy | None = None
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+class Lane:
+    """An arm under way, and what it has made.
+
+    Attributes:
+        frames: per camera the decoded pieces, each ``uint8 [frames_per_latent, height, width, 3]``.
+        dit_seconds, end_to_end_seconds: per generation; the latter with decoding to frames.
+        exact: per generation, whether every block was computed.
+        latents: the pieces as generated, ``[1, 1, N, P]`` each.
+    """
+
+    def __init__(self, arm: Arm, loop: ClosedLoop) -> None:
+        self.arm, self.loop = arm, loop
+        self.frames: dict[str, list[NDArray[np.uint8]]] = {}
+        self.latents: list[Tensor] = []
+        self.dit_seconds: list[float] = []
+        self.end_to_end_seconds: list[float] = []
+        self.exact: list[bool] = []
+
+    @classmethod
+    def start(cls, arm: Arm, model: WorldModel, scenario: Scenario, *, seed: int) -> Lane:
+        """A new run on a copy of the model. `close` takes its cache off again."""
+        own = copy.deepcopy(model)
+        cache = attach(own, arm.policy) if arm.policy is not None else None
+        start = scenario.start, scenario.start_actions
+        return cls(arm, ClosedLoop(own, *start, config=arm.loop, seed=seed, cache=cache, stream=STREAM))
+
+    @property
+    def cache(self) -> Cache | None:
+        return self.loop.cache
+
+    @property
+    def position(self) -> int:
+        """Where in its cycle the next generation stands."""
+        return self.loop.generation % self.loop.chunk_frames
+
+    def step(self, action: Tensor) -> Piece:
+        """Generate the next piece under ``action [A]``, and keep it."""
+        started = perf_counter()
+        piece = self.loop.step(action)
+        decoded = unpatchify(piece.latents, self.loop.model.config)
+        frames = {name: video[0].cpu().numpy() for name, video in decoded.items()}
+        seconds = perf_counter() - started
+        self._keep(piece, frames, seconds)
+        return piece
+
+    def share(self, other: Lane) -> None:
+        """Take the newest generation of another lane as one's own."""
+        frames = {name: pieces[-1] for name, pieces in other.frames.items()}
+        piece = Piece(latents=other.latents[-1], dit_seconds=other.dit_seconds[-1], exact=other.exact[-1])
+        self._keep(piece, frames, other.end_to_end_seconds[-1])
+
+    def video(self) -> dict[str, NDArray[np.uint8]]:
+        """Per camera all frames so far ``uint8 [T, height, width, 3]``."""
+        return {name: np.concatenate(pieces) for name, pieces in self.frames.items()}
+
+    def decisions(self) -> list[Decision]:
+        """The cache's decisions in this run, its forks left out."""
+        return [d for d in self.cache.trace if d.stream == STREAM] if self.cache else []
+
+    def stats(self) -> Stats | None:
+        return self.cache.stats(STREAM) if self.cache else None
+
+    def close(self) -> None:
+        if self.cache:
+            self.cache.detach()
+
+    def _keep(self, piece: Piece, frames: Mapping[str, NDArray[np.uint8]], seconds: float) -> None:
+        for name, video in frames.items():
+            self.frames.setdefault(name, []).append(video)
+        self.latents.append(piece.latents)
+        self.dit_seconds.append(piece.dit_seconds)
+        self.end_to_end_seconds.append(seconds)
+        self.exact.append(piece.exact)
+
+
+def fork(loop: ClosedLoop, stream: str) -> ClosedLoop:
+    """A copy of a running loop that goes its own way, on the same model and cache, as ``stream``."""
+    shared = {id(loop.model): loop.model, id(loop.cache): loop.cache}
+    twin = copy.deepcopy(loop, shared)
+    twin.stream = stream
+    if isinstance(loop.cache, Cache):  # and not the echo of a follower
+        loop.cache.fork(loop.stream, stream)
+    return twin
+
+
+class _Echo:
+    """Stands where a loop expects its cache and repeats whether the leader computed its generation in full."""
+
+    def __init__(self, leader: Lane) -> None:
+        self._leader = leader
+
+    def step(self, **_fields: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def exact(self, _stream: str) -> bool:
+        return self._leader.exact[-1]
+
+
+class Follower:
+    """Full compute that commits the windows its leader commits.
+
+    Until the leader first commits another window than its cycle's first, this is the reference ``base``, and costs
+    nothing; from then on it is a loop of its own.
+    """
+
+    def __init__(self, leader: Lane, base: Lane) -> None:
+        self.leader, self.base = leader, base
+        self.lane = Lane(Arm(name=f"full, committing as {leader.arm.name}", loop=leader.arm.loop), base.loop)
+
+    @property
+    def split(self) -> bool:
+        return self.lane.loop is not self.base.loop
+
+    def before_base(self, position: int) -> None:
+        """Between the leader's generation and the base's: part from the base if the leader did."""
+        if not self.split and position > 0 and self.leader.exact[-1]:
+            twin = fork(self.base.loop, STREAM)
+            twin.config = replace(twin.config, commit=self.leader.arm.loop.commit)
+            twin.cache = cast(Cache, _Echo(self.leader))
+            self.lane.loop = twin
+
+    def step(self, action: Tensor) -> None:
+        if self.split:
+            self.lane.step(action)
+        else:
+            self.lane.share(self.base)
+
+
+class Race:
+    """Arms and their references, advancing together.
+
+    Args:
+        model: is copied, not changed.
+        scenario: what to drive.
+        arms: cached or uncached; names must differ.
+        seed: of the noise, the same for all.
+
+    Use as a context manager: leaving it takes the caches off.
+    """
+
+    def __init__(self, model: WorldModel, scenario: Scenario, arms: Sequence[Arm], *, seed: int = 0) -> None:
+        twice = [name for name, n in Counter(arm.name for arm in arms).items() if n > 1]
+        if twice:
+            raise ValueError(f"two arms are called {twice[0]!r}; give every arm its own name")
+        self.lanes = {arm.name: Lane.start(arm, model, scenario, seed=seed) for arm in arms}
+        self._bases: dict[LoopConfig, Lane] = {}
+        self._followers: dict[str, Follower] = {}
+        for name, lane in self.lanes.items():
+            key = _base_config(lane.arm.loop)
+            if key not in self._bases:
+                self._bases[key] = Lane.start(Arm(name="full", loop=key), model, scenario, seed=seed)
+            if lane.arm.loop.commit == "last_full" and lane.cache is not None:
+                self._followers[name] = Follower(lane, self._bases[key])
+
+    def __enter__(self) -> Race:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for lane in self.lanes.values():
+            lane.close()
+
+    @property
+    def passes(self) -> int:
+        """Runs that advance with every step, for a progress bar."""
+        return len(self.lanes) + len(self._bases)
+
+    def reference(self, name: str) -> Lane:
+        """The full-compute run that an arm is compared with."""
+        if name in self._followers:
+            return self._followers[name].lane
+        return self.base(name)
+
+    def base(self, name: str) -> Lane:
+        """The full-compute run of an arm's cadence: what its time is compared with."""
+        return self._bases[_base_config(self.lanes[name].arm.loop)]
+
+    def step(self, action: Tensor) -> None:
+        """One generation of every run under ``action [A]``, arms first: their references may follow them."""
+        positions = {name: lane.position for name, lane in self.lanes.items()}
+        for lane in self.lanes.values():
+            lane.step(action)
+        for name, follower in self._followers.items():
+            follower.before_base(positions[name])
+        for base in self._bases.values():
+            base.step(action)
+        for follower in self._followers.values():
+            follower.step(action)
+
+
+def _base_config(loop: LoopConfig) -> LoopConfig:
+    """The cadence of a reference: which generation is announced as committed matters only to a cache."""
+    emitted = loop.commit == "emitted" and loop.cadence == "window"
+    return replace(loop, protected="first", commit="emitted" if emitted else "first")

@@ -1,0 +1,176 @@
+"""A run of a race as figures: what the demo and the ablation report of every arm, as JSON-ready dictionaries."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from holdover.bench.fidelity import Comparison, compare
+from holdover.bench.lanes import Lane, Race
+from holdover.bench.reaction import EVENTS, Reaction, mean_ratio
+from holdover.bench.scenarios import Scenario
+from holdover.bench.stlpips import StLpips
+from holdover.bench.timing import amdahl_bound, cycles, speedup
+from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
+from holdover.world.cameras import FPS
+
+#: PSNR over time is that of each second.
+INTERVAL = FPS
+_EDGE = 5 * FPS  # frames of "the first" and "the last five seconds"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """How runs are compared.
+
+    Attributes:
+        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        distance: ST-LPIPS, or None to leave it out.
+        block_share: of the DiT time without a cache, what the blocks of denoising passes take.
+    """
+
+    every: int
+    distance: StLpips | None
+    block_share: float
+
+
+def describe(
+    race: Race, name: str, scenario: Scenario, metrics: Metrics, reactions: Sequence[Reaction] = ()
+) -> dict[str, Any]:
+    """The figures of one cached run, against its full-compute reference and, where there is one, the simulator.
+
+    The keys are those of a policy in ``report.json``.
+    """
+    lane, reference = race.lanes[name], race.reference(name)
+    stats = lane.stats()
+    assert stats is not None, "an arm without a policy is a reference; describe_full takes it"
+    comparison = compare(lane.video(), reference.video(), every=metrics.every, distance=metrics.distance)
+    full_time, time = _times(race.base(name)), _times(lane)
+    config = lane.loop.model.config
+    bound = amdahl_bound(metrics.block_share, stats.skip)
+    faster = speedup(full_time.dit, time.dit)
+    decisions = lane.decisions()
+    return {
+        "name": name,
+        "policy": repr(lane.arm.policy),
+        "skip": stats.skip,
+        "speedup": faster,
+        "speedup_bound": bound,
+        "share_of_bound": faster / bound,
+        **time.to_json(),
+        "end_to_end_speedup": speedup(full_time.end_to_end, time.end_to_end),
+        "bytes_held": stats.bytes_held,
+        **_fidelity(comparison),
+        "truth": _truth(lane, scenario, metrics),
+        "reaction": {event.name: mean_ratio(reactions, event.name) for event in EVENTS},
+        "reasons": dict(stats.reasons),
+        "skip_by_block": _nullable(skip_by_block(decisions, config.depth)),
+        "cosine_by_step_and_block": [
+            _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.depth)
+        ],
+        "full_generations": sum(lane.exact),
+    }
+
+
+def describe_full(lane: Lane, scenario: Scenario, metrics: Metrics, *, name: str = "full") -> dict[str, Any]:
+    """The figures of the run that computes everything; against itself it is perfect by definition."""
+    perfect = {"psnr_db": None, "ssim": 1.0, "lpips": 0.0}
+    return {
+        "name": name,
+        "policy": None,
+        "skip": 0.0,
+        "speedup": 1.0,
+        "speedup_bound": 1.0,
+        "share_of_bound": 1.0,
+        **_times(lane).to_json(),
+        "end_to_end_speedup": 1.0,
+        "bytes_held": 0,
+        "stitched": perfect,
+        "cameras": dict.fromkeys(lane.frames, perfect),
+        "truth": _truth(lane, scenario, metrics),
+        "reaction": {event.name: 1.0 for event in EVENTS},
+        "reasons": {},
+        "full_generations": len(lane.exact),
+    }
+
+
+def environment(model: Path | None = None) -> dict[str, Any]:
+    """What the figures were measured on, and with."""
+    return {
+        "holdover": version("holdover"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **({"model": model.name, "model_bytes": model.stat().st_size} if model else {}),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    dit: NDArray[np.float64]  # mean seconds of a generation, per whole cycle after the first
+    end_to_end: NDArray[np.float64]
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            "dit_ms_per_generation": 1e3 * float(np.median(self.dit)),
+            "dit_ms_per_generation_mean": 1e3 * float(self.dit.mean()),
+            "end_to_end_ms_per_generation": 1e3 * float(np.median(self.end_to_end)),
+        }
+
+
+def _times(lane: Lane) -> _Times:
+    cycle = lane.loop.chunk_frames
+    return _Times(
+        dit=cycles(np.array(lane.dit_seconds), cycle), end_to_end=cycles(np.array(lane.end_to_end_seconds), cycle)
+    )
+
+
+def _fidelity(comparison: Comparison) -> dict[str, Any]:
+    cameras = [view for view in comparison.errors if view != "stitched"]
+    return {
+        "stitched": comparison.fidelity().to_json(),
+        "cameras": {camera: comparison.fidelity(camera).to_json() for camera in cameras},
+        "psnr_db_first_5s": _finite(comparison.psnr(frames=slice(_EDGE))),
+        "psnr_db_last_5s": _finite(comparison.psnr(frames=slice(-_EDGE, None))),
+        "psnr_db_by_second": [_finite(value) for value in comparison.psnr_by(INTERVAL)],
+    }
+
+
+def _truth(lane: Lane, scenario: Scenario, metrics: Metrics) -> dict[str, Any] | None:
+    """Against what the simulator showed: how good the model is, cached or not."""
+    if scenario.truth is None:
+        return None
+    comparison = compare(lane.video(), scenario.truth, every=metrics.every)
+    return {"psnr_db": _finite(comparison.psnr()), "ssim": comparison.ssim["stitched"]}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _nullable(values: NDArray[np.float64]) -> list[float | None]:
+    return [_finite(float(value)) for value in values]
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

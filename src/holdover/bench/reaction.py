@@ -1,0 +1,186 @@
+"""Does a cached rollout still obey? An abrupt action in the middle of a cycle, with and without, cached and in full.
+
+The *response* is what the action changes in the picture: latents under the event minus latents without it. The
+*response ratio* is the projection of the cached response onto the full one, ``<cached, full> / |full|^2``: 1 is right,
+0 is a car that drives on as if nothing had been said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from holdover.bench.lanes import Race, fork
+from holdover.rollout.driver import ClosedLoop
+from holdover.world.vehicles import denormalise_action, normalise_action
+
+#: A response ratio from which the rollout counts as having reacted.
+REACTED = 0.9
+#: Below this commanded speed (m/s) there is nothing to brake and steering moves nothing.
+MIN_SPEED = 2.0
+_STEER = 4.0  # m/s^2, lateral acceleration of an evasive turn
+_LANE_CHANGE = 2.5  # m/s^2, of a brisk lane change
+_SHARPEST = 0.1  # 1/m
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What is commanded from its generation on: maps the present action ``[A]`` to one action per generation."""
+
+    name: str
+    actions: Callable[[Tensor], Sequence[Tensor]]
+
+
+def _brake(action: Tensor) -> Sequence[Tensor]:
+    return (action * torch.tensor([0.2, 1.0]),)
+
+
+def _steer(action: Tensor) -> Sequence[Tensor]:
+    return (_turned(action, _STEER),)
+
+
+def _change_lane(action: Tensor) -> Sequence[Tensor]:
+    return _turned(action, _LANE_CHANGE), _turned(action, -_LANE_CHANGE), action
+
+
+#: Each holds its last action. Braking is to a fifth of the speed.
+EVENTS = (
+    Event(name="brake", actions=_brake),
+    Event(name="steer", actions=_steer),
+    Event(name="lane_change", actions=_change_lane),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reaction:
+    """One event, once.
+
+    Attributes:
+        event: its name.
+        position: where in the cycle it fell.
+        ratios: the response ratio of each generation from the event's own on; None where the full-compute rollout
+            does not respond either.
+        response: root mean square of the full response in the event's own generation, in units of 1/255.
+    """
+
+    event: str
+    position: int
+    ratios: tuple[float | None, ...]
+    response: float
+
+    @property
+    def late(self) -> int | None:
+        """Generations until the ratio first reaches `REACTED`, 0 in the event's own; None if it never did."""
+        return next((i for i, ratio in enumerate(self.ratios) if ratio is not None and ratio >= REACTED), None)
+
+
+def response_ratio(cached: Tensor, full: Tensor) -> float | None:
+    """The projection of one response onto another, None where the other is zero."""
+    norm = float(full.double().square().sum())
+    return float((cached.double() * full.double()).sum()) / norm if norm > 0 else None
+
+
+def can_react(action: Tensor) -> bool:
+    """Whether the car moves enough under ``action [A]`` for braking and steering to show."""
+    return float(denormalise_action(action.numpy())[0]) >= MIN_SPEED
+
+
+def measure(
+    cached: ClosedLoop,
+    full: ClosedLoop,
+    action: Tensor,
+    *,
+    events: Sequence[Event] = EVENTS,
+    horizon: int = 1,
+    full_responses: dict[str, list[Tensor]] | None = None,
+) -> list[Reaction]:
+    """Measure the reaction of a cached rollout from where it stands; neither loop is moved.
+
+    Args:
+        cached: a running loop with a cache, in the middle of a cycle.
+        full: its full-compute reference, at the same generation.
+        action: what is commanded without an event, ``[A]``.
+        horizon: generations to look at, the event's own included.
+        full_responses: filled with the reference's responses, or read where it holds them: several cached loops
+            with the same reference need them once.
+
+    Raises:
+        ValueError: the loops stand at different generations.
+    """
+    if cached.generation != full.generation:
+        raise ValueError(f"the cached loop is at generation {cached.generation}, the full one at {full.generation}")
+    memory = full_responses if full_responses is not None else {}
+    if not memory:
+        memory.update(_responses(full, action, events, horizon))
+    position = cached.generation % cached.chunk_frames
+    return [
+        Reaction(
+            event=name,
+            position=position,
+            ratios=tuple(response_ratio(c, f) for c, f in zip(response, memory[name], strict=True)),
+            response=float(memory[name][0].double().square().mean().sqrt()) * 127.5,
+        )
+        for name, response in _responses(cached, action, events, horizon).items()
+    ]
+
+
+def measure_race(race: Race, action: Tensor, *, horizon: int = 1) -> dict[str, list[Reaction]]:
+    """`measure` for every cached run of a race, where it stands; the race is not moved."""
+    responses: dict[int, dict[str, list[Tensor]]] = {}
+    reactions = {}
+    for name, lane in race.lanes.items():
+        if lane.cache is None:
+            continue
+        # A reference that follows its arm's commits would wait for decisions of a run that is not under way. Only past
+        # the end of the cycle can the difference show.
+        full = fork(race.reference(name).loop, "reference")
+        full.cache, full.config = None, replace(full.config, commit="first")
+        memory = responses.setdefault(id(race.reference(name).loop), {})
+        reactions[name] = measure(lane.loop, full, action, horizon=horizon, full_responses=memory)
+    return reactions
+
+
+def mean_ratio(reactions: Sequence[Reaction], event: str) -> float | None:
+    """The mean response ratio in the event's own generation; None where it could not be measured."""
+    ratios = [r.ratios[0] for r in reactions if r.event == event and r.ratios[0] is not None]
+    return fmean(ratios) if ratios else None
+
+
+def mean_late(reactions: Sequence[Reaction], event: str) -> float | None:
+    """The mean number of generations until the rollout reacted; None if in some case it did not within the horizon."""
+    late = [r.late for r in reactions if r.event == event]
+    return None if not late or None in late else fmean(n for n in late if n is not None)
+
+
+def _responses(loop: ClosedLoop, action: Tensor, events: Sequence[Event], horizon: int) -> dict[str, list[Tensor]]:
+    """Per event, for each generation from it on, the latents with it minus those without it."""
+    calm = _run(loop, "calm", [action] * horizon)
+    responses = {}
+    for event in events:
+        commands = list(event.actions(action))
+        commands += [commands[-1]] * (horizon - len(commands))
+        eventful = _run(loop, event.name, commands[:horizon])
+        responses[event.name] = [a - b for a, b in zip(eventful, calm, strict=True)]
+    return responses
+
+
+def _run(loop: ClosedLoop, name: str, actions: Sequence[Tensor]) -> list[Tensor]:
+    stream = f"reaction {name}"
+    twin = fork(loop, stream)
+    pieces = [twin.step(action).latents for action in actions]
+    if loop.cache is not None:
+        loop.cache.reset(stream)
+    return pieces
+
+
+def _turned(action: Tensor, lateral_acceleration: float) -> Tensor:
+    """The same speed, turned out of its present course at a lateral acceleration in m/s^2, positive to the left."""
+    speed, curvature = denormalise_action(action.numpy())
+    if curvature > 0:  # a car that turns left already is turned the other way: at full lock no other way shows
+        lateral_acceleration = -lateral_acceleration
+    change = max(-_SHARPEST, min(_SHARPEST, lateral_acceleration / max(float(speed), MIN_SPEED) ** 2))
+    return torch.from_numpy(normalise_action(speed, curvature + change))

@@ -1,0 +1,137 @@
+"""What demo and benches drive: clips to start from, scripted and steady actions, the simulator's truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdover.world.clips import list_clips, read_clip
+from holdover.world.config import WorldConfig
+from holdover.world.latents import patchify
+
+KINDS = ("urban", "highway", "uturn")
+STEADY = "-steady"
+NAMES = tuple(kind + suffix for suffix in ("", STEADY) for kind in KINDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A start and the actions that follow.
+
+    Attributes:
+        name: the kind of clip, with "-steady" where the action is constant.
+        start: clean latents ``[1, F, N, P]`` of two windows.
+        start_actions: their normalised actions ``[1, F, A]``.
+        actions: one normalised action per generation ``[G, A]``.
+        truth: per camera what the simulator showed under these actions ``uint8 [T, height, width, 3]``; None where
+            it was never driven like that.
+    """
+
+    name: str
+    start: Tensor
+    start_actions: Tensor
+    actions: Tensor
+    truth: Mapping[str, NDArray[np.uint8]] | None
+
+    @property
+    def steady(self) -> bool:
+        return self.truth is None
+
+
+def shipped_model() -> Path:
+    """The checkpoint that comes with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    path = _assets() / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError("this installation ships no world model; train one and pass it with --model")
+    return path
+
+
+def shipped_clips() -> Path:
+    """The folder of the clips that come with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    folder = _assets() / "clips"
+    if not folder.is_dir():
+        raise FileNotFoundError("this installation ships no clips; record some and pass them with --clips")
+    return folder
+
+
+def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, generations: int = 66) -> Scenario:
+    """Load a scenario from the first clip of its kind.
+
+    Args:
+        name: one of `NAMES`.
+        config: of the model that will be driven.
+        clips: a folder of recordings; by default the shipped ones.
+        generations: how many actions; a steady scenario needs no recording of that length, a scripted one does.
+
+    Raises:
+        ValueError: there is no such scenario, no clip of its kind, or none that is long enough.
+    """
+    if name not in NAMES:
+        raise ValueError(f"scenario {name!r} is not one of {', '.join(NAMES)}")
+    if generations < 1:
+        raise ValueError(f"generations={generations}: give at least 1")
+    folder = clips or shipped_clips()
+    kind, steady = name.removesuffix(STEADY), name.endswith(STEADY)
+    start, per = 2 * config.window, config.frames_per_latent
+    pieces = start if steady else start + generations
+    clip = _first_clip(folder, kind, pieces * per)
+    cameras = [camera.name for camera in config.cameras]
+    recording = read_clip(clip, cameras=cameras, frames=None if steady else pieces * per)
+    actions = _per_piece(recording.actions, per)
+    frames = {name: torch.from_numpy(video[: start * per])[None] for name, video in recording.frames.items()}
+    if steady:
+        action = _steady_action(kind, actions, start)
+        follow, truth = action.expand(generations, -1), None
+    else:
+        follow = actions[start:]
+        truth = {name: video[start * per :] for name, video in recording.frames.items()}
+    return Scenario(
+        name=name, start=patchify(frames, config), start_actions=actions[None, :start], actions=follow, truth=truth
+    )
+
+
+def _assets() -> Path:
+    return Path(str(files("holdover.world") / "assets"))
+
+
+def _first_clip(folder: Path, kind: str, frames: int) -> Path:
+    found = [clip for clip in list_clips(folder) if clip.name.startswith(f"{kind}-")]
+    if not found:
+        command = f"holdover world record --scenario {kind} --out {folder}"
+        raise ValueError(f"{folder} holds no {kind} clip; record one: {command}")
+    for clip in found:
+        if json.loads((clip / "clip.json").read_text())["frames"] >= frames:
+            return clip
+    raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer generations")
+
+
+def _per_piece(actions: NDArray[Any], per: int) -> Tensor:
+    """The mean action of each latent frame ``[T / per, A]``."""
+    whole = len(actions) // per * per
+    return torch.from_numpy(actions[:whole]).float().view(whole // per, per, -1).mean(1)
+
+
+def _steady_action(kind: str, actions: Tensor, start: int) -> Tensor:
+    """A constant action that continues the clip's start: its speed, straight on; for a U-turn, the turn itself."""
+    if kind == "uturn":
+        turn = actions[:, 1].abs()
+        turning = actions[turn >= 0.9 * turn.max()]
+        return turning[len(turning) // 2]
+    return torch.stack([actions[:start, 0].mean(), torch.zeros(())])

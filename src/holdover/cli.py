@@ -1,0 +1,168 @@
+"""The command line. What a command needs is imported when it runs: help is quick, and a missing extra says its name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    from holdover.world.transformer import WorldModel
+
+try:
+    import typer
+except ModuleNotFoundError:  # the core installs without a command line
+    sys.exit("holdover: the command line needs an extra: pip install 'holdover[world]'")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+world = typer.Typer(no_args_is_help=True, help="Record clips and train world models.")
+bench = typer.Typer(no_args_is_help=True, help="Measure: ablations, overhead, reactions.")
+app.add_typer(world, name="world")
+app.add_typer(bench, name="bench")
+
+#: Which extra brings a module that may be missing.
+_EXTRAS = {
+    "av": "world",
+    "pyarrow": "world",
+    "rich": "world",
+    "panda3d": "simulator",
+    "direct": "simulator",
+    "skimage": "report",
+    "matplotlib": "report",
+    "jinja2": "report",
+}
+
+Model = Annotated[Path | None, typer.Option(help="A checkpoint. By default the shipped one.")]
+Clips = Annotated[Path | None, typer.Option(help="A folder of clips to start from. By default the shipped ones.")]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Benchmarks = Annotated[Path, typer.Option(help="The folder for the results.")]
+
+
+@app.callback()
+def describe() -> None:
+    """Makes video world models fast without training them: what has barely changed is held over."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for the page, videos and report.")] = Path("runs/demo"),
+    model: Model = None,
+    clips: Clips = None,
+    generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 66,
+    seed: Seed = 0,
+    every: Annotated[int, typer.Option(help="SSIM and ST-LPIPS look at every so-manieth frame.")] = 12,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,
+) -> None:
+    """Drive three scenarios with and without X-Cache; ends with a table, a page and its path."""
+    with _plain_errors():
+        from holdover.bench.demo import DemoOptions, run_demo
+        from holdover.bench.scenarios import NAMES
+        from holdover.report.progress import bar
+        from holdover.report.tables import demo_table, print_whole
+
+        options = DemoOptions(
+            scenarios=tuple(scenario) if scenario else NAMES, generations=generations, seed=seed, every=every
+        )
+        loaded, path = _load(model)
+        with bar() as progress:
+            report = run_demo(loaded, out, options, clips=clips, checkpoint=path, progress=progress)
+        print_whole(demo_table(report))
+        typer.echo(f"page: {out / 'index.html'}")
+
+
+@app.command()
+def policies() -> None:
+    """List the caching policies and their options."""
+    with _plain_errors():
+        from rich.console import Console
+
+        from holdover.report.policies import policy_table
+
+        Console().print(policy_table())
+
+
+@world.command()
+def record(
+    scenario: Annotated[str, typer.Option(help="urban, highway or uturn.")],
+    out: Annotated[Path, typer.Option(help="The folder for the clips; finished ones are kept.")],
+    clips: Annotated[int, typer.Option(help="How many.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the first clip; the others count on.")] = 0,
+    frames: Annotated[int, typer.Option(help="Per clip, 12 a second.")] = 240,
+    depth: Annotated[bool, typer.Option(help="Record depth as well.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+) -> None:
+    """Record clips of the scripted driver in the simulator."""
+    with _plain_errors():
+        from holdover.world.record import record as run
+
+        run(scenario, clips, out, seed=seed, frames=frames, depth=depth, workers=workers)
+        typer.echo(f"{clips} {scenario} clips in {out}")
+
+
+@world.command()
+def train(
+    data: Annotated[Path, typer.Option(help="A folder of clips.")],
+    out: Annotated[Path, typer.Option(help="The folder for weights, log and curve; an interrupted run goes on.")],
+    heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of data order, noise and initial weights.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+) -> None:
+    """Train a world model, or continue; writes model.safetensors, log.jsonl and curve.png."""
+    with _plain_errors():
+        _keep_memory()
+        from holdover.report.plots import plot_training
+        from holdover.world.train import Recipe, read_log
+        from holdover.world.train import train as run
+
+        given = {"steps": steps, "batch": batch}
+        recipe = Recipe(seed=seed, **{name: value for name, value in given.items() if value is not None})
+        weights = run(data, out, recipe, heldout=heldout, device=device)
+        plot_training(out / "curve.png", list(read_log(out)))
+        typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
+
+
+def main() -> None:
+    """The entry point of the ``holdover`` command."""
+    app()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and exit code 2."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        hint = f"{error.name} is not installed: pip install 'holdover[{extra}]'" if extra else str(error)
+        _fail(hint)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"holdover: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2) from None
+
+
+def _keep_memory() -> None:
+    from holdover.world.runtime import keep_memory
+
+    keep_memory()
+
+
+def _load(path: Path | None) -> tuple[WorldModel, Path]:
+    """The model at ``path``, or the shipped one."""
+    _keep_memory()
+    from holdover.bench.scenarios import shipped_model
+    from holdover.world.transformer import WorldModel
+
+    path = path or shipped_model()
+    return WorldModel.load(path), path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Pictures of measurements. They have no background of their own, so that they suit light and dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from holdover.report.files import whole
+
+INK = "#7d8590"
+COLOURS = ("#2f81f7", "#e3742f", "#3fa34d", "#a371f7", "#c9445e", "#9a8c2c")
+
+
+def plot_block_skip(path: Path, curves: Mapping[str, NDArray[np.float64]]) -> None:
+    """Draw the share of skipped calls per block; per run one value a block ``[blocks]``."""
+    figure, axes = _figure(6.4, 3.0)
+    for colour, (name, skip) in zip(_colours(len(curves)), curves.items(), strict=True):
+        axes.plot(skip, "o-", color=colour, markersize=4, label=name)
+    axes.set(xlabel="block", ylabel="skipped", ylim=(-0.03, 1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(path, figure, axes, legend=bool(curves))
+
+
+def plot_cosine_maps(path: Path, maps: Mapping[str, NDArray[np.float64]]) -> None:
+    """Draw the cosines that a gate saw, one map ``[steps, blocks]`` per run; grey where it was never asked."""
+    figure = Figure(figsize=(6.4, 0.6 + 1.5 * len(maps)), layout="constrained")
+    panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    known = [m[np.isfinite(m)] for m in maps.values()]
+    low = min((float(m.min()) for m in known if m.size), default=0.0)
+    image: Any = None
+    for axes, (name, cosines) in zip(panels, maps.items(), strict=True):
+        axes.set_facecolor("#8888")
+        image = axes.imshow(cosines, vmin=min(low, 0.999), vmax=1.0, cmap="viridis", aspect="auto")
+        axes.set_title(name, fontsize=9, color=INK)
+        axes.set(xlabel="block", ylabel="step")
+        axes.set_yticks(range(cosines.shape[0]))
+        _tint(axes)
+    bar = figure.colorbar(image, ax=list(panels), label="mean cosine")
+    _tint(bar.ax)
+    bar.ax.yaxis.label.set_color(INK)
+    _save(path, figure)
+
+
+def plot_psnr_over_time(path: Path, curves: Mapping[str, NDArray[np.float64]], *, seconds: float) -> None:
+    """Draw PSNR in dB over time.
+
+    Args:
+        path: ends in ``.png``.
+        curves: per run one value per interval; those of equal pictures (infinite or NaN) are left out.
+        seconds: the length of an interval.
+    """
+    figure, axes = _figure(6.4, 3.0)
+    for colour, (name, values) in zip(_colours(len(curves)), curves.items(), strict=True):
+        decibels = np.where(np.isfinite(values), values, np.nan)
+        axes.plot((np.arange(len(decibels)) + 0.5) * seconds, decibels, "o-", color=colour, markersize=3, label=name)
+    axes.set(xlabel="seconds", ylabel="PSNR against full compute, dB")
+    _finish(path, figure, axes, legend=bool(curves))
+
+
+def plot_training(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
+    """Draw a training log, as `holdover.world.train.read_log` gives it: the loss, and PSNR on held-out clips."""
+    figure, axes = _figure(6.4, 3.2)
+    steps = np.array([line["step"] for line in log])
+    loss = np.array([line["loss"] for line in log], dtype=float)
+    width = max(1, len(loss) // 100)
+    axes.plot(steps, loss, color=COLOURS[0], alpha=0.2, linewidth=0.7)
+    smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], smooth, color=COLOURS[0], label="loss")
+    axes.set(xlabel="step", ylabel="loss")
+    if (loss > 0).all():
+        axes.set_yscale("log")
+    held = [(line["step"], *line["heldout_psnr_db"]) for line in log if "heldout_psnr_db" in line]
+    if held:
+        right = axes.twinx()
+        at, one, sampled = np.array(held).T
+        right.plot(at, one, color=COLOURS[2], linestyle=":", label="held out, one pass")
+        right.plot(at, sampled, color=COLOURS[1], label="held out, sampled")
+        right.set_ylabel("PSNR, dB")
+        _tint(right)
+        right.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
+    _finish(path, figure, axes, legend=True)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _tint(axes: Axes) -> None:
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+
+
+def _finish(path: Path, figure: Figure, axes: Axes, *, legend: bool) -> None:
+    _tint(axes)
+    axes.grid(color=INK, alpha=0.2, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_facecolor("none")
+    if legend:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    _save(path, figure)
+
+
+def _save(path: Path, figure: Figure) -> None:
+    figure.patch.set_alpha(0.0)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=160)
