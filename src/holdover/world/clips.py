@@ -105,7 +105,7 @@ def read_clip(
     count = total - start if frames is None else frames
     if start < 0 or count < 1 or start + count > total:
         raise ValueError(f"frames {start} to {start + count} were asked of {folder}, which has {total}")
-    names = [file.stem for file in sorted(folder.glob("*.mp4"))] if cameras is None else list(cameras)
+    names = [camera.name for camera in read_cameras(folder.parent)] if cameras is None else list(cameras)
     colour = {name: _read_video(folder / f"{name}.mp4", "rgb24", start, count) for name in names}
     metres = None
     if depth:
