@@ -1,1 +1,37 @@
-"""Holdover makes video world models fast without training them."""
+"""Holdover makes video world models fast without training them.
+
+with holdover.attach(model, holdover.xcache()) as cache:
+    with cache.step(chunk=n, index=i, num_steps=4, sigma=sigma, action=action, commits=n % 4 == 0):
+        velocity = model(...)
+"""
+
+from holdover.engine.attach import Cache, attach
+from holdover.engine.contract import Audit
+from holdover.engine.slots import Slot, ViewGroup
+from holdover.engine.snapshot import Snapshot
+from holdover.engine.step import Step
+from holdover.engine.trace import Stats
+from holdover.policies.fixed_interval import fixed_interval
+from holdover.policies.never import never
+from holdover.policies.policy import Policy
+from holdover.policies.registry import policies, policy
+from holdover.policies.xcache import xcache
+from holdover.policies.xcache_reactive import xcache_reactive
+
+__all__ = [
+    "Audit",
+    "Cache",
+    "Policy",
+    "Slot",
+    "Snapshot",
+    "Stats",
+    "Step",
+    "ViewGroup",
+    "attach",
+    "fixed_interval",
+    "never",
+    "policies",
+    "policy",
+    "xcache",
+    "xcache_reactive",
+]

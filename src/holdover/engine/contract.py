@@ -1,0 +1,153 @@
+"""What the engine asks of a policy and its parts.
+
+A policy is frozen. Whatever a method remembers lies in `Held` (per slot) and in the record of the latest full
+generation (per branch), which the engine keeps, rolls back when a pass fails, forks and writes to snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from holdover.engine.slots import Span, ViewGroup
+from holdover.engine.state import FullGeneration, Held
+from holdover.engine.step import Step
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """A span about to run in a denoising pass of one stream.
+
+    Attributes:
+        step: where the pass stands.
+        span: the blocks in question, of ``blocks`` in all.
+        generation: distinct chunks of the stream before this one, since its reset.
+        full: the latest generation of this branch that was computed in full, before this one; None if there is none.
+        x: the hidden state that enters the span, ``[B, ..., C]``.
+        held: what was remembered when the span was last computed; None if nothing.
+        signal: the policy's signal of ``x``, once read.
+    """
+
+    step: Step
+    span: Span
+    blocks: int
+    generation: int
+    full: FullGeneration | None
+    x: Tensor
+    held: Held | None
+    signal: Tensor | None = None
+
+
+class Verdict(NamedTuple):
+    """``reason`` to compute, or None to reuse; the scores behind it, and numbers the gate keeps with the slot."""
+
+    reason: str | None
+    scores: Mapping[str, float] = {}
+    numbers: Mapping[str, float] = {}
+
+
+class Guard(Protocol):
+    """Forces computation."""
+
+    def __call__(self, call: Call) -> str | None:
+        """The reason to compute, or None."""
+        ...
+
+
+class Reading(Protocol):
+    """A signal prepared for one shape and device."""
+
+    def read(self, x: Tensor) -> Tensor:
+        """The signal of a hidden state, float32."""
+        ...
+
+    def compare(self, now: Tensor, then: Tensor) -> Tensor:
+        """The signal's metrics, float32 ``[len(metrics)]``, on the device: the engine reads them once."""
+        ...
+
+
+class Signal(Protocol):
+    """What a gate looks at."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what `Reading.compare` returns."""
+        ...
+
+    def prepare(self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]) -> Reading:
+        """Precompute what reading takes; the engine keeps it per shape and device."""
+        ...
+
+
+class Gate(Protocol):
+    """Decides where no guard did."""
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict: ...
+
+
+class Predictor(Protocol):
+    """Stands in for a span."""
+
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What to hold after the span turned ``call.x`` into ``y``; may write into the ``spare`` tensors of before."""
+        ...
+
+    def predict(self, call: Call) -> Tensor:
+        """The span's output for ``call.x``, from what is held."""
+        ...
+
+
+class Policy(Protocol):
+    """A caching method: spans + signal + gate + predictor + guard. Its repr names every option."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def guard(self) -> Guard: ...
+    @property
+    def gate(self) -> Gate: ...
+    @property
+    def signal(self) -> Signal | None: ...
+    @property
+    def predictor(self) -> Predictor | None:
+        """None: nothing is remembered and nothing reused."""
+        ...
+
+    @property
+    def per_index(self) -> bool:
+        """Whether each pass index of a generation has its own state."""
+        ...
+
+    @property
+    def lifetime(self) -> Literal["stream", "generation"]:
+        """How long what is held may serve."""
+        ...
+
+    def spans(self, blocks: int) -> Sequence[Span]:
+        """Disjoint spans, in order, that together cover a model's blocks."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Compute a sample of the reused spans as well, without changing the output.
+
+    Attributes:
+        rate: share of reused spans, 0 to 1.
+        limit: relative error in L2 of a span's output past which the engine warns and computes the stream until reset.
+        seed: of the sample.
+    """
+
+    rate: float = field(kw_only=False)
+    limit: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"audit={self.rate} is not a share; pass a rate from 0 to 1")
+        if not self.limit > 0:
+            raise ValueError(f"limit={self.limit} of the audit is not positive; pass a relative error such as 0.1")

@@ -1,0 +1,80 @@
+"""Putting a dispatcher in place of a block's forward, and taking it out again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from holdover.engine.slots import Block
+
+#: Instance attribute by which an attached block is known.
+MARK = "_holdover"
+
+
+class Hook:
+    """One block's dispatcher: an instance attribute ``forward``, so that other instances of the class never see it.
+
+    If someone else has wrapped the dispatcher by the time it is removed, it stays inside that wrapper and passes calls
+    through; once that wrapper is gone as well, the next call takes it out.
+    """
+
+    def __init__(self, block: Block, dispatch: Callable[[Block, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self._block, self._dispatch, self._live = block, dispatch, True
+        self._original = block.module.forward
+        self._previous = block.module.__dict__.get("forward")
+        #: What `Module.compile` leaves: it bypasses ``forward``, so it is set aside and called from here.
+        self._compiled = block.module._compiled_call_impl
+        block.compute = self._original if self._compiled is None else self._compute_compiled
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._answer(args, kwargs)
+
+        # Decisions must not be traced into a graph. The original's attributes are not copied: those of a compiled
+        # function would lead Dynamo past the dispatcher.
+        disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+        self._forward = disable(functools.wraps(self._original, updated=())(forward))
+        setattr(block.module, MARK, True)
+        self._insert()
+
+    def remove(self) -> None:
+        """Take the dispatcher out, or leave it as a pass-through where something else wraps it."""
+        self._live = False
+        delattr(self._block.module, MARK)
+        self._withdraw()
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._live:
+            return self._dispatch(self._block, args, kwargs)
+        self._withdraw()
+        return self._original(*args, **kwargs)
+
+    def _insert(self) -> None:
+        self._block.module.forward = self._forward
+        if self._compiled is not None:
+            self._block.module._compiled_call_impl = None
+
+    def _withdraw(self) -> None:
+        module = self._block.module
+        if self._compiled is not None:
+            module._compiled_call_impl = self._compiled
+        if module.__dict__.get("forward") is not self._forward:
+            return
+        if self._previous is None:
+            del module.forward
+        else:
+            module.forward = self._previous
+
+    def _compute_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what `Module.compile` made, in the module as it was when that was made."""
+        module = self._block.module
+        assert self._compiled is not None
+        if module.__dict__.get("forward") is not self._forward or module._forward_hooks or module._forward_pre_hooks:
+            return self._original(*args, **kwargs)  # a wrapper or hooks around this dispatcher must not run twice
+        self._withdraw()
+        try:
+            return self._compiled(*args, **kwargs)
+        finally:
+            self._insert()

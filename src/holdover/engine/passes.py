@@ -1,0 +1,242 @@
+"""One forward pass, from ``with cache.step(...)`` to its end: every block asks here whether to run."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holdover.engine.contract import Call, Verdict
+from holdover.engine.rows import Row, Runtime
+from holdover.engine.slots import Block, Span
+from holdover.engine.step import Step
+from holdover.engine.trace import REUSE, Decision, Tally
+
+EXEMPT = {"kv_update": "kv update", "prefill": "prefill"}
+
+#: After this many generations in a row in which no gate was asked, the schedule leaves nothing to reuse.
+BARREN = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class OpenSpan:
+    """A span that the pass is in: its first block has been answered, its last may not have been.
+
+    ``reason`` is why it is computed, None where it is reused; then ``prediction`` is its output, and ``shadow`` the
+    hidden state so far where the audit computes it as well.
+    """
+
+    span: Span
+    rows: list[tuple[Row, Call, Verdict]]
+    reason: str | None
+    prediction: Tensor | None = None
+    shadow: Tensor | None = None
+    extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+
+
+class Pass:
+    """A forward pass in progress.
+
+    ``batched`` says that every row of the batch is a stream or branch of its own.
+
+    Raises:
+        ValueError: the model runs a block twice, or a span from its middle; the rows do not match the batch.
+    """
+
+    def __init__(self, runtime: Runtime, steps: Sequence[Step], batched: bool) -> None:
+        self._runtime, self._batched = runtime, batched
+        self._steps, self._role = steps, steps[0].role
+        self._rows = [Row(runtime, step) for step in steps] if self._role == "denoise" else []
+        self._decisions: list[Decision] = []
+        self._ran: set[int] = set()
+        self._open: OpenSpan | None = None
+
+    def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer one block's forward."""
+        if self._role != "denoise":
+            for step in self._steps:
+                self._record(step, block, True, EXEMPT[self._role], {})
+            return block.compute(*args, **kwargs)
+        if block.index in self._ran:
+            raise ValueError(
+                f"block {block.name!r} ran twice within one step; give every forward pass a step of its own, guidance "
+                f"branches with step(branch=...)"
+            )
+        self._ran.add(block.index)
+        span = self._runtime.span_of[block.index]
+        if block.index == span.first:
+            self._open = self._decide(block, span, block.read(args, kwargs))
+        elif self._open is None or self._open.span is not span:
+            raise ValueError(f"block {block.name!r} ran before the first of its span; list slots in the model's order")
+        current = self._open
+        for row, _, verdict in current.rows:
+            reason = verdict.reason or current.reason or REUSE
+            self._record(row.step, block, current.reason is not None, reason, verdict.scores)
+        output = (self._reuse if current.reason is None else self._compute)(block, current, args, kwargs)
+        if block.index == span.last:
+            self._open = None
+        return output
+
+    def commit(self) -> None:
+        """The pass ended well: its decisions, and what it held, become the streams'."""
+        tallies = self._runtime.tallies
+        for decision in self._decisions:
+            tallies.setdefault(decision.stream, Tally()).count(decision)
+        self._runtime.trace.extend(self._decisions)
+        if not self._ran:
+            return
+        for row in self._rows:
+            row.commit()
+        for row in self._rows:
+            self._heed_audit(row, tallies[row.step.stream])
+            self._warn_if_barren(row)
+
+    def roll_back(self) -> None:
+        """The pass failed."""
+        for row in self._rows:
+            row.roll_back()
+
+    def _decide(self, block: Block, span: Span, x: Tensor) -> OpenSpan:
+        if self._batched and x.shape[0] != len(self._rows):
+            raise ValueError(f"the batch has {x.shape[0]} rows, the step {len(self._rows)}; pass one Step per row")
+        predictor = self._runtime.policy.predictor
+        parts = self._per_row(x)
+        reading = self._runtime.reading(parts[0])
+        calls = [row.call(span, part) for row, part in zip(self._rows, parts, strict=True)]
+        rows = [(row, call, row.judge(call, reading)) for row, call in zip(self._rows, calls, strict=True)]
+        current = OpenSpan(span=span, rows=rows, reason=self._agree(rows, x))
+        if predictor is None:
+            return current
+        if current.reason is None:
+            current.prediction = self._joined([predictor.predict(call) for call in calls])
+            drawn = [row.draw_audit() for row in self._rows]
+            if any(drawn):
+                current.shadow = x if block.overwrites_input is False else x.clone()
+            return current
+        for row, call, _ in rows:
+            row.prepare(call, reading)
+        if block.overwrites_input is not False:
+            for call, part in zip(calls, self._per_row(x.clone()), strict=True):
+                call.x = part
+        return current
+
+    def _agree(self, rows: Sequence[tuple[Row, Call, Verdict]], x: Tensor) -> str | None:
+        """Why the span is computed though a row, or this rank, would reuse it; None where nobody needs it."""
+        reason = "batch" if any(verdict.reason is not None for _, _, verdict in rows) else None
+        if self._runtime.process_group is None:
+            return reason
+        needed = torch.tensor(reason is not None, dtype=torch.int32, device=x.device)
+        dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=self._runtime.process_group)
+        return reason or ("group" if needed.item() else None)
+
+    def _compute(self, block: Block, current: OpenSpan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = block.compute(*args, **kwargs)
+        if self._runtime.policy.predictor is None:
+            return output
+        hidden, extras = block.split(output)
+        if extras is not None:
+            current.extras[block.index] = extras
+        if block.index == current.span.first and block.overwrites_input is None:
+            entered, before = block.read(args, kwargs), self._joined([call.x for _, call, _ in current.rows])
+            aliased = hidden.data_ptr() == entered.data_ptr()  # a later block of the span could overwrite it
+            block.overwrites_input = aliased or not torch.equal(before, entered)
+        if block.index == current.span.last:
+            for n, ((row, call, _), y) in enumerate(zip(current.rows, self._per_row(hidden), strict=True)):
+                row.remember(call, y, {b: self._extras_of(n, block, items) for b, items in current.extras.items()})
+        return output
+
+    def _reuse(self, block: Block, current: OpenSpan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = current.prediction if block.index == current.span.first else block.read(args, kwargs)
+        assert hidden is not None
+        if current.shadow is not None:
+            shadow_args, shadow_kwargs = block.replace(args, kwargs, current.shadow)
+            current.shadow, _ = block.split(block.compute(*shadow_args, **shadow_kwargs))
+            if block.index == current.span.last:
+                self._audit(current, hidden, current.shadow)
+        held = [call.held.extras.get(block.index) for _, call, _ in current.rows if call.held]
+        if held[0] is None:
+            return hidden
+        items = zip(*(items for items in held if items is not None), strict=True)
+        return (hidden, *(self._joined(item) if isinstance(item[0], Tensor) else item[0] for item in items))
+
+    def _audit(self, current: OpenSpan, predicted: Tensor, computed: Tensor) -> None:
+        """Note the relative error of a reused span beside its last block's decision."""
+        pairs = zip(self._per_row(predicted.float()), self._per_row(computed.float()), strict=True)
+        for n, ((row, _, _), (guess, truth)) in enumerate(zip(current.rows, pairs, strict=True)):
+            norm = torch.linalg.vector_norm
+            error = float(norm(guess - truth) / norm(truth).clamp_min(torch.finfo(torch.float32).tiny))
+            row.audit_errors.append(math.inf if math.isnan(error) else error)
+            position = len(self._decisions) - len(current.rows) + n
+            decision = self._decisions[position]
+            self._decisions[position] = replace(decision, scores={**decision.scores, "audit": row.audit_errors[-1]})
+
+    def _heed_audit(self, row: Row, tally: Tally) -> None:
+        limit = self._runtime.audit.limit
+        for error in row.audit_errors:
+            tally.count_audit(error)
+        if row.stream.alarmed or not any(error > limit for error in row.audit_errors):
+            return
+        row.stream.alarmed = True
+        if not any(known.alarmed for known in self._runtime.tallies.values()):
+            warnings.warn(
+                f"{self._runtime.policy.name}: a reused span of stream {row.step.stream!r} was off by "
+                f"{max(row.audit_errors):.3g}, past the audit's limit of {limit:.3g}; the stream is computed until "
+                f"cache.reset({row.step.stream!r})",
+                stacklevel=4,
+            )
+        tally.alarmed = True
+
+    def _warn_if_barren(self, row: Row) -> None:
+        runtime = self._runtime
+        if runtime.policy.predictor is None or runtime.warned_barren or (row.stream.barren or 0) < BARREN:
+            return
+        runtime.warned_barren = True
+        reasons = runtime.tallies[row.step.stream].reasons
+        warnings.warn(
+            f"{runtime.policy.name} could reuse nothing in {BARREN} generations in a row: "
+            f"{', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}. Where the reason is "
+            f"'kv cycle', pass step(commits=False) for generations whose latents the KV update does not write",
+            stacklevel=4,
+        )
+
+    def _record(self, step: Step, block: Block, computed: bool, reason: str, scores: Mapping[str, float]) -> None:
+        assert step.sigma is None or isinstance(step.sigma, float)
+        self._decisions.append(
+            Decision(
+                step.stream,
+                step.branch,
+                step.chunk,
+                step.index,
+                block.name,
+                block.index,
+                step.role,
+                computed,
+                reason,
+                scores,
+                step.sigma,
+            )
+        )
+
+    def _per_row(self, x: Tensor) -> Sequence[Tensor]:
+        return torch.split(x, 1) if self._batched else (x,)
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts)) if self._batched else parts[0]
+
+    def _extras_of(self, row: int, block: Block, items: tuple[Any, ...]) -> tuple[Any, ...]:
+        """One row's share of what a block returned beside its hidden state."""
+        if not self._batched:
+            return items
+        for item in items:
+            if isinstance(item, Tensor) and (item.dim() == 0 or item.shape[0] != len(self._rows)):
+                raise ValueError(
+                    f"block {block.name!r} returns a tensor of shape {list(item.shape)} beside its hidden state, which "
+                    f"has no row per stream; give each stream a pass of its own"
+                )
+        return tuple(item[row : row + 1] if isinstance(item, Tensor) else item for item in items)

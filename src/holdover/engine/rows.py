@@ -1,0 +1,211 @@
+"""What a pass does to the state of each stream it serves.
+
+Nothing a pass learns reaches a stream before the pass ends well. One that fails leaves its streams as they were, except
+that slots whose held tensors it had begun to overwrite give them up.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holdover.engine import condition as conditions
+from holdover.engine.contract import Audit, Call, Policy, Reading, Verdict
+from holdover.engine.slots import Block, Span, ViewGroup
+from holdover.engine.state import Condition, FullGeneration, Held, Key, Run, Stream
+from holdover.engine.step import Step
+from holdover.engine.trace import WARM_UP, Tally, Trace
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """What all passes of an attached model share."""
+
+    policy: Policy
+    blocks: Sequence[Block]
+    view_groups: tuple[ViewGroup, ...]
+    audit: Audit
+    max_bytes: int | None
+    process_group: dist.ProcessGroup | None
+    streams: dict[str, Stream] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
+    readings: dict[tuple[torch.Size, torch.device], Reading] = field(default_factory=dict)
+    warned_barren: bool = False
+
+    def __post_init__(self) -> None:
+        spans = self.policy.spans(len(self.blocks))
+        assert [b for span in spans for b in range(span.first, span.last + 1)] == list(range(len(self.blocks)))
+        self.span_of = [span for span in spans for _ in range(span.first, span.last + 1)]
+
+    def reading(self, x: Tensor) -> Reading | None:
+        """The policy's signal, prepared for hidden states like ``x``."""
+        if self.policy.signal is None:
+            return None
+        key = x.shape, x.device
+        if key not in self.readings:
+            with torch.inference_mode(False):  # what is made here must serve outside inference mode too
+                self.readings[key] = self.policy.signal.prepare(x.shape, x.device, self.view_groups)
+        return self.readings[key]
+
+
+class Row:
+    """One stream's share of a pass: what it sees, and what will become of its state if the pass ends well."""
+
+    def __init__(self, runtime: Runtime, step: Step) -> None:
+        self.runtime, self.step = runtime, step
+        self.stream = runtime.streams.setdefault(step.stream, Stream())
+        self.stream.check(step)
+        generation = self.stream.generations.get(step.chunk)
+        run = generation.runs.get(step.branch) if generation else None
+        known = self.stream.conditions.get(step.branch)
+        self.ordinal = generation.ordinal if generation else self.stream.count
+        self.condition_changed = known is not None and known.changed_to(step.condition)
+        self.epoch = (known.epoch if known else 0) + self.condition_changed
+        #: From the pass in which the condition changed, the rest of the generation is computed in full.
+        self.renewed = self.condition_changed or (run is not None and run.condition_changed)
+        self.pending: dict[Key, Held] = {}
+        self.asked = self.reused = self.warm_up = False
+        self.reuses = self.stream.reuses
+        self.audit_errors: list[float] = []
+
+    def call(self, span: Span, x: Tensor) -> Call:
+        policy = self.runtime.policy
+        held = self.stream.held.get(self._key(span))
+        if held is not None and policy.lifetime == "generation" and held.generation != self.ordinal:
+            held = None
+        return Call(
+            step=self.step,
+            span=span,
+            blocks=len(self.runtime.blocks),
+            generation=self.ordinal,
+            full=self.stream.full.get(self.step.branch),
+            x=x,
+            held=held,
+        )
+
+    def judge(self, call: Call, reading: Reading | None) -> Verdict:
+        """Whether the span must be computed: guards first, then the engine's own reasons, then the gate."""
+        policy = self.runtime.policy
+        reason = policy.guard(call) or self._refusal(call)
+        if reason is not None:
+            self.warm_up |= reason == WARM_UP
+            return Verdict(reason)
+        assert call.held is not None
+        self.asked = True
+        metrics: dict[str, float] = {}
+        if reading is not None:
+            assert policy.signal is not None
+            call.signal = reading.read(call.x)
+            values = reading.compare(call.signal, call.held.tensors["signal"]).tolist()
+            metrics = dict(zip(policy.signal.metrics, values, strict=True))
+            if not all(map(math.isfinite, values)):
+                return Verdict("nan", metrics)
+        verdict = policy.gate.judge(call, metrics)
+        if verdict.numbers != call.held.numbers:
+            call.held = self.pending[self._key(call.span)] = call.held.with_numbers(verdict.numbers)
+        return verdict
+
+    def prepare(self, call: Call, reading: Reading | None) -> None:
+        """Before a span is computed: read the signal that will be held with it."""
+        if reading is not None and call.signal is None and self._has_room(call):
+            call.signal = reading.read(call.x)
+
+    def remember(self, call: Call, y: Tensor, extras: dict[int, tuple[Any, ...]]) -> None:
+        """After a span was computed: hold what it did, if it fits."""
+        predictor = self.runtime.policy.predictor
+        assert predictor is not None
+        if not self._has_room(call):
+            return
+        key = self._key(call.span)
+        old = self.pending.get(key) or self.stream.held.get(key)
+        held = self.pending[key] = Held(
+            numbers=call.held.numbers if call.held else {},
+            generation=self.ordinal,
+            epoch=self.epoch,
+            action=self.step.action_vector,
+            shape=call.x.shape,
+            dtype=call.x.dtype,
+            device=call.x.device,
+            void=None if y.shape == call.x.shape else "shape",
+        )
+        if held.void is None:
+            held.tensors.update(predictor.remember(call, y.detach(), old.tensors if old else {}))
+            held.extras = {block: tuple(map(_kept, items)) for block, items in extras.items()}
+            if call.signal is not None:
+                held.tensors["signal"] = call.signal.detach()
+        before = old.nbytes if old else 0
+        if self.runtime.max_bytes is not None and self.stream.nbytes - before + held.nbytes > self.runtime.max_bytes:
+            held = self.pending[key] = held.voided("bytes")
+        self.stream.nbytes += held.nbytes - before
+
+    def draw_audit(self) -> bool:
+        """Whether this reused span is in the audit's sample: its number decides, so a restored stream draws alike."""
+        self.reused = True
+        self.reuses += 1
+        audit = self.runtime.audit
+        if audit.rate == 0:
+            return False
+        draw = random.Random(f"{audit.seed} {self.step.stream} {self.step.branch} {self.reuses}").random()
+        return draw < audit.rate
+
+    def commit(self) -> None:
+        step, stream = self.step, self.stream
+        generation = stream.open(step)
+        generation.asked |= self.asked
+        generation.warm_up |= self.warm_up
+        run = generation.runs.setdefault(step.branch, Run(step.num_steps, step.action_vector))
+        run.indices.add(step.index)
+        run.exact &= not self.reused
+        run.condition_changed |= self.condition_changed
+        if run.exact and len(run.indices) == step.num_steps:
+            stream.full[step.branch] = FullGeneration(generation.ordinal, step.action_vector)
+        known = stream.conditions.get(step.branch)
+        if known is None or known.by_digest or self.condition_changed:
+            stream.conditions[step.branch] = Condition(self.epoch, conditions.freeze(step.condition))
+        stream.held.update(self.pending)
+        stream.reuses = self.reuses
+
+    def roll_back(self) -> None:
+        for key, held in self.pending.items():
+            old = self.stream.held.get(key)
+            if old is not None and old.tensors and held.tensors is not old.tensors:
+                self.stream.held[key] = old.voided("interrupted")
+        self.stream.nbytes = sum(held.nbytes for held in self.stream.held.values())
+
+    def _refusal(self, call: Call) -> str | None:
+        """The engine's own reasons to compute."""
+        held = call.held
+        if self.renewed:
+            return "condition"
+        if held is None:
+            return "first"
+        if held.void is not None:
+            return held.void
+        if held.epoch != self.epoch:
+            return "condition"
+        if held.shape != call.x.shape:
+            return "shape"
+        if held.dtype != call.x.dtype:
+            return "dtype"
+        if held.device != call.x.device:
+            return "device"
+        return "audit" if self.stream.alarmed else None
+
+    def _key(self, span: Span) -> Key:
+        return Key(self.step.branch, self.step.index if self.runtime.policy.per_index else None, span.first)
+
+    def _has_room(self, call: Call) -> bool:
+        held = self.stream.held.get(self._key(call.span))
+        return held is None or held.void != "bytes"
+
+
+def _kept(item: Any) -> Any:
+    return item.detach().clone() if isinstance(item, Tensor) else item

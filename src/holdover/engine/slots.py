@@ -1,0 +1,192 @@
+"""The places of a model that a policy may hold over, and what the engine knows of their tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+#: The keyword that carries the hidden state where a forward's signature does not tell.
+HIDDEN_STATES = "hidden_states"
+
+
+@dataclass(frozen=True)
+class ViewGroup:
+    """Cameras of one token grid, stacked: ``views`` grids of ``height`` x ``width`` tokens per latent frame.
+
+    The tokens of a hidden state ``[B, L, C]`` are ordered frame, group, view, row, column.
+    """
+
+    name: str
+    views: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for name in ("views", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} of view group {self.name!r}: give at least 1")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per latent frame."""
+        return self.views * self.height * self.width
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A block and where its hidden state enters.
+
+    Attributes:
+        block: the module, or its name as `named_modules` gives it.
+        hidden: the argument with the hidden state: its position, or its keyword.
+        writes_kv: the block writes keys and values in place in denoising passes too, so that it must not run twice;
+            `audit` is refused for such a model.
+    """
+
+    block: nn.Module | str
+    hidden: int | str = 0
+    writes_kv: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of blocks held over as one, ``first`` and ``last`` included."""
+
+    first: int
+    last: int
+
+
+class Block:
+    """One slot, found in its model: reads and replaces the hidden state, and runs the original forward."""
+
+    def __init__(self, index: int, name: str, module: nn.Module, slot: Slot) -> None:
+        self.index, self.name, self.module, self.slot = index, name, module, slot
+        self.compute: Callable[..., Any] = module.forward
+        #: Whether the block overwrites its input; found out when it first runs.
+        self.overwrites_input: bool | None = None
+        self._position, self._keyword = _argument(module, slot.hidden)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The hidden state among a call's arguments."""
+        if self._position is not None and self._position < len(args):
+            hidden = args[self._position]
+        elif self._keyword in kwargs:
+            hidden = kwargs[self._keyword]
+        else:
+            raise ValueError(
+                f"block {self.name!r} was called without its hidden state (position {self._position}, keyword "
+                f"{self._keyword!r}); name the argument with holdover.Slot({self.name!r}, hidden=...)"
+            )
+        if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+            raise ValueError(
+                f"the hidden state of block {self.name!r} is {_describe(hidden)}, not a tensor [..., tokens, "
+                f"channels]; name the right argument with holdover.Slot({self.name!r}, hidden=...)"
+            )
+        return hidden
+
+    def replace(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with another hidden state."""
+        if self._position is not None and self._position < len(args):
+            return (*args[: self._position], hidden, *args[self._position + 1 :]), kwargs
+        return args, {**kwargs, self._keyword: hidden}
+
+    def split(self, output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
+        """A block's output as hidden state and, where it is a tuple, its other items."""
+        if isinstance(output, Tensor):
+            return output, None
+        if type(output) is tuple and output and isinstance(output[0], Tensor):
+            for position, item in enumerate(output[1:], 1):
+                if not isinstance(item, Tensor | bool | int | float | str | None):
+                    raise ValueError(
+                        f"block {self.name!r} returns {_describe(item)} at position {position}, which cannot be held "
+                        f"over; return tensors and plain values, or attach to a block inside it"
+                    )
+            return output[0], output[1:]
+        raise ValueError(
+            f"block {self.name!r} returns {_describe(output)}; a slot's block returns its hidden state, or a tuple "
+            f"that begins with it"
+        )
+
+
+def find_blocks(model: nn.Module, slots: Sequence[Slot | nn.Module | str] | None) -> list[Block]:
+    """Find a model's blocks, in the order in which it runs them.
+
+    Args:
+        model: the model.
+        slots: module names, modules or `Slot`s; None asks ``model.holdover_slots()``.
+
+    Raises:
+        ValueError: a block is not part of the model, is named twice or lies within another.
+    """
+    if slots is None:
+        declare = getattr(model, "holdover_slots", None)
+        if declare is None:
+            raise ValueError(
+                f"{type(model).__name__} does not declare its blocks; name them: "
+                f"attach(model, policy, slots=[f'blocks.{{i}}' for i in range(...)])"
+            )
+        slots = declare()
+    if not slots:
+        raise ValueError("slots is empty; name at least one block")
+    by_name = dict(model.named_modules(remove_duplicate=False))
+    names = {id(module): name for name, module in reversed(by_name.items())}
+    blocks: list[Block] = []
+    for index, given in enumerate(slots):
+        slot = given if isinstance(given, Slot) else Slot(given)
+        if isinstance(slot.block, str):
+            if slot.block not in by_name:
+                raise ValueError(f"{type(model).__name__} has no module {slot.block!r}; see model.named_modules()")
+            module = by_name[slot.block]
+        else:
+            module = slot.block
+        if id(module) not in names:
+            raise ValueError(f"slot {index}, {_describe(module)}, is not part of {type(model).__name__}")
+        blocks.append(Block(index, names[id(module)], module, slot))
+    _refuse_overlap(blocks)
+    return blocks
+
+
+def find_view_groups(model: nn.Module, view_groups: Sequence[ViewGroup] | None) -> tuple[ViewGroup, ...]:
+    """The given view groups, else those that ``model.holdover_view_groups()`` declares, else none."""
+    if view_groups is None:
+        declare = getattr(model, "holdover_view_groups", None)
+        view_groups = declare() if declare else ()
+    for group in view_groups:
+        if not isinstance(group, ViewGroup):
+            raise ValueError(f"view_groups holds {group!r}; give holdover.ViewGroup objects")
+    return tuple(view_groups)
+
+
+def _refuse_overlap(blocks: Sequence[Block]) -> None:
+    owner: dict[int, Block] = {}
+    for block in blocks:
+        if id(block.module) in owner:
+            raise ValueError(f"slots names {block.name!r} twice; each block has one slot")
+        owner[id(block.module)] = block
+    for block in blocks:
+        for inner in block.module.modules():
+            if inner is not block.module and id(inner) in owner:
+                raise ValueError(f"slot {owner[id(inner)].name!r} lies within slot {block.name!r}; name one of them")
+
+
+def _argument(module: nn.Module, hidden: int | str) -> tuple[int | None, str]:
+    """Position and keyword of an argument, as far as the signature tells."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    if isinstance(hidden, int):
+        if hidden < 0:
+            raise ValueError(f"hidden={hidden} is not a position; count arguments from 0, without self")
+        return hidden, parameters[hidden] if hidden < len(parameters) else HIDDEN_STATES
+    return (parameters.index(hidden) if hidden in parameters else None), hidden
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

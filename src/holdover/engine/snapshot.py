@@ -1,0 +1,211 @@
+"""A stream's held state, outside the process that made it: tensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from holdover.engine import condition as conditions
+from holdover.engine.slots import Block
+from holdover.engine.state import Condition, FullGeneration, Generation, Held, Key, Run, Stream
+
+FORMAT = 1
+
+#: Values sampled per parameter to tell one model's weights from another's.
+SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What `Cache.snapshot` took: restore it with `Cache.restore`, here or in another process.
+
+    Attributes:
+        policy: the policy's repr; it restores under the same policy only.
+        model: a digest of the slots and of a sample of their weights; in another model, nothing held is reused.
+        stream: everything but tensors, in JSON's terms.
+        tensors: the held tensors.
+    """
+
+    policy: str
+    model: str
+    stream: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one ``.safetensors`` file, whole or not at all."""
+        path = Path(path)
+        header = {"format": FORMAT, "policy": self.policy, "model": self.model, "stream": self.stream}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+            save_file(tensors, temporary, metadata={"holdover": json.dumps(header)})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """Read what `save` wrote; tensors come on the CPU, `Cache.restore` moves them.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a snapshot, or of another format.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no snapshot at {path}; write one with cache.snapshot(stream).save(path)")
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("holdover", "{}"))
+            if header.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a snapshot of format {FORMAT}; write it with Snapshot.save")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return cls(policy=header["policy"], model=header["model"], stream=header["stream"], tensors=tensors)
+
+
+def model_digest(blocks: Sequence[Block]) -> str:
+    """Tells models apart by the names, shapes and sampled values of their slots' parameters and buffers."""
+    sha = hashlib.sha256()
+    for block in blocks:
+        sha.update(f"{block.name} {type(block.module).__qualname__}".encode())
+        for name, tensor in block.module.state_dict().items():
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.float32)
+            sha.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            sha.update(sample.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A stream as JSON and tensors; the tensors are copies."""
+    tensors: dict[str, Tensor] = {}
+
+    def put(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return {"value": value}
+        tensors[name] = value.clone()
+        return {"tensor": name}
+
+    held = []
+    for n, (key, entry) in enumerate(stream.held.items()):
+        held.append(
+            {
+                "key": list(key),
+                "tensors": {name: put(f"{n}.{name}", tensor) for name, tensor in entry.tensors.items()},
+                "extras": {
+                    str(block): [put(f"{n}.extra.{block}.{i}", item) for i, item in enumerate(items)]
+                    for block, items in entry.extras.items()
+                },
+                "numbers": dict(entry.numbers),
+                "generation": entry.generation,
+                "epoch": entry.epoch,
+                "action": entry.action,
+                "shape": list(entry.shape),
+                "dtype": str(entry.dtype).removeprefix("torch."),
+                "void": entry.void,
+            }
+        )
+    generations = [
+        {
+            "chunk": chunk,
+            "ordinal": generation.ordinal,
+            "commits": generation.commits,
+            "asked": generation.asked,
+            "warm_up": generation.warm_up,
+            "runs": {
+                branch: {
+                    "num_steps": run.num_steps,
+                    "action": run.action,
+                    "indices": sorted(run.indices),
+                    "exact": run.exact,
+                    "condition_changed": run.condition_changed,
+                }
+                for branch, run in generation.runs.items()
+            },
+        }
+        for chunk, generation in stream.generations.items()
+    ]
+    known = {
+        branch: {
+            "epoch": known.epoch,
+            "digest": known.digest if known.by_digest else conditions.digest(known.frozen),
+        }
+        for branch, known in stream.conditions.items()
+    }
+    plain = {
+        "held": held,
+        "generations": generations,
+        "count": stream.count,
+        "latest": stream.latest,
+        "conditions": known,
+        "full": {branch: list(full) for branch, full in stream.full.items()},
+        "reuses": stream.reuses,
+        "alarmed": stream.alarmed,
+        "barren": stream.barren,
+    }
+    return plain, tensors
+
+
+def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
+    """The stream of a snapshot, its tensors copied to where the blocks are."""
+    plain = snapshot.stream
+    stream = Stream(
+        count=plain["count"],
+        latest=plain["latest"],
+        reuses=plain["reuses"],
+        alarmed=plain["alarmed"],
+        barren=plain["barren"],
+    )
+    for entry in plain["held"]:
+        branch, index, block = entry["key"]
+        device = _device(blocks[block]) if block < len(blocks) else torch.device("cpu")
+
+        def get(item: Mapping[str, Any], device: torch.device = device) -> Any:
+            return snapshot.tensors[item["tensor"]].to(device, copy=True) if "tensor" in item else item["value"]
+
+        stream.held[Key(branch, index, block)] = Held(
+            tensors={name: get(item) for name, item in entry["tensors"].items()},
+            extras={int(b): tuple(get(item) for item in items) for b, items in entry["extras"].items()},
+            numbers=entry["numbers"],
+            generation=entry["generation"],
+            epoch=entry["epoch"],
+            action=_vector(entry["action"]),
+            shape=torch.Size(entry["shape"]),
+            dtype=getattr(torch, entry["dtype"]),
+            device=device,
+            void=entry["void"],
+        )
+    for item in plain["generations"]:
+        generation = Generation(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
+        for branch, run in item["runs"].items():
+            action, indices = _vector(run["action"]), set(run["indices"])
+            generation.runs[branch] = Run(run["num_steps"], action, indices, run["exact"], run["condition_changed"])
+        stream.generations[item["chunk"]] = generation
+    for branch, known in plain["conditions"].items():
+        stream.conditions[branch] = Condition(known["epoch"], digest=known["digest"], by_digest=True)
+    for branch, (ordinal, action) in plain["full"].items():
+        stream.full[branch] = FullGeneration(ordinal, _vector(action))
+    stream.nbytes = sum(held.nbytes for held in stream.held.values())
+    return stream
+
+
+def _vector(action: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if action is None else tuple(action)
+
+
+def _device(block: Block) -> torch.device:
+    parameter = next(block.module.parameters(), None)
+    return parameter.device if parameter is not None else torch.device("cpu")

@@ -1,0 +1,206 @@
+"""What is held over for a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from holdover.engine import condition as conditions
+from holdover.engine.step import Step
+
+#: Generations whose chunk numbers a stream remembers: more than ever are in flight at once.
+RECENT = 64
+
+
+class Key(NamedTuple):
+    """Of a slot's state: guidance branch, pass index (None where the passes share state) and first block."""
+
+    branch: str
+    pass_index: int | None
+    block: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Held:
+    """What one slot remembers. Replaced, not changed, so that a pass that fails can be taken back.
+
+    Attributes:
+        tensors: the predictor's tensors and, under ``"signal"``, the signal.
+        numbers: the gate's running numbers.
+        extras: per block the items after the hidden state that it returned when last computed.
+        generation: the stream's count of generations when it was computed.
+        epoch: the branch's count of condition changes then.
+        action: the action then.
+        shape, dtype, device: of the hidden state that entered.
+        void: why nothing can be reused from it, or None.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    extras: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
+    generation: int
+    epoch: int
+    action: tuple[float, ...] | None
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    void: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.all_tensors())
+
+    def all_tensors(self) -> Iterator[Tensor]:
+        yield from self.tensors.values()
+        for items in self.extras.values():
+            yield from (item for item in items if isinstance(item, Tensor))
+
+    def with_numbers(self, numbers: Mapping[str, float]) -> Held:
+        return replace(self, numbers=numbers)
+
+    def voided(self, reason: str) -> Held:
+        """Its numbers alone: the gate's memory outlives what was held."""
+        return replace(self, tensors={}, extras={}, void=reason)
+
+    def copy(self) -> Held:
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        extras = {
+            block: tuple(item.clone() if isinstance(item, Tensor) else item for item in items)
+            for block, items in self.extras.items()
+        }
+        return replace(self, tensors=tensors, extras=extras)
+
+
+class FullGeneration(NamedTuple):
+    """A generation whose every block was computed at every pass."""
+
+    generation: int
+    action: tuple[float, ...] | None
+
+
+@dataclass(slots=True)
+class Run:
+    """One branch of a generation, as far as it has run."""
+
+    num_steps: int
+    action: tuple[float, ...] | None
+    indices: set[int] = field(default_factory=set)
+    exact: bool = True
+    condition_changed: bool = False
+
+    def copy(self) -> Run:
+        return Run(self.num_steps, self.action, set(self.indices), self.exact, self.condition_changed)
+
+
+@dataclass(slots=True)
+class Generation:
+    """All passes that make one chunk."""
+
+    ordinal: int
+    commits: bool
+    runs: dict[str, Run] = field(default_factory=dict)
+    #: Whether a gate was asked, that is, whether anything could have been reused.
+    asked: bool = False
+    warm_up: bool = False
+
+    def copy(self) -> Generation:
+        runs = {branch: run.copy() for branch, run in self.runs.items()}
+        return Generation(self.ordinal, self.commits, runs, self.asked, self.warm_up)
+
+
+@dataclass(slots=True)
+class Condition:
+    """The condition of a branch: by value, or, after a restore, by digest."""
+
+    epoch: int
+    frozen: Any = None
+    digest: str | None = None
+    by_digest: bool = False
+
+    def changed_to(self, condition: Any) -> bool:
+        if self.by_digest:
+            return self.digest is None or conditions.digest(conditions.freeze(condition)) != self.digest
+        return not conditions.same(self.frozen, condition)
+
+
+@dataclass(slots=True)
+class Stream:
+    """Everything held over for one video."""
+
+    held: dict[Key, Held] = field(default_factory=dict)
+    generations: dict[int, Generation] = field(default_factory=dict)
+    #: Distinct chunks since reset.
+    count: int = 0
+    latest: int | None = None
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    full: dict[str, FullGeneration] = field(default_factory=dict)
+    #: Reused spans since reset: the audit's sample counts along.
+    reuses: int = 0
+    alarmed: bool = False
+    #: Generations in a row in which no gate was asked; None once one was.
+    barren: int | None = 0
+    nbytes: int = 0
+
+    def copy(self) -> Stream:
+        return Stream(
+            held={key: held.copy() for key, held in self.held.items()},
+            generations={chunk: generation.copy() for chunk, generation in self.generations.items()},
+            count=self.count,
+            latest=self.latest,
+            conditions=dict(self.conditions),
+            full=dict(self.full),
+            reuses=self.reuses,
+            alarmed=self.alarmed,
+            barren=self.barren,
+            nbytes=self.nbytes,
+        )
+
+    def check(self, step: Step) -> None:
+        """Refuse a step that contradicts what was said about its generation.
+
+        Raises:
+            ValueError: ``commits``, or the branch's ``action`` or ``num_steps``, changed within the chunk.
+        """
+        generation = self.generations.get(step.chunk)
+        if generation is None:
+            return
+        where = f"within chunk {step.chunk} of stream {step.stream!r}"
+        if generation.commits != step.commits:
+            raise ValueError(
+                f"commits changed to {step.commits} {where}; say it from the generation's first pass on, and number "
+                f"every generation anew"
+            )
+        run = generation.runs.get(step.branch)
+        if run is not None and run.num_steps != step.num_steps:
+            raise ValueError(f"num_steps changed from {run.num_steps} to {step.num_steps} {where}")
+        if run is not None and run.action != step.action_vector:
+            raise ValueError(
+                f"action changed from {run.action} to {step.action_vector} {where}; a generation takes one action, "
+                f"the next generation the next"
+            )
+
+    def open(self, step: Step) -> Generation:
+        """The generation of a step, new if its chunk is."""
+        generation = self.generations.get(step.chunk)
+        if generation is None:
+            self._close_latest()
+            generation = self.generations[step.chunk] = Generation(self.count, step.commits)
+            self.count += 1
+            if len(self.generations) > RECENT:
+                del self.generations[next(iter(self.generations))]
+        self.latest = step.chunk
+        return generation
+
+    def _close_latest(self) -> None:
+        """Count how many generations in a row gave the gate nothing to decide, warm-up left out."""
+        latest = self.generations.get(self.latest) if self.latest is not None else None
+        if latest is None or self.barren is None:
+            return
+        if latest.asked:
+            self.barren = None
+        elif not latest.warm_up:
+            self.barren += 1

@@ -1,0 +1,83 @@
+"""Where a forward pass stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: What a pass is for. Only ``denoise`` may ever be served from cache; there is no switch for the other two.
+Role = Literal["denoise", "kv_update", "prefill"]
+
+ActionLike = Tensor | np.ndarray[Any, Any] | Sequence[float] | float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """One forward pass of the model.
+
+    Attributes:
+        chunk: number of the generation; every generation of a stream has its own.
+        index: which of the generation's ``num_steps`` denoising passes this is, from 0.
+        num_steps: denoising passes of this generation.
+        sigma: noise level, for the trace and for policies that read it.
+        action: the newest commanded control, normalised per dimension, before any embedding; any shape, flattened.
+        condition: whatever else steers the video (prompt, map, agents): a tensor, a mapping or sequence of tensors, or
+            anything hashable. When it changes, the generation is computed in full.
+        commits: whether the latents of this generation are what the next KV update writes. True is the safe default.
+        role: ``denoise``, ``kv_update`` (the pass that writes the persistent KV cache) or ``prefill``.
+        stream: which video this is.
+        branch: which guidance branch of it, such as ``"uncond"``.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    chunk: int
+    index: int = 0
+    num_steps: int = 1
+    sigma: float | Tensor | None = None
+    action: ActionLike = None
+    condition: Any = None
+    commits: bool = True
+    role: Role = "denoise"
+    stream: str = "default"
+    branch: str = ""
+    #: The action as plain numbers: comparing these needs no device.
+    action_vector: tuple[float, ...] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise ValueError(f"role={self.role!r} is not one of {', '.join(get_args(Role))}")
+        for name in ("chunk", "index", "num_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
+        if not 0 <= self.index < self.num_steps:
+            raise ValueError(
+                f"index={self.index} is not one of num_steps={self.num_steps} passes; "
+                f"pass num_steps=len(sigmas) and index counted from 0"
+            )
+        for name in ("stream", "branch"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a name; pass a str")
+        if self.sigma is not None:
+            object.__setattr__(self, "sigma", float(self.sigma))
+        object.__setattr__(self, "action_vector", _flatten(self.action))
+
+
+def _flatten(action: ActionLike) -> tuple[float, ...] | None:
+    if action is None:
+        return None
+    try:
+        vector = torch.as_tensor(action).detach().flatten().to(torch.float64).tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"action={action!r} is not numbers; pass a tensor or a sequence of floats") from error
+    if not all(map(math.isfinite, vector)):
+        raise ValueError(f"action={vector} is not finite; pass the commanded control, normalised per dimension")
+    return tuple(vector)

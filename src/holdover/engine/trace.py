@@ -1,0 +1,190 @@
+"""What was decided, block by block, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, overload
+
+from holdover.engine.step import Role
+
+#: Reasons of the engine itself. Policies add their own.
+#:   kv update, prefill   the pass has a role that is never served from cache
+#:   condition            the condition changed since the slot was computed, or within this generation
+#:   first                nothing is held yet
+#:   interrupted          what was held was given up in a pass that failed
+#:   snapshot             what was held came from another model
+#:   shape, dtype, device the hidden state is not of the kind that was held
+#:   bytes                it does not fit under max_bytes
+#:   nan                  the signal is not finite
+#:   audit                an audit of this stream found an error past its limit
+#:   batch, group         another row of the batch, another rank of the group needs it
+#:   reuse                held over
+REUSE = "reuse"
+WARM_UP = "warm-up"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One block of one pass.
+
+    ``scores`` holds what the gate looked at, such as ``cosine``, ``threshold`` and ``deviation``; it is empty where a
+    guard decided. ``audit`` appears in it where a reused span was computed as well: the relative error in L2.
+    """
+
+    stream: str
+    branch: str
+    chunk: int
+    index: int
+    slot: str
+    block: int
+    role: Role
+    computed: bool
+    reason: str
+    scores: Mapping[str, float]
+    sigma: float | None
+
+
+class Trace(Sequence[Decision]):
+    """Every decision since `attach` or `clear`, pass by pass; a pass that failed leaves none."""
+
+    def __init__(self) -> None:
+        self._decisions: list[Decision] = []
+
+    @overload
+    def __getitem__(self, index: int) -> Decision: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Decision]: ...
+    def __getitem__(self, index: int | slice) -> Decision | list[Decision]:
+        return self._decisions[index]
+
+    def __len__(self) -> int:
+        return len(self._decisions)
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self._decisions)
+
+    def __repr__(self) -> str:
+        return f"<Trace of {len(self)} decisions>"
+
+    def extend(self, decisions: Iterable[Decision]) -> None:
+        self._decisions.extend(decisions)
+
+    def clear(self) -> None:
+        self._decisions.clear()
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """The decisions as plain dictionaries, ready for JSON."""
+        names = [field.name for field in fields(Decision)]
+        return [
+            {name: getattr(decision, name) for name in names} | {"scores": dict(decision.scores)}
+            for decision in self._decisions
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """Relative error in L2 of the reused spans that were computed as well."""
+
+    samples: int
+    mean_error: float
+    max_error: float
+    alarmed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Decisions, counted.
+
+    Attributes:
+        computed: block calls computed, KV updates and prefills included.
+        reused: block calls held over.
+        skip: reused / all block calls of denoising passes after warm-up, anchors and protected generations included.
+        bytes_held: bytes of held tensors; after `detach`, what was held until then.
+        reasons: block calls per reason.
+        audit: what the audit found, None where it looked at nothing.
+    """
+
+    computed: int
+    reused: int
+    skip: float
+    bytes_held: int
+    reasons: Mapping[str, int]
+    audit: AuditResult | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"skipped   {self.skip:6.1%} of the block calls after warm-up",
+            f"reused    {self.reused}",
+            f"computed  {self.computed}",
+            f"held      {self.bytes_held / 2**20:.1f} MiB",
+            "reasons   " + ", ".join(f"{reason} {n}" for reason, n in sorted(self.reasons.items(), key=_by_count)),
+        ]
+        if self.audit:
+            lines.append(
+                f"audit     {self.audit.samples} samples, relative error mean {self.audit.mean_error:.2e}, "
+                f"max {self.audit.max_error:.2e}{', past the limit' if self.audit.alarmed else ''}"
+            )
+        return "\n".join(lines)
+
+
+def _by_count(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Running counts of one stream."""
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    reused: int = 0
+    computed: int = 0
+    #: Denoising block calls after warm-up: what the skip rate is a share of.
+    skippable: int = 0
+    audits: int = 0
+    audit_sum: float = 0.0
+    audit_max: float = 0.0
+    alarmed: bool = False
+
+    def count(self, decision: Decision) -> None:
+        self.reasons[decision.reason] += 1
+        if decision.computed:
+            self.computed += 1
+        else:
+            self.reused += 1
+        if decision.role == "denoise" and decision.reason != WARM_UP:
+            self.skippable += 1
+
+    def count_audit(self, error: float) -> None:
+        self.audits += 1
+        self.audit_sum += error
+        self.audit_max = max(self.audit_max, error)
+
+    def add(self, other: Tally) -> None:
+        self.reasons.update(other.reasons)
+        self.reused += other.reused
+        self.computed += other.computed
+        self.skippable += other.skippable
+        self.audits += other.audits
+        self.audit_sum += other.audit_sum
+        self.audit_max = max(self.audit_max, other.audit_max)
+        self.alarmed |= other.alarmed
+
+    def stats(self, bytes_held: int) -> Stats:
+        audit = None
+        if self.audits:
+            audit = AuditResult(
+                samples=self.audits,
+                mean_error=self.audit_sum / self.audits,
+                max_error=self.audit_max,
+                alarmed=self.alarmed,
+            )
+        return Stats(
+            computed=self.computed,
+            reused=self.reused,
+            skip=self.reused / self.skippable if self.skippable else 0.0,
+            bytes_held=bytes_held,
+            reasons=dict(self.reasons),
+            audit=audit,
+        )

@@ -1,0 +1,37 @@
+"""Predictors stand in for a span of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdover.engine.contract import Call
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a span added when it was last computed, added to what enters now: ``y = x + (y_then - x_then)``.
+
+    X-Cache (arXiv 2604.20289), reuse.
+    """
+
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        buffer = spare.get("residual")
+        with torch.no_grad():
+            if buffer is None or not _takes(buffer, call.x, y):
+                return {"residual": torch.sub(y, call.x)}
+            return {"residual": torch.sub(y, call.x, out=buffer)}
+
+    def predict(self, call: Call) -> Tensor:
+        assert call.held is not None
+        return call.x + call.held.tensors["residual"]
+
+
+def _takes(buffer: Tensor, x: Tensor, y: Tensor) -> bool:
+    """Whether ``y - x`` can be written into a buffer."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return buffer.shape == y.shape and buffer.device == y.device and buffer.dtype == torch.result_type(y, x)

@@ -1,0 +1,141 @@
+"""Signals: what a gate looks at.
+
+Shape suffixes: B batch, F latent frames, L tokens, N sampled tokens, G view groups, S entries, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from holdover.engine.slots import ViewGroup
+
+#: Keeps the deviation finite where the held fingerprint is zero.
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """X-Cache's fingerprint of a block's input (arXiv 2604.20289).
+
+    Per view group a spatial entry, about ``tokens`` tokens of each view on a regular grid over frame, row and column,
+    and a global entry, the mean over the tokens of the group. Without view groups: one group, tokens uniformly spaced.
+
+    The metrics are ``cosine``, the least cosine of an entry with the held one, and ``deviation``, the largest over the
+    groups of ``max|now - held| / mean|held|`` in the spatial entry.
+    """
+
+    tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens!r}: give a whole number, 1 or more")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("cosine", "deviation")
+
+    def prepare(
+        self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]
+    ) -> FingerprintReading:
+        """Precompute for hidden states of one shape, ``[B, ..., C]`` with the tokens between, or ``[L, C]``.
+
+        Raises:
+            ValueError: the tokens are not whole frames of the view groups.
+        """
+        length = torch.Size(shape[1:-1] if len(shape) > 2 else shape[:1]).numel()
+        if not view_groups:
+            return FingerprintReading(shape, device, [uniform(length, self.tokens)], 1, [length])
+        per_frame = sum(group.tokens for group in view_groups)
+        if length % per_frame:
+            raise ValueError(
+                f"a hidden state of {length} tokens is not whole frames of the {per_frame} tokens that view_groups "
+                f"name; correct them, or pass view_groups=() to sample tokens regardless of their place"
+            )
+        frames = length // per_frame
+        indices, start = [], 0
+        for group in view_groups:
+            indices.append(_group_tokens(group, frames, per_frame, start, self.tokens))
+            start += group.tokens
+        return FingerprintReading(shape, device, indices, frames, [group.tokens for group in view_groups])
+
+
+class FingerprintReading:
+    """Index tensors for one shape and device. A fingerprint is ``[B, N+G, C]``: sampled tokens by group, then means.
+
+    An entry is a segment of that axis, ``S = 2·G`` in all.
+    """
+
+    def __init__(
+        self, shape: torch.Size, device: torch.device, indices: list[list[int]], frames: int, group_tokens: list[int]
+    ) -> None:
+        counts = [len(chosen) for chosen in indices]
+        self._groups, self._sampled = len(counts), sum(counts)
+        self._frames, self._group_tokens = frames, group_tokens
+        group_N = torch.repeat_interleave(torch.arange(self._groups), torch.tensor(counts))
+        segment = torch.cat([group_N, torch.arange(self._groups, 2 * self._groups)])
+        values = shape[-1] * (shape[0] if len(shape) > 2 else 1)
+        self._index_N = torch.tensor([token for chosen in indices for token in chosen], device=device)
+        self._group_N = group_N.to(device)
+        self._member_S1N = torch.nn.functional.one_hot(segment).T[:, None].to(device, torch.float32)
+        self._share_G = torch.tensor([1 / (count * values) for count in counts], device=device)
+
+    def read(self, x: Tensor) -> Tensor:
+        """The fingerprint of ``x``, float32 ``[B, N+G, C]``."""
+        x_BLC = (x.flatten(1, -2) if x.dim() > 2 else x[None]).detach()
+        b, length, c = x_BLC.shape
+        x_BFLC = x_BLC.reshape(b, self._frames, length // self._frames, c)
+        parts, start = [x_BLC.index_select(1, self._index_N).float()], 0
+        for tokens in self._group_tokens:
+            parts.append(x_BFLC[:, :, start : start + tokens].mean((1, 2), dtype=torch.float32)[:, None])
+            start += tokens
+        return torch.cat(parts, 1)
+
+    def compare(self, now: Tensor, then: Tensor) -> Tensor:
+        """``[2]``: cosine and deviation. NaN where either fingerprint is not finite."""
+        sums = torch.stack([value.sum((0, 2)) for value in (now * then, now.square(), then.square(), then.abs())])
+        dot_S, now_S, then_S, size_S = (self._member_S1N * sums).sum(2).unbind(1)
+        norm_S = now_S.sqrt() * then_S.sqrt()
+        # Two zero vectors are alike, one zero vector is like nothing.
+        cosine_S = torch.where(norm_S == 0, (now_S == then_S).float(), dot_S / norm_S)
+        change_N = (now[:, : self._sampled] - then[:, : self._sampled]).abs_().amax((0, 2))
+        mean_G = size_S[: self._groups] * self._share_G
+        deviation = (change_N / (mean_G + EPSILON)[self._group_N]).max()
+        return torch.stack([cosine_S.min(), deviation])
+
+
+def uniform(length: int, count: int) -> list[int]:
+    """``count`` whole numbers uniformly spaced over 0..length-1, all of them if there are no more."""
+    if length <= count:
+        return list(range(length))
+    if count == 1:
+        return [0]
+    return [round(Fraction(i * (length - 1), count - 1)) for i in range(count)]
+
+
+def grid_counts(dims: tuple[int, int, int], tokens: int) -> tuple[int, int, int]:
+    """How many indices to take per axis of a frames x rows x columns grid: in its proportions, ``tokens`` at most."""
+    volume = dims[0] * dims[1] * dims[2]
+    if volume <= tokens:
+        return dims
+    share = (tokens / volume) ** (1 / 3)
+    counts = [min(max(round(dim * share), 1), dim) for dim in dims]
+    while counts[0] * counts[1] * counts[2] > tokens:
+        counts[counts.index(max(counts))] -= 1
+    return counts[0], counts[1], counts[2]
+
+
+def _group_tokens(group: ViewGroup, frames: int, per_frame: int, start: int, tokens: int) -> list[int]:
+    """Places of a group's sampled tokens in the token axis; ``tokens`` counts per view."""
+    dims = frames, group.height, group.width
+    at_frame, at_row, at_column = (uniform(dim, n) for dim, n in zip(dims, grid_counts(dims, tokens), strict=True))
+    return [
+        frame * per_frame + start + (view * group.height + row) * group.width + column
+        for view in range(group.views)
+        for frame in at_frame
+        for row in at_row
+        for column in at_column
+    ]

@@ -1,0 +1,34 @@
+"""A caching method, composed of parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from holdover.engine.contract import Gate, Guard, Predictor, Signal
+from holdover.policies.parts.spans import Spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Unless the guard forbids it, the gate decides by the signal whether the predictor stands in for a span.
+
+    Attributes:
+        name: of the method.
+        spans: which runs of blocks are held over as one.
+        guard: forces computation.
+        gate: decides where the guard does not.
+        signal: what the gate looks at; None if it needs no tensor.
+        predictor: stands in for a span; None for a policy that computes everything.
+        per_index: each pass index of a generation has state of its own.
+        lifetime: what is held serves the whole ``stream``, or the ``generation`` in which it was computed.
+    """
+
+    name: str
+    spans: Spans
+    guard: Guard
+    gate: Gate
+    signal: Signal | None = None
+    predictor: Predictor | None = None
+    per_index: bool = False
+    lifetime: Literal["stream", "generation"] = "stream"

@@ -1,0 +1,52 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from holdover.policies.fixed_interval import fixed_interval
+from holdover.policies.never import never
+from holdover.policies.policy import Policy
+from holdover.policies.xcache import xcache
+from holdover.policies.xcache_reactive import xcache_reactive
+
+_METHODS: dict[str, Callable[..., Policy]] = {
+    method.__name__: method for method in (never, fixed_interval, xcache, xcache_reactive)
+}
+
+
+def policies() -> list[str]:
+    """The names that `policy` knows."""
+    return sorted(_METHODS)
+
+
+def policy(name: str, **options: Any) -> Policy:
+    """A policy by its name: ``policy("xcache", tau_floor=0.95)`` is ``xcache(tau_floor=0.95)``.
+
+    Raises:
+        ValueError: there is no such policy or option, or an option is out of range.
+    """
+    if name not in _METHODS:
+        raise ValueError(f"there is no policy {name!r}{_meant(name, _METHODS)}; holdover.policies() lists them")
+    known = _options(_METHODS[name])
+    for option in options:
+        if option not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"{name} has no option {option!r}{_meant(option, known)}; its options are: {listed}")
+    return _METHODS[name](**options)
+
+
+def _options(method: Callable[..., Policy]) -> list[str]:
+    parameters = inspect.signature(method).parameters.values()
+    own = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    # xcache_reactive passes what it does not know on to xcache.
+    passed_on = len(own) < len(parameters)
+    return own + _options(xcache) if passed_on else own
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -1,0 +1,196 @@
+"""A tiny seeded world model with a KV cache, and the window cadence of METHODS.md around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdover import ViewGroup
+
+GROUPS = (ViewGroup("front", 1, 4, 6), ViewGroup("side", 2, 3, 4))
+PER_FRAME = sum(group.tokens for group in GROUPS)
+WINDOW, STEPS, DIM, CHANNELS, BLOCKS = 4, 4, 32, 6, 4
+SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
+
+Runner = Callable[[dict[str, Any], Callable[..., Tensor]], Tensor]
+KV = dict[int, tuple[Tensor, Tensor]]
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.out = nn.Linear(DIM, DIM)
+        self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+
+    def forward(self, hidden_states: Tensor, modulation: Tensor, kv: KV | None = None, write: bool = False) -> Tensor:
+        x = F.layer_norm(hidden_states, (DIM,)) * (1 + modulation[:, None])
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, DIM // 2).permute(2, 0, 3, 1, 4)
+        own = k, v
+        if kv is not None and self.index in kv:
+            k, v = torch.cat([kv[self.index][0], k], 2), torch.cat([kv[self.index][1], v], 2)
+        if kv is not None and write:
+            kv[self.index] = own
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = hidden_states + self.out(attended)
+        return y + self.mlp(F.layer_norm(y, (DIM,)))
+
+
+class ToyModel(nn.Module):
+    """Predicts the clean window ``[B, F·PER_FRAME, CHANNELS]``; frames see themselves and the KV cache."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Linear(CHANNELS, DIM)
+            self.position = nn.Parameter(torch.randn(PER_FRAME, DIM))
+            self.modulate = nn.Linear(4, DIM)
+            self.blocks = nn.ModuleList(ToyBlock(index) for index in range(BLOCKS))
+            self.head = nn.Linear(DIM, CHANNELS)
+        self.eval().requires_grad_(False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        sigma: float,
+        action: Tensor,
+        condition: float = 0.0,
+        kv: KV | None = None,
+        write: bool = False,
+        apply: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None,
+    ) -> Tensor:
+        """``apply(block, x, compute)``, if given, stands between the model and its blocks: the twins' way in."""
+        steer = torch.tensor([[sigma, condition]], dtype=x.dtype).expand(len(x), -1)
+        modulation = self.modulate(torch.cat([action.expand(len(x), -1).to(x.dtype), steer], 1))
+        h = self.embed(x) + self.position.repeat(x.shape[1] // PER_FRAME, 1) + modulation[:, None]
+        for index, block in enumerate(self.blocks):
+            if apply is None:
+                h = block(h, modulation, kv, write=write)
+            else:
+                h = apply(index, h, lambda h, block=block: block(h, modulation, kv, write=write))
+        return torch.tanh(self.head(h))
+
+    def holdover_slots(self) -> list[str]:
+        return [f"blocks.{index}" for index in range(BLOCKS)]
+
+    def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
+        return GROUPS
+
+
+@dataclass
+class ToyLoop:
+    """One stream: cycles of WINDOW generations with one noise, the first of them committed at the end of the cycle.
+
+    ``fields`` of every pass go to the runner together with the pass itself.
+    """
+
+    seed: int = 0
+    stream: str = "default"
+    branches: tuple[str, ...] = ("",)
+    generation: int = 0
+    emitted: list[Tensor] = field(default_factory=list)
+    noise: Tensor | None = None
+    committed: Tensor | None = None
+    committed_action: Tensor | None = None
+    kv: dict[str, KV] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def step(self, model: ToyModel, action: tuple[float, float], runner: Runner, condition: float = 0.0) -> Tensor:
+        """Generate one piece ``[1, PER_FRAME, CHANNELS]``."""
+        position = self.generation % WINDOW
+        if position == 0:
+            source = torch.Generator().manual_seed(1000 * self.seed + self.generation)
+            self.noise = torch.randn(STEPS, 1, WINDOW * PER_FRAME, CHANNELS, generator=source)
+            self.emitted = []
+        assert self.noise is not None
+        command = torch.tensor([action])
+        known = torch.cat([self.noise[0, :, :0], *self.emitted], 1)
+        clean = torch.zeros_like(self.noise[0])
+        for index, sigma in enumerate(SIGMAS):
+            clean[:, : known.shape[1]] = known
+            noisy = (1 - sigma) * clean + sigma * self.noise[index]
+            outputs = []
+            for n, branch in enumerate(self.branches):
+                fields = {
+                    "stream": self.stream,
+                    "branch": branch,
+                    "chunk": self.generation,
+                    "index": index,
+                    "num_steps": STEPS,
+                    "sigma": sigma,
+                    "action": action,
+                    "condition": condition,
+                    "commits": position == 0,
+                }
+                outputs.append(self._run(model, runner, fields, noisy, n, sigma, command, condition))
+            clean = outputs[0] if len(outputs) == 1 else outputs[1] + 1.5 * (outputs[0] - outputs[1])
+        if position == 0:
+            self.committed, self.committed_action = clean.clone(), command
+        self.emitted.append(clean[:, position * PER_FRAME : (position + 1) * PER_FRAME].clone())
+        if position == WINDOW - 1:
+            assert self.committed is not None
+            assert self.committed_action is not None
+            for n, branch in enumerate(self.branches):
+                fields = {"stream": self.stream, "branch": branch, "chunk": self.generation, "role": "kv_update"}
+                arguments = (self.committed, n, 0.0, self.committed_action, condition)
+                self._run(model, runner, fields, *arguments, write=True)
+        self.generation += 1
+        return self.emitted[-1]
+
+    def _run(
+        self,
+        model: ToyModel,
+        runner: Runner,
+        fields: dict[str, Any],
+        x: Tensor,
+        branch: int,
+        sigma: float,
+        action: Tensor,
+        condition: float,
+        write: bool = False,
+    ) -> Tensor:
+        kv = self.kv.setdefault(self.branches[branch], {})
+        arguments = {"sigma": sigma, "action": action, "condition": condition - branch, "kv": kv, "write": write}
+        return runner(fields, lambda **more: model(x, **arguments, **more))
+
+
+def plain(fields: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:
+    """Runs every pass as it is."""
+    return run()
+
+
+def cached(cache: Any) -> Runner:
+    """Runs every pass within a step of the cache."""
+
+    def runner(fields: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:
+        with cache.step(**fields):
+            return run()
+
+    return runner
+
+
+def drive(generations: int, start: int = 0) -> Iterator[tuple[float, float]]:
+    """Commanded speed and curvature: steady, a gentle turn, then a sudden stop in the middle of a cycle."""
+    for n in range(start, start + generations):
+        curvature = 0.02 * math.sin(n / 3) if n < 8 else 0.6
+        yield (0.8 if n < 14 else 0.1), curvature
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
