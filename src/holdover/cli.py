@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from holdover.world.transformer import WorldModel
@@ -125,6 +126,73 @@ def train(
         typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
 
 
+@bench.command()
+def ablation(
+    out: Benchmarks = Path("benchmarks"),
+    model: Model = None,
+    clips: Clips = None,
+    generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 60,
+    seed: Seed = 0,
+) -> None:
+    """X-Cache part by part, the cadence it needs, and the control of one piece per chunk."""
+    with _plain_errors():
+        from holdover.bench.ablation import run_ablation
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_ablation(
+                _load(model)[0], out, generations=generations, seed=seed, clips=clips, progress=progress
+            )
+        _show(out / "ablation.md", figures)
+
+
+@bench.command()
+def overhead(
+    out: Benchmarks = Path("benchmarks"),
+    model: Model = None,
+    clips: Clips = None,
+    generations: Annotated[int, typer.Option(help="To time, four of warm-up included.")] = 44,
+    seed: Seed = 0,
+) -> None:
+    """What attaching costs where nothing is reused, and what is left where everything is."""
+    with _plain_errors():
+        from holdover.bench.overhead import run_overhead
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_overhead(
+                _load(model)[0], out, generations=generations, seed=seed, clips=clips, progress=progress
+            )
+        _show(out / "overhead.md", figures)
+
+
+@bench.command()
+def reaction(
+    out: Benchmarks = Path("benchmarks"),
+    model: Model = None,
+    clips: Clips = None,
+    generations: Annotated[int, typer.Option(help="To drive in each scenario.")] = 28,
+    moments: Annotated[int, typer.Option(help="In each scenario at which the events happen.")] = 4,
+    seed: Seed = 0,
+) -> None:
+    """Brake, steer and change lane in mid-cycle: how much of it a cached rollout shows, and how late."""
+    with _plain_errors():
+        from holdover.bench.reactions import run_reactions
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_reactions(
+                _load(model)[0],
+                out,
+                generations=generations,
+                count=moments,
+                seed=seed,
+                clips=clips,
+                progress=progress,
+            )
+        _show(out / "reaction.md", figures)
+
+
 def main() -> None:
     """The entry point of the ``holdover`` command."""
     app()
@@ -146,6 +214,12 @@ def _plain_errors() -> Iterator[None]:
 def _fail(message: str) -> None:
     typer.echo(f"holdover: {' '.join(message.split())}", err=True)
     raise typer.Exit(2) from None
+
+
+def _show(card: Path, figures: dict[str, Any]) -> None:
+    """Print a benchmark's card; its last line is JSON."""
+    typer.echo(card.read_text(encoding="utf-8"))
+    typer.echo(json.dumps(figures))
 
 
 def _keep_memory() -> None:

@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 from rich.progress import Progress, TaskID
-from torch import Tensor
 
 from holdover.bench.lanes import Arm, Lane, Race
 from holdover.bench.measure import INTERVAL, Metrics, describe, describe_full, environment
-from holdover.bench.reaction import Reaction, can_react, measure_race
+from holdover.bench.reaction import drive, moments
 from holdover.bench.scenarios import NAMES, STEADY, Scenario, load_scenario
 from holdover.bench.stlpips import StLpips
-from holdover.bench.timing import block_share
+from holdover.bench.timing import cadence_block_share
 from holdover.policies.registry import policy
 from holdover.report.files import write_json
 from holdover.report.page import write_page
 from holdover.report.plots import plot_block_skip, plot_cosine_maps, plot_psnr_over_time
 from holdover.report.video import write_side_by_side
-from holdover.rollout.driver import ClosedLoop, LoopConfig
+from holdover.rollout.driver import LoopConfig
 from holdover.world.cameras import FPS, stitch
 from holdover.world.transformer import WorldModel
 
@@ -89,9 +88,9 @@ def run_demo(
         load_scenario(name, model.config, clips=clips, generations=options.generations) for name in options.scenarios
     ]
     total = progress.add_task("demo", total=len(scenarios) * (options.generations + 1) + 1)
-    share = _block_share(model, scenarios[0])
+    share = cadence_block_share(model, scenarios[0], LoopConfig())
     progress.advance(total)
-    metrics = Metrics(every=options.every, distance=distance, block_share=share)
+    metrics = Metrics(every=options.every, distance=distance, block_shares={"window": share})
     entries = []
     for scenario in scenarios:
         entries.append(_run_scenario(model, scenario, out, options, metrics, progress, total))
@@ -118,29 +117,6 @@ def steady_skip_ceiling(model: WorldModel) -> float:
     return (window - 1) / window * (blocks - 1) / blocks
 
 
-def moments(actions: Tensor, cycle: int, count: int) -> list[int]:
-    """Generations in mid-cycle at which braking and steering would show, spread over a rollout, at most ``count``.
-
-    The first cycle is left out; so is the last generation of a cycle, where even a cache that never reacts is only one
-    generation late.
-    """
-    inside = range(1, max(2, cycle - 1))
-    able = [g for g in range(cycle, len(actions)) if g % cycle in inside and can_react(actions[g])]
-    if len(able) <= count:
-        return able
-    chosen = []
-    for i in range(count):
-        target = cycle + (i + 0.5) / count * (len(actions) - cycle)
-        wanted = inside[i % len(inside)]  # every position gets its turn, where there is a choice
-        chosen.append(min(able, key=lambda g: (abs(g - target) + (cycle if g % cycle != wanted else 0), g)))
-    return sorted(set(chosen))
-
-
-def _block_share(model: WorldModel, scenario: Scenario) -> float:
-    loop = ClosedLoop(model, scenario.start, scenario.start_actions)
-    return block_share(loop, scenario.actions[0])
-
-
 def _run_scenario(
     model: WorldModel,
     scenario: Scenario,
@@ -152,15 +128,9 @@ def _run_scenario(
 ) -> dict[str, Any]:
     arms = [Arm(name=name, policy=policy(name), loop=loop) for name, loop in ARMS]
     at = moments(scenario.actions, model.config.window, MOMENTS)
-    reactions: dict[str, list[Reaction]] = {arm.name: [] for arm in arms}
+    progress.update(total, description=f"{scenario.name}: driving")
     with Race(model, scenario, arms, seed=options.seed) as race:
-        for g, action in enumerate(scenario.actions):
-            progress.update(total, description=f"{scenario.name}: driving")
-            if g in at:
-                for name, found in measure_race(race, action).items():
-                    reactions[name] += found
-            race.step(action)
-            progress.advance(total)
+        reactions = drive(race, scenario.actions, at=at, advance=lambda: progress.advance(total))
         progress.update(total, description=f"{scenario.name}: comparing")
         entry: dict[str, Any] = {
             "name": scenario.name,

@@ -47,6 +47,7 @@ class Lane:
         dit_seconds, end_to_end_seconds: per generation; the latter with decoding to frames.
         exact: per generation, whether every block was computed.
         latents: the pieces as generated, ``[1, 1, N, P]`` each.
+        committed: the windows written to the KV cache after the start, ``[1, F, N, P]`` each.
     """
 
     def __init__(self, arm: Arm, loop: ClosedLoop) -> None:
@@ -56,6 +57,7 @@ class Lane:
         self.dit_seconds: list[float] = []
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
+        self.committed: list[Tensor] = []
 
     @classmethod
     def start(cls, arm: Arm, model: WorldModel, scenario: Scenario, *, seed: int) -> Lane:
@@ -63,7 +65,9 @@ class Lane:
         own = copy.deepcopy(model)
         cache = attach(own, arm.policy) if arm.policy is not None else None
         start = scenario.start, scenario.start_actions
-        return cls(arm, ClosedLoop(own, *start, config=arm.loop, seed=seed, cache=cache, stream=STREAM))
+        lane = cls(arm, ClosedLoop(own, *start, config=arm.loop, seed=seed, cache=cache, stream=STREAM))
+        own.register_forward_pre_hook(lane._see_commit, with_kwargs=True)
+        return lane
 
     @property
     def cache(self) -> Cache | None:
@@ -104,6 +108,10 @@ class Lane:
     def close(self) -> None:
         if self.cache:
             self.cache.detach()
+
+    def _see_commit(self, _model: Any, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("write") and kwargs["cache"] is self.loop.kv:  # and not that of a fork
+            self.committed.append(args[0].clone())
 
     def _keep(self, piece: Piece, frames: Mapping[str, NDArray[np.uint8]], seconds: float) -> None:
         for name, video in frames.items():
@@ -173,7 +181,7 @@ class Race:
     Args:
         model: is copied, not changed.
         scenario: what to drive.
-        arms: cached or uncached; names must differ.
+        arms: names must differ. One without a policy is full compute, which is run once per cadence.
         seed: of the noise, the same for all.
 
     Use as a context manager: leaving it takes the caches off.
@@ -183,15 +191,19 @@ class Race:
         twice = [name for name, n in Counter(arm.name for arm in arms).items() if n > 1]
         if twice:
             raise ValueError(f"two arms are called {twice[0]!r}; give every arm its own name")
-        self.lanes = {arm.name: Lane.start(arm, model, scenario, seed=seed) for arm in arms}
+        self.arms = {arm.name: arm for arm in arms}
+        #: The cached runs.
+        self.lanes: dict[str, Lane] = {}
         self._bases: dict[LoopConfig, Lane] = {}
         self._followers: dict[str, Follower] = {}
-        for name, lane in self.lanes.items():
-            key = _base_config(lane.arm.loop)
+        for arm in arms:
+            key = _base_config(arm.loop)
             if key not in self._bases:
                 self._bases[key] = Lane.start(Arm(name="full", loop=key), model, scenario, seed=seed)
-            if lane.arm.loop.commit == "last_full" and lane.cache is not None:
-                self._followers[name] = Follower(lane, self._bases[key])
+            if arm.policy is not None:
+                self.lanes[arm.name] = Lane.start(arm, model, scenario, seed=seed)
+                if arm.loop.commit == "last_full":
+                    self._followers[arm.name] = Follower(self.lanes[arm.name], self._bases[key])
 
     def __enter__(self) -> Race:
         return self
@@ -199,11 +211,6 @@ class Race:
     def __exit__(self, *_: object) -> None:
         for lane in self.lanes.values():
             lane.close()
-
-    @property
-    def passes(self) -> int:
-        """Runs that advance with every step, for a progress bar."""
-        return len(self.lanes) + len(self._bases)
 
     def reference(self, name: str) -> Lane:
         """The full-compute run that an arm is compared with."""
@@ -213,10 +220,16 @@ class Race:
 
     def base(self, name: str) -> Lane:
         """The full-compute run of an arm's cadence: what its time is compared with."""
-        return self._bases[_base_config(self.lanes[name].arm.loop)]
+        return self._bases[_base_config(self.arms[name].loop)]
 
     def step(self, action: Tensor) -> None:
         """One generation of every run under ``action [A]``, arms first: their references may follow them."""
+        if not self._followers:  # then the order is free, and nobody always comes last
+            runs = [*self.lanes.values(), *self._bases.values()]
+            turn = len(runs[0].exact) % len(runs)
+            for lane in runs[turn:] + runs[:turn]:
+                lane.step(action)
+            return
         positions = {name: lane.position for name, lane in self.lanes.items()}
         for lane in self.lanes.values():
             lane.step(action)

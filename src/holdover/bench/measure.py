@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from holdover.bench.fidelity import Comparison, compare
+from holdover.bench.fidelity import Comparison, compare, psnr
 from holdover.bench.lanes import Lane, Race
 from holdover.bench.reaction import EVENTS, Reaction, mean_ratio
 from holdover.bench.scenarios import Scenario
@@ -26,6 +26,8 @@ from holdover.world.cameras import FPS
 
 #: PSNR over time is that of each second.
 INTERVAL = FPS
+#: Seconds from the start over which a rollout is compared with the simulator.
+HORIZONS = (1, 2, 5, 20)
 _EDGE = 5 * FPS  # frames of "the first" and "the last five seconds"
 
 
@@ -36,12 +38,12 @@ class Metrics:
     Attributes:
         every: SSIM and ST-LPIPS look at every so-manieth frame.
         distance: ST-LPIPS, or None to leave it out.
-        block_share: of the DiT time without a cache, what the blocks of denoising passes take.
+        block_shares: per cadence, of the DiT time without a cache, what the blocks of denoising passes take.
     """
 
     every: int
     distance: StLpips | None
-    block_share: float
+    block_shares: Mapping[str, float]
 
 
 def describe(
@@ -57,7 +59,7 @@ def describe(
     comparison = compare(lane.video(), reference.video(), every=metrics.every, distance=metrics.distance)
     full_time, time = _times(race.base(name)), _times(lane)
     config = lane.loop.model.config
-    bound = amdahl_bound(metrics.block_share, stats.skip)
+    bound = amdahl_bound(metrics.block_shares[lane.loop.config.cadence], stats.skip)
     faster = speedup(full_time.dit, time.dit)
     decisions = lane.decisions()
     return {
@@ -70,7 +72,7 @@ def describe(
         **time.to_json(),
         "end_to_end_speedup": speedup(full_time.end_to_end, time.end_to_end),
         "bytes_held": stats.bytes_held,
-        **_fidelity(comparison),
+        **_fidelity(comparison, config.window * config.frames_per_latent),
         "truth": _truth(lane, scenario, metrics),
         "reaction": {event.name: mean_ratio(reactions, event.name) for event in EVENTS},
         "reasons": dict(stats.reasons),
@@ -79,6 +81,7 @@ def describe(
             _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.depth)
         ],
         "full_generations": sum(lane.exact),
+        "committed_as_emitted_db": _finite(agreement(lane)),
     }
 
 
@@ -102,6 +105,14 @@ def describe_full(lane: Lane, scenario: Scenario, metrics: Metrics, *, name: str
         "reasons": {},
         "full_generations": len(lane.exact),
     }
+
+
+def agreement(lane: Lane) -> float:
+    """PSNR in dB of what a run committed against what it had shown: the history the model believes in."""
+    shown = torch.split(torch.cat(lane.latents, 1), lane.loop.chunk_frames, 1)
+    pairs = zip(lane.committed, shown, strict=False)  # a last, unfinished cycle has committed nothing yet
+    difference = torch.cat([a.clamp(-1, 1) - b.clamp(-1, 1) for a, b in pairs])
+    return psnr(((difference.double() * 127.5) ** 2).flatten(1).mean(1).numpy())
 
 
 def environment(model: Path | None = None) -> dict[str, Any]:
@@ -139,13 +150,14 @@ def _times(lane: Lane) -> _Times:
     )
 
 
-def _fidelity(comparison: Comparison) -> dict[str, Any]:
+def _fidelity(comparison: Comparison, window_frames: int) -> dict[str, Any]:
     cameras = [view for view in comparison.errors if view != "stitched"]
     return {
         "stitched": comparison.fidelity().to_json(),
         "cameras": {camera: comparison.fidelity(camera).to_json() for camera in cameras},
         "psnr_db_first_5s": _finite(comparison.psnr(frames=slice(_EDGE))),
         "psnr_db_last_5s": _finite(comparison.psnr(frames=slice(-_EDGE, None))),
+        "psnr_db_by_window": [_finite(value) for value in comparison.psnr_by(window_frames)],
         "psnr_db_by_second": [_finite(value) for value in comparison.psnr_by(INTERVAL)],
     }
 
@@ -155,7 +167,15 @@ def _truth(lane: Lane, scenario: Scenario, metrics: Metrics) -> dict[str, Any] |
     if scenario.truth is None:
         return None
     comparison = compare(lane.video(), scenario.truth, every=metrics.every)
-    return {"psnr_db": _finite(comparison.psnr()), "ssim": comparison.ssim["stitched"]}
+    return {
+        "psnr_db": _finite(comparison.psnr()),
+        "ssim": comparison.ssim["stitched"],
+        "psnr_db_by_horizon": {
+            str(seconds): _finite(comparison.psnr(frames=slice(seconds * FPS)))
+            for seconds in HORIZONS
+            if seconds * FPS <= len(comparison.errors["stitched"])
+        },
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -65,17 +65,30 @@ class Reaction:
         ratios: the response ratio of each generation from the event's own on; None where the full-compute rollout
             does not respond either.
         response: root mean square of the full response in the event's own generation, in units of 1/255.
+        error: mean squared error of the cached picture there, in units of 1/255: what PSNR sees of it.
     """
 
     event: str
     position: int
     ratios: tuple[float | None, ...]
     response: float
+    error: float
 
     @property
     def late(self) -> int | None:
         """Generations until the ratio first reaches `REACTED`, 0 in the event's own; None if it never did."""
         return next((i for i, ratio in enumerate(self.ratios) if ratio is not None and ratio >= REACTED), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One generation under an event: its latents, clipped to what pixels can show, and how they differ from calm."""
+
+    latents: Tensor
+    change: Tensor
+
+
+Responses = dict[str, list[Response]]  # per event, for each generation from it on
 
 
 def response_ratio(cached: Tensor, full: Tensor) -> float | None:
@@ -96,7 +109,7 @@ def measure(
     *,
     events: Sequence[Event] = EVENTS,
     horizon: int = 1,
-    full_responses: dict[str, list[Tensor]] | None = None,
+    full_responses: Responses | None = None,
 ) -> list[Reaction]:
     """Measure the reaction of a cached rollout from where it stands; neither loop is moved.
 
@@ -115,26 +128,25 @@ def measure(
         raise ValueError(f"the cached loop is at generation {cached.generation}, the full one at {full.generation}")
     memory = full_responses if full_responses is not None else {}
     if not memory:
-        memory.update(_responses(full, action, events, horizon))
+        memory.update(_respond(full, action, events, horizon))
     position = cached.generation % cached.chunk_frames
     return [
         Reaction(
             event=name,
             position=position,
-            ratios=tuple(response_ratio(c, f) for c, f in zip(response, memory[name], strict=True)),
-            response=float(memory[name][0].double().square().mean().sqrt()) * 127.5,
+            ratios=tuple(response_ratio(c.change, f.change) for c, f in zip(responses, memory[name], strict=True)),
+            response=_mean_square(memory[name][0].change) ** 0.5,
+            error=_mean_square(responses[0].latents - memory[name][0].latents),
         )
-        for name, response in _responses(cached, action, events, horizon).items()
+        for name, responses in _respond(cached, action, events, horizon).items()
     ]
 
 
 def measure_race(race: Race, action: Tensor, *, horizon: int = 1) -> dict[str, list[Reaction]]:
     """`measure` for every cached run of a race, where it stands; the race is not moved."""
-    responses: dict[int, dict[str, list[Tensor]]] = {}
+    responses: dict[int, Responses] = {}
     reactions = {}
     for name, lane in race.lanes.items():
-        if lane.cache is None:
-            continue
         # A reference that follows its arm's commits would wait for decisions of a run that is not under way. Only past
         # the end of the cycle can the difference show.
         full = fork(race.reference(name).loop, "reference")
@@ -142,6 +154,48 @@ def measure_race(race: Race, action: Tensor, *, horizon: int = 1) -> dict[str, l
         memory = responses.setdefault(id(race.reference(name).loop), {})
         reactions[name] = measure(lane.loop, full, action, horizon=horizon, full_responses=memory)
     return reactions
+
+
+def drive(
+    race: Race, actions: Tensor, *, at: Sequence[int] = (), horizon: int = 1, advance: Callable[[], None]
+) -> dict[str, list[Reaction]]:
+    """Run a race to the end, measuring reactions on the way.
+
+    Args:
+        actions: one per generation ``[G, A]``.
+        at: generations at which to measure, see `moments`.
+        horizon: see `measure`.
+        advance: called after each generation.
+
+    Returns:
+        The reactions of each cached run.
+    """
+    reactions: dict[str, list[Reaction]] = {name: [] for name in race.lanes}
+    for g, action in enumerate(actions):
+        if g in at:
+            for name, found in measure_race(race, action, horizon=horizon).items():
+                reactions[name] += found
+        race.step(action)
+        advance()
+    return reactions
+
+
+def moments(actions: Tensor, cycle: int, count: int) -> list[int]:
+    """Generations in mid-cycle at which braking and steering would show, spread over a rollout, at most ``count``.
+
+    The first cycle is left out; so is the last generation of a cycle, where even a cache that never reacts is only one
+    generation late.
+    """
+    inside = range(1, max(2, cycle - 1))
+    able = [g for g in range(cycle, len(actions)) if g % cycle in inside and can_react(actions[g])]
+    if len(able) <= count:
+        return able
+    chosen = []
+    for i in range(count):
+        target = cycle + (i + 0.5) / count * (len(actions) - cycle)
+        wanted = inside[i % len(inside)]  # every position gets its turn, where there is a choice
+        chosen.append(min(able, key=lambda g: (abs(g - target) + (cycle if g % cycle != wanted else 0), g)))
+    return sorted(set(chosen))
 
 
 def mean_ratio(reactions: Sequence[Reaction], event: str) -> float | None:
@@ -156,22 +210,26 @@ def mean_late(reactions: Sequence[Reaction], event: str) -> float | None:
     return None if not late or None in late else fmean(n for n in late if n is not None)
 
 
-def _responses(loop: ClosedLoop, action: Tensor, events: Sequence[Event], horizon: int) -> dict[str, list[Tensor]]:
-    """Per event, for each generation from it on, the latents with it minus those without it."""
+def _respond(loop: ClosedLoop, action: Tensor, events: Sequence[Event], horizon: int) -> Responses:
     calm = _run(loop, "calm", [action] * horizon)
     responses = {}
     for event in events:
         commands = list(event.actions(action))
         commands += [commands[-1]] * (horizon - len(commands))
         eventful = _run(loop, event.name, commands[:horizon])
-        responses[event.name] = [a - b for a, b in zip(eventful, calm, strict=True)]
+        responses[event.name] = [Response(latents=e, change=e - c) for e, c in zip(eventful, calm, strict=True)]
     return responses
+
+
+def _mean_square(difference: Tensor) -> float:
+    """Of latents in [-1, 1], in units of 1/255 of a pixel's range."""
+    return float((difference.double() * 127.5).square().mean())
 
 
 def _run(loop: ClosedLoop, name: str, actions: Sequence[Tensor]) -> list[Tensor]:
     stream = f"reaction {name}"
     twin = fork(loop, stream)
-    pieces = [twin.step(action).latents for action in actions]
+    pieces = [twin.step(action).latents.clamp(-1, 1) for action in actions]
     if loop.cache is not None:
         loop.cache.reset(stream)
     return pieces

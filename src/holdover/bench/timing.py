@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.rollout.driver import ClosedLoop
+from holdover.bench.scenarios import Scenario
+from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.transformer import WorldModel
 
 
@@ -116,3 +117,8 @@ def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> float:
         for _ in range(cycles * loop.chunk_frames):
             total += loop.step(action).dit_seconds
     return clock.seconds / total
+
+
+def cadence_block_share(model: WorldModel, scenario: Scenario, config: LoopConfig) -> float:
+    """`block_share` of a model under a cadence, from a scenario's start."""
+    return block_share(ClosedLoop(model, scenario.start, scenario.start_actions, config=config), scenario.actions[0])

@@ -1,0 +1,146 @@
+"""What each part of X-Cache is for, the cadence that it needs, and the control which that cadence must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from holdover.bench.ablation_card import card
+from holdover.bench.cards import write_card
+from holdover.bench.lanes import Arm, Race
+from holdover.bench.measure import Metrics, describe, describe_full, environment
+from holdover.bench.reaction import drive, moments
+from holdover.bench.scenarios import KINDS, Scenario, load_scenario
+from holdover.bench.stlpips import StLpips
+from holdover.bench.timing import cadence_block_share
+from holdover.policies.registry import policy
+from holdover.rollout.driver import LoopConfig
+from holdover.world.transformer import WorldModel
+
+#: One scripted and one steady scenario; the published ablation used a highway clip.
+SCENARIOS = ("highway", "urban-steady")
+GENERATIONS = 60  # 20 seconds
+MOMENTS = 2
+
+WINDOW, PLAIN, FRESH = LoopConfig(), LoopConfig(cadence="plain"), LoopConfig(fresh_noise=True)
+LAST_FULL, EMITTED = LoopConfig(commit="last_full"), LoopConfig(commit="emitted")
+LAST_PROTECTED = LoopConfig(protected="last", commit="last_full")
+
+
+def ablation_arms() -> list[Arm]:
+    """Every row of the ablation."""
+    rows: list[tuple[str, LoopConfig, str, dict[str, Any]]] = [
+        ("default", WINDOW, "xcache", {}),
+        ("+ step-0 protection", WINDOW, "xcache", {"step0": "full"}),
+        ("+ relaxed step-0 protection", WINDOW, "xcache", {"step0": "relaxed"}),
+        ("− KV protection", WINDOW, "xcache", {"protection": "pass"}),
+        ("− KV protection + step-0", WINDOW, "xcache", {"protection": "pass", "step0": "full"}),
+        ("− front anchor", WINDOW, "xcache", {"front_anchors": 0}),
+        *((f"floor {floor}", WINDOW, "xcache", {"tau_floor": floor}) for floor in (0.90, 0.95, 0.98)),
+        ("last protected", LAST_PROTECTED, "xcache", {}),
+        ("commit last full", LAST_FULL, "xcache", {}),
+        ("commit emitted", EMITTED, "xcache", {}),
+        ("commit emitted − KV protection", EMITTED, "xcache", {"protection": "pass"}),
+        ("fresh noise", FRESH, "xcache", {}),
+        ("plain cadence", PLAIN, "xcache", {}),
+        ("plain cadence − KV protection", PLAIN, "xcache", {"protection": "pass"}),
+        ("reactive", LAST_FULL, "xcache_reactive", {}),
+        ("fixed, every 4th", WINDOW, "fixed_interval", {"every": 4}),
+        ("fixed, every 2nd", WINDOW, "fixed_interval", {"every": 2}),
+    ]
+    full = [
+        Arm(name="full"),
+        Arm(name="full, fresh noise", loop=FRESH),
+        Arm(name="full, plain cadence", loop=PLAIN),
+    ]
+    return full + [Arm(name=name, loop=loop, policy=policy(method, **options)) for name, loop, method, options in rows]
+
+
+def control_arms() -> list[Arm]:
+    """The window cadence, cached, against the plain one, which needs a quarter of the tokens and no cache."""
+    return [
+        Arm(name="full"),
+        Arm(name="xcache", policy=policy("xcache")),
+        Arm(name="xcache_reactive", policy=policy("xcache_reactive"), loop=LAST_FULL),
+        Arm(name="full, committing as emitted", loop=EMITTED),
+        Arm(name="plain cadence", loop=PLAIN),
+    ]
+
+
+def run_ablation(
+    model: WorldModel,
+    out: Path,
+    *,
+    generations: int = GENERATIONS,
+    scenarios: Sequence[str] = SCENARIOS,
+    seed: int = 0,
+    every: int = 12,
+    clips: Path | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run the ablations and the control; writes ``ablation.md`` and ``ablation.json``.
+
+    All runs of a scenario are interleaved, each beside full compute of its own cadence.
+
+    Args:
+        generations: per scenario.
+        scenarios: of the ablation; the control runs the scripted ones.
+        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        clips: where the scenarios start.
+
+    Raises:
+        ValueError: ``generations`` is too short for a cycle after the warm-up, or a clip for the generations.
+    """
+    if generations < 2 * model.config.window:
+        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.config.window}")
+    distance = StLpips()
+    load = {
+        name: load_scenario(name, model.config, clips=clips, generations=generations) for name in {*scenarios, *KINDS}
+    }
+    first = load[scenarios[0]]
+    shares: dict[str, float] = {loop.cadence: cadence_block_share(model, first, loop) for loop in (WINDOW, PLAIN)}
+    metrics = Metrics(every=every, distance=distance, block_shares=shares)
+    task = progress.add_task("ablation", total=(len(scenarios) + len(KINDS)) * generations)
+    ablation, control = [], []
+    for name in scenarios:
+        progress.update(task, description=f"ablation: {name}")
+        ablation.append(_run(model, load[name], ablation_arms(), metrics, seed, progress, task))
+    for name in KINDS:
+        progress.update(task, description=f"control: {name}")
+        control.append(_run(model, load[name], control_arms(), metrics, seed, progress, task))
+    figures = {
+        "ablation": ablation,
+        "control": control,
+        "generations": generations,
+        "seed": seed,
+        "every": every,
+        "environment": {**environment(), "block_shares": shares},
+    }
+    write_card(out, "ablation", card(figures), figures)
+    return figures
+
+
+def _run(
+    model: WorldModel,
+    scenario: Scenario,
+    arms: Sequence[Arm],
+    metrics: Metrics,
+    seed: int,
+    progress: Progress,
+    task: TaskID,
+) -> dict[str, Any]:
+    at = moments(scenario.actions, model.config.window, MOMENTS)
+    with Race(model, scenario, arms, seed=seed) as race, warnings.catch_warnings():
+        # That full protection leaves nothing to reuse in the plain cadence is one of the results.
+        warnings.filterwarnings("ignore", message=".*could reuse nothing")
+        reactions = drive(race, scenario.actions, at=at, advance=lambda: progress.advance(task))
+        rows = []
+        for arm in arms:
+            if arm.policy is None:
+                rows.append(describe_full(race.base(arm.name), scenario, metrics, name=arm.name))
+            else:
+                rows.append(describe(race, arm.name, scenario, metrics, reactions[arm.name]))
+    return {"name": scenario.name, "reaction_measured_at": at, "rows": rows}

@@ -1,0 +1,22 @@
+"""Results as files: a readable card and its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from holdover.report.files import write_json, write_text
+
+
+def write_card(out: Path, name: str, text: str, figures: dict[str, Any]) -> None:
+    """Write ``out/name.md`` and ``out/name.json``."""
+    write_text(out / f"{name}.md", text)
+    write_json(out / f"{name}.json", figures)
+
+
+def about(environment: dict[str, Any]) -> str:
+    """One line on what a card was measured on."""
+    return (
+        f"Measured on {environment['processor']} ({environment['system']}), {environment['threads']} threads, "
+        f"PyTorch {environment['torch']}, Python {environment['python']}."
+    )
