@@ -33,7 +33,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        return " ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
 
 
 def fixed(**options: Any) -> Case:
@@ -63,8 +63,8 @@ VARIED = [
     fixed(over="steps", every=2, span="all", front_anchors=0),
     xcache(front_anchors=2, back_anchors=1, warmup=3),
     xcache(front_anchors=0, warmup=0, protection="pass", max_staleness=2),
-    xcache(tau_floor=0.9, margin=0.0003, alpha=0.6),
-    xcache(tau_dev=0.22),
+    xcache(tau_floor=0.9, margin=0.00015),
+    xcache(tau_dev=0.22, alpha=1.0),
     xcache(step0="full", tokens=5),
     xcache(step0="relaxed", tokens=200, tau_floor=0.9),
     xcache(max_staleness=1),

@@ -161,7 +161,7 @@ class ToyLoop:
     ) -> Tensor:
         kv = self.kv.setdefault(self.branches[branch], {})
         arguments = {"sigma": sigma, "action": action, "condition": condition - branch, "kv": kv, "write": write}
-        return runner(fields, lambda **more: model(x, **arguments, **more))
+        return runner(fields, lambda model=model, **more: model(x, **arguments, **more))
 
 
 def plain(fields: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:

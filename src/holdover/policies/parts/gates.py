@@ -24,8 +24,9 @@ class Open:
 class DualMetric:
     """X-Cache's gate: cosine against a threshold that follows it, and the largest deviation (arXiv 2604.20289).
 
-    With ``s`` the least cosine of the fingerprint's entries and ``d`` the deviation, the running mean starts at the first
-    ``s`` and becomes ``alpha·s + (1-alpha)·mean``; reuse if ``s >= max(tau_floor, mean - margin)`` and ``d < tau_dev``.
+    With ``s`` the least cosine of the fingerprint's entries and ``d`` the deviation, the running mean starts at the
+    first ``s`` and becomes ``alpha·s + (1-alpha)·mean``. Reuse if ``s >= max(tau_floor, mean - margin)`` and
+    ``d < tau_dev``.
 
     Attributes:
         action: take the cosine of the generation's action with the held one as one more entry.

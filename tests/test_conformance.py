@@ -1,0 +1,317 @@
+"""What every registered policy must pass."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import holdover
+from tests.registry import CLOSED, DEFAULTS, VARIED, Case
+from tests.toy import ToyLoop, ToyModel, cached, drive, one_thread, plain
+
+GENERATIONS = 20
+
+each = pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: case.id)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def model() -> ToyModel:
+    return ToyModel()
+
+
+def condition(generation: int) -> float:
+    """Changes in the middle of a cycle."""
+    return 0.0 if generation < 17 else 0.3
+
+
+def play(model: ToyModel, loop: ToyLoop, runner: Any, generations: int = GENERATIONS) -> list[Tensor]:
+    start = loop.generation
+    return [
+        loop.step(model, action, runner, condition(start + n)) for n, action in enumerate(drive(generations, start))
+    ]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def kv_tensors(loop: ToyLoop) -> list[Tensor]:
+    return [tensor for kv in loop.kv.values() for pair in kv.values() for tensor in pair]
+
+
+def decisions(cache: holdover.Cache, stream: str = "default") -> list[tuple[Any, ...]]:
+    return [
+        (d.branch, d.chunk, d.index, d.block, d.computed, d.reason, dict(d.scores))
+        for d in cache.trace
+        if d.stream == stream
+    ]
+
+
+def test_the_registry_is_covered() -> None:
+    assert sorted(case.name for case in DEFAULTS) == holdover.policies()
+    assert [case.name for case in CLOSED] == [case.name for case in DEFAULTS]
+
+
+@pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.id)
+def test_a_gate_that_never_opens_changes_no_bit(case: Case, model: ToyModel) -> None:
+    bare, attached = ToyLoop(), ToyLoop()
+    expected = play(model, bare, plain)
+    with holdover.attach(model, case.policy()) as cache:
+        outputs = play(model, attached, cached(cache))
+    assert same(outputs, expected)
+    assert same(kv_tensors(attached), kv_tensors(bare))
+    assert cache.stats().reused == 0
+    if "xcache" in case.name:
+        assert cache.stats().reasons["cosine"] > 100  # the gate was asked, and said no
+
+
+@each
+def test_detach_restores_the_model(case: Case, model: ToyModel) -> None:
+    attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    expected = play(model, ToyLoop(), plain, 6)
+    cache = holdover.attach(model, case.policy())
+    play(model, ToyLoop(), cached(cache), 2)
+    with pytest.raises(RuntimeError), cache.step(chunk=2):
+        model(torch.zeros(1, 7, 6), sigma=0.0, action=torch.zeros(1, 2))
+    cache.detach()
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == attributes
+    assert same(play(model, ToyLoop(), plain, 6), expected)
+
+
+@pytest.mark.parametrize("case", DEFAULTS + CLOSED + VARIED, ids=lambda case: case.id)
+def test_decisions_and_outputs_are_the_twins(case: Case, model: ToyModel) -> None:
+    twin, loop, twin_loop = case.naive(), ToyLoop(), ToyLoop()
+    with holdover.attach(model, case.policy()) as cache:
+        outputs = play(model, loop, cached(cache))
+    expected = play(model, twin_loop, twin.runner)
+    assert [(d.block, d.computed, d.reason) for d in cache.trace] == [
+        (d["block"], d["computed"], d["reason"]) for d in twin.decisions
+    ]
+    for decision, naive in zip(cache.trace, twin.decisions, strict=True):
+        assert decision.scores == pytest.approx(naive["scores"], rel=1e-4, abs=1e-5)
+    assert same(outputs, expected)
+    assert same(kv_tensors(loop), kv_tensors(twin_loop))
+    if case.name != "never" and case not in CLOSED:
+        assert cache.stats().reused > 20
+
+
+@each
+def test_interleaved_streams_do_not_touch_each_other(case: Case, model: ToyModel) -> None:
+    alone: dict[str, tuple[list[Tensor], list[tuple[Any, ...]]]] = {}
+    for seed, stream in enumerate(("a", "b")):
+        with holdover.attach(model, case.policy()) as cache:
+            # Stream b runs four generations behind, so that the two meet in different states.
+            outputs = play(model, ToyLoop(seed=seed, stream=stream), cached(cache), GENERATIONS - 4 * seed)
+        alone[stream] = outputs, decisions(cache, stream)
+    with holdover.attach(model, case.policy()) as cache:
+        loops = {stream: ToyLoop(seed=seed, stream=stream) for seed, stream in enumerate(("a", "b"))}
+        together: dict[str, list[Tensor]] = {"a": play(model, loops["a"], cached(cache), 4), "b": []}
+        for _ in range(GENERATIONS - 4):
+            for stream, loop in loops.items():
+                together[stream] += play(model, loop, cached(cache), 1)
+    for stream, (outputs, trace) in alone.items():
+        assert same(together[stream], outputs)
+        assert decisions(cache, stream) == trace
+
+
+@each
+def test_guidance_branches_do_not_touch_each_other(case: Case, model: ToyModel) -> None:
+    """Each branch of a guided rollout decides as a branch of its own cache would, fed the same passes."""
+    caches = []
+    separate = {branch: ToyModel() for branch in ("cond", "uncond")}
+    runners = {}
+    for branch, own in separate.items():
+        caches.append(holdover.attach(own, case.policy()))
+        runners[branch] = cached(caches[-1])
+
+    def runner(fields: dict[str, Any], run: Any) -> Tensor:
+        return runners[fields["branch"]](fields, lambda: run(model=separate[fields["branch"]]))
+
+    expected = play(model, ToyLoop(branches=("cond", "uncond")), runner)
+    with holdover.attach(model, case.policy()) as cache:
+        outputs = play(model, ToyLoop(branches=("cond", "uncond")), cached(cache))
+    assert same(outputs, expected)
+    for own, branch in zip(caches, separate, strict=True):
+        assert decisions(own) == [decision for decision in decisions(cache) if decision[0] == branch]
+        own.detach()
+
+
+RESUME = """
+import pickle, sys
+import torch
+import holdover
+from pathlib import Path
+from tests.registry import DEFAULTS
+from tests.test_conformance import decisions, play
+from tests.toy import ToyModel, cached
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+for case in DEFAULTS:
+    loop = pickle.loads((folder / f"{case.name}.loop").read_bytes())
+    model = ToyModel()
+    with holdover.attach(model, case.policy()) as cache:
+        cache.restore("default", holdover.Snapshot.load(folder / f"{case.name}.safetensors"))
+        outputs = play(model, loop, cached(cache), 14)
+    (folder / f"{case.name}.result").write_bytes(pickle.dumps((outputs, decisions(cache), loop)))
+"""
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
+    """Per policy: outputs, decisions and loop of a run, whole and continued in a fresh process after 6 generations."""
+    folder: Path = tmp_path_factory.mktemp("snapshots")
+    whole = {}
+    for case in DEFAULTS:
+        model, loop = ToyModel(), ToyLoop()
+        with one_thread(), holdover.attach(model, case.policy()) as cache:
+            play(model, loop, cached(cache), 6)
+            cache.snapshot().save(folder / f"{case.name}.safetensors")
+            (folder / f"{case.name}.loop").write_bytes(pickle.dumps(loop))
+            cache.trace.clear()
+            whole[case.name] = play(model, loop, cached(cache), 14), decisions(cache), loop
+    subprocess.run([sys.executable, "-c", RESUME, str(folder)], check=True, cwd=Path(__file__).parents[1])
+    return {name: (*run, *pickle.loads((folder / f"{name}.result").read_bytes())) for name, run in whole.items()}
+
+
+@each
+def test_a_snapshot_continues_in_a_fresh_process(case: Case, resumed: dict[str, tuple[Any, ...]]) -> None:
+    outputs, trace, loop, resumed_outputs, resumed_trace, resumed_loop = resumed[case.name]
+    assert same(resumed_outputs, outputs)
+    assert resumed_trace == trace
+    assert same(kv_tensors(resumed_loop), kv_tensors(loop))
+
+
+@each
+def test_a_fork_goes_its_own_way(case: Case, model: ToyModel) -> None:
+    def run(turn: float | None, cache: holdover.Cache, loop: ToyLoop) -> list[Tensor]:
+        actions = [action if turn is None else (0.5, turn) for action in drive(8, 6)]
+        return [loop.step(model, action, cached(cache)) for action in actions]
+
+    expected = []
+    for turn in (None, -0.4):
+        with holdover.attach(model, case.policy()) as cache:
+            loop = ToyLoop()
+            play(model, loop, cached(cache), 6)
+            expected.append(run(turn, cache, loop))
+    with holdover.attach(model, case.policy()) as cache:
+        loop = ToyLoop()
+        play(model, loop, cached(cache), 6)
+        fork = copy.deepcopy(loop)
+        fork.stream = "fork"
+        cache.fork("default", "fork")
+        forked = run(-0.4, cache, fork)  # first, so that it would spoil the original if they shared a tensor
+        assert same(run(None, cache, loop), expected[0])
+        assert same(forked, expected[1])
+
+
+@pytest.mark.parametrize("case", DEFAULTS + VARIED, ids=lambda case: case.id)
+def test_kv_updates_are_computed_in_full(case: Case, model: ToyModel) -> None:
+    with holdover.attach(model, case.policy()) as cache:
+        play(model, ToyLoop(), cached(cache))
+    updates = [decision for decision in cache.trace if decision.role == "kv_update"]
+    assert len(updates) == 4 * GENERATIONS // 4
+    assert all(decision.computed and decision.reason == "kv update" for decision in updates)
+
+
+@each
+def test_poison_never_reaches_the_kv_cache(case: Case, model: ToyModel) -> None:
+    expected = ToyLoop()
+    with holdover.attach(model, case.policy()) as cache:
+        play(model, expected, cached(cache), 8)
+    loop = ToyLoop()
+    with holdover.attach(model, case.policy()) as cache:
+        play(model, loop, cached(cache), 4)
+        poison(cache, everything=True)
+        play(model, loop, cached(cache), 1)  # protected: it neither uses nor keeps any of the poison
+        poison(cache, everything=False)
+        outputs = play(model, loop, cached(cache), 3)
+    assert all(tensor.isfinite().all() for tensor in kv_tensors(loop))
+    assert same(kv_tensors(loop), kv_tensors(expected))
+    if case.name != "never":
+        assert any(output.isnan().any() for output in outputs)  # the poison was real
+
+
+@each
+def test_a_poisoned_signal_is_computed(case: Case, model: ToyModel) -> None:
+    with holdover.attach(model, case.policy()) as cache:
+        loop = ToyLoop()
+        play(model, loop, cached(cache), 5)
+        poison(cache, everything=True)
+        outputs = play(model, loop, cached(cache), 1)
+    if "xcache" in case.name:
+        assert all(output.isfinite().all() for output in outputs)
+        assert cache.stats().reasons["nan"] == 12
+
+
+def poison(cache: holdover.Cache, *, everything: bool) -> None:
+    """Fill what is held with NaN: every tensor, or what the predictor adds alone, which no gate can see."""
+    for stream in cache._runtime.streams.values():
+        for held in stream.held.values():
+            for name, tensor in held.tensors.items():
+                if everything or name != "signal":
+                    tensor.fill_(float("nan"))
+
+
+GOLDEN = Path(__file__).parent / "golden"
+LETTERS = {"reuse": "r", "kv cycle": "K", "warm-up": "W", "anchor": "A", "cosine": "c", "deviation": "d", "action": "!"}
+LETTERS |= {"condition": "?", "interval": "i", "never": "n", "kv update": "U", "stale": "s", "step 0": "0", "first": "f"}
+
+GOLDEN_CASES = [*DEFAULTS, *(case for case in VARIED if "tau_dev" in case.options or "max_staleness" in case.options)]
+
+
+def golden_lines(cache: holdover.Cache) -> Iterator[tuple[str, list[float]]]:
+    """Per pass a line of decisions, a letter per block, and the cosines behind them."""
+    for start in range(0, len(cache.trace), 4):
+        blocks = cache.trace[start : start + 4]
+        letters = "".join(LETTERS[block.reason] for block in blocks)
+        cosines = [block.scores["cosine"] for block in blocks if "cosine" in block.scores]
+        yield f"{blocks[0].chunk:2} {blocks[0].index} {letters}", cosines
+
+
+@pytest.mark.parametrize("case", GOLDEN_CASES, ids=lambda case: case.id)
+def test_golden_decisions(case: Case, model: ToyModel) -> None:
+    """Decisions match the text exactly, cosines to three decimals; none of them is on a knife's edge."""
+    with holdover.attach(model, case.policy()) as cache:
+        play(model, ToyLoop(), cached(cache))
+    for decision in cache.trace:
+        if "threshold" in decision.scores:
+            assert abs(decision.scores["cosine"] - decision.scores["threshold"]) > 1e-3
+            assert abs(decision.scores["deviation"] - case.options.get("tau_dev", 2.0)) > 1e-3
+    golden = [line.split("|") for line in (GOLDEN / f"{case.id}.txt").read_text().splitlines()]
+    lines = list(golden_lines(cache))
+    assert [line for line, _ in lines] == [line.rstrip() for line, *_ in golden]
+    for (_, cosines), (_, *stored) in zip(lines, golden, strict=True):
+        assert cosines == pytest.approx([float(number) for text in stored for number in text.split()], abs=5e-4)
+
+
+def write_golden() -> None:
+    """Rewrite the golden traces: ``python -m tests.test_conformance``, then read the difference."""
+    for case in GOLDEN_CASES:
+        model = ToyModel()
+        with one_thread(), holdover.attach(model, case.policy()) as cache:
+            play(model, ToyLoop(), cached(cache))
+        lines = [
+            f"{line} | {' '.join(f'{c:.4f}' for c in cosines)}" if cosines else line
+            for line, cosines in golden_lines(cache)
+        ]
+        (GOLDEN / f"{case.id}.txt").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    write_golden()
