@@ -100,6 +100,21 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
     condition = model.sigma_mlp(sigma_features(sigma_F))[None] + model.action_mlp(_action_features(actions))
     modulation = model.modulation(F.silu(condition)).unflatten(-1, (6, -1))
     hidden = model.embed(x) + model.position_NC
+    for first in range(window, frames, window):
+        last, start = x[0, first - 1], 0
+        for camera in config.cameras:
+            rows, columns = config.grid(camera)
+            for r in range(rows):
+                for c in range(columns):
+                    around = [
+                        last[start + i * columns + j]
+                        if 0 <= i < rows and 0 <= j < columns
+                        else torch.zeros_like(last[0])
+                        for i in (r - 1, r, r + 1)
+                        for j in (c - 1, c, c + 1)
+                    ]
+                    hidden[:, first : first + window, start + r * columns + c] += model.last_embed(torch.cat(around))
+            start += rows * columns
     for block in model.blocks:
         assert isinstance(block, Block)
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + block.table_6C).unsqueeze(2).unbind(3)

@@ -18,6 +18,7 @@ class KVCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.frames = 0  # latent frames committed since the start, the position of the next window
+        self.last: Tensor | None = None  # the newest committed latent frame itself, [B, N, P]
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._staged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -28,8 +29,9 @@ class KVCache:
     def stage(self, block: int, group: int, keys: Tensor, values: Tensor) -> None:
         self._staged[block, group] = keys, values
 
-    def commit(self, frames: int) -> None:
-        """Append what was staged, ``frames`` latent frames, and drop what no longer fits."""
+    def commit(self, latents_BFNP: Tensor) -> None:
+        """Append what was staged for these latent frames, and drop what no longer fits."""
+        frames = latents_BFNP.shape[1]
         for key, staged in self._staged.items():
             held = self._held.get(key)
             joined = [torch.cat(pair, 2) for pair in zip(held, staged, strict=True)] if held else list(staged)
@@ -37,23 +39,26 @@ class KVCache:
             self._held[key] = joined[0][:, :, -limit:], joined[1][:, :, -limit:]
         self._staged = {}
         self.frames += frames
+        self.last = latents_BFNP[:, -1].clone()
 
     def fork(self) -> KVCache:
         """A copy that shares memory: held tensors are replaced, never written in place."""
         twin = KVCache(self.capacity)
-        twin.frames, twin._held = self.frames, dict(self._held)
+        twin.frames, twin.last, twin._held = self.frames, self.last, dict(self._held)
         return twin
 
     def state_dict(self) -> dict[str, Tensor]:
         tensors = {f"{b}.{g}.{n}": t for (b, g), kv in self._held.items() for n, t in zip("kv", kv, strict=True)}
-        return {"frames": torch.tensor(self.frames), **tensors}
+        last = {} if self.last is None else {"last": self.last}
+        return {"frames": torch.tensor(self.frames), **last, **tensors}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name != "frames"}
+        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name not in ("frames", "last")}
         self._held = {(b, g): (tensors[f"{b}.{g}.k"], tensors[f"{b}.{g}.v"]) for b, g in keys}
         self._staged = {}
-        self.frames = int(tensors["frames"])
+        self.frames, self.last = int(tensors["frames"]), tensors.get("last")
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for kv in self._held.values() for t in kv)
+        last = 0 if self.last is None else self.last.nbytes
+        return last + sum(t.nbytes for kv in self._held.values() for t in kv)

@@ -83,14 +83,17 @@ class Renderer:
     def load(self, mesh: Mesh, cars: Iterable[CarPose]) -> None:
         """Replace the scene: its fixed geometry, and which cars there are (in the order of later poses)."""
         self._scene.getChildren().detach()
-        for (material, _, _), quads in mesh.parts.items():
+        for order, ((material, _, _), quads) in enumerate(sorted(mesh.parts.items())):
             node = self._scene.attachNewNode(_geometry(np.stack(quads)))
+            # Panda3D would order by memory address, and where two faces meet the first one drawn wins the pixel.
+            node.setBin("fixed", order)
             if material in self._textures:
                 node.setTexture(self._textures[material])
         models = {(colour, van): model for model, colour, van in self._models}
         self._cars = []
-        for car in cars:
+        for order, car in enumerate(cars, start=len(mesh.parts)):
             node = self._scene.attachNewNode("car")
+            node.setBin("fixed", order)
             models[car.colour, car.van].instanceTo(node)
             self._cars.append(node)
 

@@ -40,7 +40,7 @@ class Recipe:
         plain_share: share of the steps that train the plain cadence (chunks of one latent frame).
         context_noise: largest noise level added to the clean context, so that small errors do not grow.
         l1: weight of an absolute error beside the squared one; it keeps edges sharper.
-        muon_rate, adam_rate: peak learning rates of the blocks' matrices (Muon) and of all else (AdamW).
+        muon_rate, adam_rate: peak learning rates of the linear layers' matrices (Muon) and of all else (AdamW).
         warmup, decay: steps of linear warm-up; share of the steps over which the rates fall to zero.
         ema: decay of the averaged weights that are saved.
         levels, shift: the sampler's noise levels, on which alone a few-step model is trained.
@@ -54,7 +54,7 @@ class Recipe:
     context_noise: float = 0.15
     l1: float = 0.3
     muon_rate: float = 0.02
-    adam_rate: float = 0.002
+    adam_rate: float = 0.001
     warmup: int = 50
     decay: float = 0.3
     ema: float = 0.998
@@ -217,9 +217,7 @@ def train(
     model = WorldModel(config).to(device)
     parameters = dict(model.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    matrices = [
-        p for name, p in parameters.items() if name.startswith("blocks.") and name.endswith("weight") and p.ndim == 2
-    ]
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     others = [p for p in parameters.values() if not any(p is m for m in matrices)]
     optimisers: list[tuple[torch.optim.Optimizer, float]] = [
         (torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=0.0), recipe.muon_rate),

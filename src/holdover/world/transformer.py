@@ -3,7 +3,8 @@
 A *latent frame* packs ``frames_per_latent`` video frames of every camera into patches of pixels; a *window* is
 ``window`` latent frames that are denoised together, attending to each other and to the windows before them through a
 rolling KV cache. Blocks alternate between temporal attention (one camera over the window and the KV cache) and
-cross-view attention (all cameras at one instant); noise level and action enter by adaLN (Peebles & Xie, DiT,
+cross-view attention (all cameras at one instant); the newest committed latent frame is also shown to every token
+directly, as image-to-video models do with their first frame; noise level and action enter by adaLN (Peebles & Xie, DiT,
 arXiv 2212.09748; one shared projection with a learned offset per block, as in PixArt-alpha, arXiv 2310.00426). The
 model predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
 
@@ -133,6 +134,7 @@ class WorldModel(nn.Module):
         c = config.channels
         self.config = config
         self.embed = nn.Linear(config.patch_values, c)
+        self.last_embed = nn.Linear(9 * config.patch_values, c, bias=False)
         self.position_NC = nn.Parameter(torch.randn(config.tokens, c) * 0.02)
         self.sigma_mlp = nn.Sequential(nn.Linear(128, c), nn.SiLU(), nn.Linear(c, c))
         self.action_mlp = nn.Sequential(nn.Linear(17 * config.action_dims, c), nn.SiLU(), nn.Linear(c, c))
@@ -144,6 +146,8 @@ class WorldModel(nn.Module):
         for layer in (self.modulation, self.final_modulation, self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.neighbours_N9: Tensor
+        self.register_buffer("neighbours_N9", neighbourhoods(config), persistent=False)
         self._rotary: dict[tuple[Any, ...], Any] = {}
 
     def forward(
@@ -178,11 +182,16 @@ class WorldModel(nn.Module):
             cache=cache,
             write=write,
         )
-        hidden = (self.embed(x_BFNP.to(dtype)) + self.position_NC).view(b, f * n, -1)
+        hidden_BFNC = self.embed(x_BFNP.to(dtype)) + self.position_NC
+        if cache is not None and cache.last is not None:
+            # What was there a moment ago, and around it: attention alone takes long to learn to look there.
+            around_BN9P = F.pad(cache.last.to(dtype), (0, 0, 0, 1))[:, self.neighbours_N9]
+            hidden_BFNC = hidden_BFNC + self.last_embed(around_BN9P.flatten(2))[:, None]
+        hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
         if cache is not None and write:
-            cache.commit(f)
+            cache.commit(x_BFNP)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
         clean: Tensor = self.head(self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift)
         return clean
@@ -260,6 +269,18 @@ class WorldModel(nn.Module):
             model = cls(WorldConfig.from_json(metadata["config"]))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         return model.to(dtype).eval().requires_grad_(False)
+
+
+def neighbourhoods(config: WorldConfig) -> Tensor:
+    """Of each token, the nine tokens around it in its camera, ``[N, 9]``; N itself stands for none."""
+    index, start = [], 0
+    for camera in (camera for group in config.groups for camera in group):
+        rows, columns = config.grid(camera)
+        grid = torch.arange(start, start + rows * columns).view(rows, columns)
+        padded = F.pad(grid, (1, 1, 1, 1), value=config.tokens)
+        index.append(padded.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
+        start += rows * columns
+    return torch.cat(index)
 
 
 def sigma_features(sigma_B: Tensor) -> Tensor:
