@@ -1,6 +1,7 @@
 """Scenes, routes, traffic and the driver, without pictures."""
 
 import math
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,8 @@ from holdover.world.scenes import SCENARIOS, build_scene
 from holdover.world.traffic import Junctions, Traffic, gap_ahead
 from holdover.world.vehicles import MAX_CURVATURE, MAX_SPEED, EgoState, drive
 
+_scene = cache(partial(build_scene, seed=0))  # driving leaves a scene as it is
+
 
 def test_unknown_scenario() -> None:
     with pytest.raises(ValueError, match="'desert': choose one of urban, highway, uturn"):
@@ -21,7 +24,9 @@ def test_unknown_scenario() -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenes_depend_on_the_seed_alone(scenario: str) -> None:
-    first, again, other = (build_scene(scenario, seed).mesh.parts for seed in (0, 0, 1))
+    first, again, other = (
+        scene.mesh.parts for scene in (_scene(scenario), build_scene(scenario, 0), build_scene(scenario, 1))
+    )
     assert first.keys() == again.keys()
     assert all(np.array_equal(first[key], again[key]) for key in first)
     assert first.keys() != other.keys() or any(not np.array_equal(first[key], other[key]) for key in first)
@@ -29,7 +34,7 @@ def test_scenes_depend_on_the_seed_alone(scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_lanes_join(scenario: str) -> None:
-    lanes = build_scene(scenario, 0).lanes
+    lanes = _scene(scenario).lanes
     for lane in lanes:
         for successor in lane.successors:
             np.testing.assert_allclose(lane.points[-1], lanes[successor].points[0], atol=1e-6)
@@ -92,13 +97,13 @@ def test_the_driver_stays_in_bounds_and_repeats_itself(scenario: str) -> None:
 
 
 def test_u_turns_turn_round() -> None:
-    turned = [abs(run[-1][2][2] - run[0][2][2]) for run in (_drive("uturn", seed) for seed in range(4))]
+    turned = [abs(run[-1][2][2] - run[0][2][2]) for run in (_drive("uturn", seed) for seed in range(3))]
     assert max(turned) > 2.5
 
 
-def _drive(scenario: str, seed: int, frames: int = 180) -> list[tuple[float, float, tuple[float, float, float]]]:
+def _drive(scenario: str, seed: int, frames: int = 144) -> list[tuple[float, float, tuple[float, float, float]]]:
     """Commanded speed and curvature, and the pose they led to, every four frames."""
-    scene = build_scene(scenario, 0)
+    scene = _scene(scenario)
     rng = np.random.default_rng(seed)
     lane, s = scene.starts[0]
     (x, y), (ahead_x, ahead_y) = Route(scene.lanes, lane, rng).at(np.array([s, s + 1.0]))

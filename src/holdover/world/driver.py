@@ -6,7 +6,7 @@ It decides once per four frames (3 Hz) and sees only the present: where it is, w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -138,11 +138,9 @@ class Driver:
         direction = -np.array([math.cos(heading), math.sin(heading)])
         onward = opposite.points[(opposite.points - exit_point) @ direction > 0.5]
         points = np.concatenate([approach, half_circle, onward[:1]])
-        lanes = [*self._scene.lanes]
-        number = self._scene.opposite[lane]
         # The rest of the opposite lane, entered where the half circle ends.
-        rest = type(opposite)(points=onward, limit=opposite.limit, left=opposite.left, right=opposite.right)
-        lanes[number] = rest
+        number, lanes = self._scene.opposite[lane], [*self._scene.lanes]
+        lanes[number] = replace(opposite, points=onward)
         route = Route(lanes, number, self._rng, lead_in=points)
         return route, lead + math.pi * radius + 2.0
 

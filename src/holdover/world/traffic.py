@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from holdover.world.meshes import CAR_COLOURS
 from holdover.world.roads import Lane, Points, Route
 from holdover.world.scenery import Scene
 from holdover.world.vehicles import LENGTH, EgoState, follow
@@ -147,7 +148,11 @@ class Traffic:
             position = _point(lane, s)
             taken = [(car.x, car.y) for car in self.cars] + [ego.centre]
             room = 14.0 if span is not None else 11.0
-            eagerness, colour, van = self._rng.uniform(0.82, 1.1), int(self._rng.integers(5)), self._rng.random() < 0.2
+            eagerness, colour, van = (
+                self._rng.uniform(0.82, 1.1),
+                int(self._rng.integers(len(CAR_COLOURS))),
+                self._rng.random() < 0.2,
+            )
             if min(math.hypot(position[0] - x, position[1] - y) for x, y in taken) > room:
                 route = Route(lanes, number, self._rng)
                 speed = lane.limit * eagerness * (0.9 if span is not None else 0.5)
