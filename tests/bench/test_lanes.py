@@ -1,0 +1,113 @@
+"""Races: references that are what they say, forks that leave their loop alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import holdover
+from holdover.bench.lanes import Arm, Lane, Race, fork
+from holdover.bench.measure import agreement
+from holdover.bench.scenarios import Scenario, load_scenario
+from holdover.rollout.driver import ClosedLoop, LoopConfig
+from holdover.world.latents import unpatchify
+from holdover.world.transformer import WorldModel
+
+
+@pytest.fixture
+def scenario(model: WorldModel, clips: Path) -> Scenario:
+    return load_scenario("urban", model.config, clips=clips, generations=10)
+
+
+def alone(model: WorldModel, scenario: Scenario, **changes: str) -> Tensor:
+    """Full compute, by the driver alone."""
+    loop = ClosedLoop(model, scenario.start, scenario.start_actions, config=LoopConfig(**changes), seed=0)  # type: ignore[arg-type]
+    return torch.cat([piece.latents for piece in loop.run(scenario.actions)], 1)
+
+
+def latents(lane: Lane) -> Tensor:
+    return torch.cat(lane.latents, 1)
+
+
+def test_a_race_gives_what_each_run_gives_alone(model: WorldModel, scenario: Scenario) -> None:
+    arms = [
+        Arm(name="never", policy=holdover.never()),
+        Arm(name="emitted", policy=holdover.never(), loop=LoopConfig(commit="emitted")),
+        Arm(name="plain", loop=LoopConfig(cadence="plain")),
+    ]
+    with Race(model, scenario, arms) as race:
+        for action in scenario.actions:
+            race.step(action)
+    assert torch.equal(latents(race.lanes["never"]), alone(model, scenario))
+    assert torch.equal(latents(race.reference("never")), alone(model, scenario))
+    assert torch.equal(latents(race.reference("emitted")), alone(model, scenario, commit="emitted"))
+    assert torch.equal(latents(race.base("plain")), alone(model, scenario, cadence="plain"))
+    assert "plain" not in race.lanes
+    frames = race.lanes["never"].video()
+    decoded = unpatchify(latents(race.lanes["never"]), model.config)
+    assert all((frames[name] == decoded[name][0].numpy()).all() for name in decoded)
+    assert not any(module.__dict__.get("forward") for module in model.modules())  # the model itself was left alone
+
+
+def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: Scenario) -> None:
+    """A cache that computes everything commits its cycle's last window, so its reference must as well."""
+    closed = holdover.xcache_reactive(tau_floor=2.0)
+    with Race(model, scenario, [Arm(name="closed", policy=closed, loop=LoopConfig(commit="last_full"))]) as race:
+        for action in scenario.actions:
+            race.step(action)
+        assert all(race.lanes["closed"].exact)
+        expected = alone(model, scenario, commit="last_full")
+        assert torch.equal(latents(race.reference("closed")), expected)
+        assert torch.equal(latents(race.lanes["closed"]), expected)
+        assert not torch.equal(latents(race.base("closed")), expected)
+
+
+def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_window(
+    model: WorldModel, clips: Path
+) -> None:
+    steady = load_scenario("urban-steady", model.config, clips=clips, generations=9)
+    eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
+        for action in steady.actions:
+            race.step(action)
+        assert race.reference("eager").loop is race.base("eager").loop
+        jump = steady.actions[0] + torch.tensor([0.3, 0.0])
+        race.step(jump)  # generation 9, in mid-cycle: the gate makes it a full one
+        assert race.reference("eager").loop is not race.base("eager").loop
+        assert race.lanes["eager"].exact[-1]
+
+
+def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
+    lane = Lane.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
+    for action in scenario.actions[:5]:
+        lane.step(action)
+    twin = fork(lane.loop, "twin")
+    forked = [twin.step(action).latents for action in scenario.actions[5:]]
+    for action in scenario.actions[5:]:
+        lane.step(action)
+    assert torch.equal(torch.cat(forked, 1), latents(lane)[:, 5:])
+    assert len(lane.committed) == 2  # the fork's KV updates are not the lane's
+    stats = lane.stats()
+    assert stats is not None
+    assert len(lane.decisions()) == stats.computed + stats.reused
+    lane.close()
+
+
+def test_agreement_compares_what_was_committed_with_what_was_shown(model: WorldModel, scenario: Scenario) -> None:
+    arms = [
+        Arm(name="first", policy=holdover.never()),
+        Arm(name="emitted", policy=holdover.never(), loop=LoopConfig(commit="emitted")),
+    ]
+    with Race(model, scenario, arms) as race:
+        for action in scenario.actions[:8]:
+            race.step(action)
+    assert agreement(race.lanes["emitted"]) == float("inf")
+    assert agreement(race.lanes["first"]) < 60
+
+
+def test_arms_need_names_of_their_own(model: WorldModel, scenario: Scenario) -> None:
+    with pytest.raises(ValueError, match="two arms are called 'x'"):
+        Race(model, scenario, [Arm(name="x"), Arm(name="x")])
