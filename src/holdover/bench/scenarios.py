@@ -20,8 +20,6 @@ from holdover.world.latents import patchify
 
 KINDS = ("urban", "highway", "uturn")
 STEADY = "-steady"
-#: From this frame of a recording on, a command lasts as long as a latent frame: none straddles two commands.
-FIRST = 1
 NAMES = tuple(kind + suffix for suffix in ("", STEADY) for kind in KINDS)
 
 
@@ -93,9 +91,9 @@ def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, 
     kind, steady = name.removesuffix(STEADY), name.endswith(STEADY)
     start, per = 2 * config.window, config.frames_per_latent
     pieces = start if steady else start + generations
-    clip = _first_clip(folder, kind, FIRST + pieces * per)
+    clip = _first_clip(folder, kind, pieces * per)
     cameras = [camera.name for camera in config.cameras]
-    recording = read_clip(clip, cameras=cameras, start=FIRST, frames=None if steady else pieces * per)
+    recording = read_clip(clip, cameras=cameras, frames=None if steady else pieces * per)
     actions = _per_piece(recording.actions, per)
     frames = {name: torch.from_numpy(video[: start * per])[None] for name, video in recording.frames.items()}
     if steady:

@@ -104,10 +104,10 @@ class Segments:
         for _ in range(batch):
             clip = self.clips[rng.integers(len(self.clips))]
             length = json.loads((clip / "clip.json").read_text())["frames"]
-            if length <= latent_frames * per:
-                raise ValueError(f"{clip} has {length} frames; training needs more than {latent_frames * per}")
-            # From frame 1 on, a command lasts as long as a latent frame: none straddles two commands.
-            start = 1 + int(rng.integers((length - 1 - latent_frames * per) // per + 1)) * per
+            if length < latent_frames * per:
+                raise ValueError(f"{clip} has {length} frames; training needs {latent_frames * per} or more")
+            # Commands change where latent frames begin, so that none straddles two commands.
+            start = int(rng.integers((length - latent_frames * per) // per + 1)) * per
             parts.append(self.load(clip, start, latent_frames))
         return Batch(torch.cat([p.latents for p in parts]), torch.cat([p.actions for p in parts]))
 
@@ -296,7 +296,7 @@ def heldout_psnr(model: WorldModel, average: dict[str, Tensor], held: Segments, 
 
     errors = []
     for index, clip in enumerate(held.clips[:: max(1, len(held.clips) // 6)][:6]):
-        batch = held.load(clip, 49, config.context + config.window)
+        batch = held.load(clip, 48, config.context + config.window)
         batch = Batch(batch.latents.to(device), batch.actions.to(device))
         context, target = torch.split(batch.latents, [config.context, config.window], 1)
         actions = torch.split(batch.actions, [config.context, config.window], 1)
