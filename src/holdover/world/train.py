@@ -47,16 +47,16 @@ class Recipe:
         seed: of data order, noise and initial weights.
     """
 
-    steps: int = 3000
+    steps: int = 950
     batch: int = 2
-    own_context_from: float = 0.6
+    own_context_from: float = 0.72
     plain_share: float = 0.15
     context_noise: float = 0.15
     l1: float = 0.3
     muon_rate: float = 0.02
     adam_rate: float = 0.001
     warmup: int = 50
-    decay: float = 0.3
+    decay: float = 0.28
     ema: float = 0.998
     levels: int = 4
     shift: float = 5.0
