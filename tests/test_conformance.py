@@ -270,7 +270,15 @@ def poison(cache: holdover.Cache, *, everything: bool) -> None:
 
 GOLDEN = Path(__file__).parent / "golden"
 LETTERS = {"reuse": "r", "kv cycle": "K", "warm-up": "W", "anchor": "A", "cosine": "c", "deviation": "d", "action": "!"}
-LETTERS |= {"condition": "?", "interval": "i", "never": "n", "kv update": "U", "stale": "s", "step 0": "0", "first": "f"}
+LETTERS |= {
+    "condition": "?",
+    "interval": "i",
+    "never": "n",
+    "kv update": "U",
+    "stale": "s",
+    "step 0": "0",
+    "first": "f",
+}
 
 GOLDEN_CASES = [*DEFAULTS, *(case for case in VARIED if "tau_dev" in case.options or "max_staleness" in case.options)]
 

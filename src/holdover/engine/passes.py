@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from holdover.engine.contract import Call, Verdict
+from holdover.engine.contract import Call, Predictor, Verdict
 from holdover.engine.rows import Row, Runtime
 from holdover.engine.slots import Block, Span
 from holdover.engine.step import Step
@@ -114,7 +114,7 @@ class Pass:
         if predictor is None:
             return current
         if current.reason is None:
-            current.prediction = self._joined([predictor.predict(call) for call in calls])
+            current.prediction = self._joined([_predicted(predictor, call) for call in calls])
             drawn = [row.draw_audit() for row in self._rows]
             if any(drawn):
                 current.shadow = x if block.overwrites_input is False else x.clone()
@@ -162,8 +162,9 @@ class Pass:
         held = [call.held.extras.get(block.index) for _, call, _ in current.rows if call.held]
         if held[0] is None:
             return hidden
-        items = zip(*(items for items in held if items is not None), strict=True)
-        return (hidden, *(self._joined(item) if isinstance(item[0], Tensor) else item[0] for item in items))
+        columns = zip(*(items for items in held if items is not None), strict=True)
+        # Copies, because a model may write into what a block returns.
+        return (hidden, *(self._joined(c).clone() if isinstance(c[0], Tensor) else c[0] for c in columns))
 
     def _audit(self, current: OpenSpan, predicted: Tensor, computed: Tensor) -> None:
         """Note the relative error of a reused span beside its last block's decision."""
@@ -240,3 +241,8 @@ class Pass:
                     f"has no row per stream; give each stream a pass of its own"
                 )
         return tuple(item[row : row + 1] if isinstance(item, Tensor) else item for item in items)
+
+
+def _predicted(predictor: Predictor, call: Call) -> Tensor:
+    assert call.held is not None
+    return predictor.predict(call).to(call.held.out_dtype)

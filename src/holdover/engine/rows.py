@@ -68,7 +68,9 @@ class Row:
         known = self.stream.conditions.get(step.branch)
         self.ordinal = generation.ordinal if generation else self.stream.count
         self.condition_changed = known is not None and known.changed_to(step.condition)
-        self.epoch = (known.epoch if known else 0) + self.condition_changed
+        epoch = (known.epoch if known else 0) + self.condition_changed
+        kept = known is not None and not known.by_digest and not self.condition_changed
+        self.condition = known if known and kept else Condition(epoch, conditions.freeze(step.condition))
         #: From the pass in which the condition changed, the rest of the generation is computed in full.
         self.renewed = self.condition_changed or (run is not None and run.condition_changed)
         self.pending: dict[Key, Held] = {}
@@ -129,11 +131,12 @@ class Row:
         held = self.pending[key] = Held(
             numbers=call.held.numbers if call.held else {},
             generation=self.ordinal,
-            epoch=self.epoch,
+            epoch=self.condition.epoch,
             action=self.step.action_vector,
             shape=call.x.shape,
             dtype=call.x.dtype,
             device=call.x.device,
+            out_dtype=y.dtype,
             void=None if y.shape == call.x.shape else "shape",
         )
         if held.void is None:
@@ -167,9 +170,7 @@ class Row:
         run.condition_changed |= self.condition_changed
         if run.exact and len(run.indices) == step.num_steps:
             stream.full[step.branch] = FullGeneration(generation.ordinal, step.action_vector)
-        known = stream.conditions.get(step.branch)
-        if known is None or known.by_digest or self.condition_changed:
-            stream.conditions[step.branch] = Condition(self.epoch, conditions.freeze(step.condition))
+        stream.conditions[step.branch] = self.condition
         stream.held.update(self.pending)
         stream.reuses = self.reuses
 
@@ -189,7 +190,7 @@ class Row:
             return "first"
         if held.void is not None:
             return held.void
-        if held.epoch != self.epoch:
+        if held.epoch != self.condition.epoch:
             return "condition"
         if held.shape != call.x.shape:
             return "shape"

@@ -112,9 +112,10 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "numbers": dict(entry.numbers),
                 "generation": entry.generation,
                 "epoch": entry.epoch,
-                "action": entry.action,
+                "action": _listed(entry.action),
                 "shape": list(entry.shape),
                 "dtype": str(entry.dtype).removeprefix("torch."),
+                "out_dtype": str(entry.out_dtype).removeprefix("torch."),
                 "void": entry.void,
             }
         )
@@ -128,7 +129,7 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "runs": {
                 branch: {
                     "num_steps": run.num_steps,
-                    "action": run.action,
+                    "action": _listed(run.action),
                     "indices": sorted(run.indices),
                     "exact": run.exact,
                     "condition_changed": run.condition_changed,
@@ -151,7 +152,7 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "count": stream.count,
         "latest": stream.latest,
         "conditions": known,
-        "full": {branch: list(full) for branch, full in stream.full.items()},
+        "full": {branch: [full.generation, _listed(full.action)] for branch, full in stream.full.items()},
         "reuses": stream.reuses,
         "alarmed": stream.alarmed,
         "barren": stream.barren,
@@ -186,6 +187,7 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
             shape=torch.Size(entry["shape"]),
             dtype=getattr(torch, entry["dtype"]),
             device=device,
+            out_dtype=getattr(torch, entry["out_dtype"]),
             void=entry["void"],
         )
     for item in plain["generations"]:
@@ -200,6 +202,10 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
         stream.full[branch] = FullGeneration(ordinal, _vector(action))
     stream.nbytes = sum(held.nbytes for held in stream.held.values())
     return stream
+
+
+def _listed(action: tuple[float, ...] | None) -> list[float] | None:
+    return None if action is None else list(action)
 
 
 def _vector(action: Sequence[float] | None) -> tuple[float, ...] | None:

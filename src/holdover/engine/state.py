@@ -36,6 +36,7 @@ class Held:
         epoch: the branch's count of condition changes then.
         action: the action then.
         shape, dtype, device: of the hidden state that entered.
+        out_dtype: of the one that left.
         void: why nothing can be reused from it, or None.
     """
 
@@ -48,6 +49,7 @@ class Held:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    out_dtype: torch.dtype
     void: str | None = None
 
     @property

@@ -75,7 +75,7 @@ def _flatten(action: ActionLike) -> tuple[float, ...] | None:
     if action is None:
         return None
     try:
-        vector = torch.as_tensor(action).detach().flatten().to(torch.float64).tolist()
+        vector = torch.as_tensor(action, dtype=torch.float64).detach().flatten().tolist()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"action={action!r} is not numbers; pass a tensor or a sequence of floats") from error
     if not all(map(math.isfinite, vector)):
