@@ -49,7 +49,7 @@ class Recipe:
 
     steps: int = 950
     batch: int = 2
-    own_context_from: float = 0.72
+    own_context_from: float = 0.5
     plain_share: float = 0.15
     context_noise: float = 0.15
     l1: float = 0.3
@@ -234,7 +234,7 @@ def train(
         if plain:
             frames = config.context + 4
         else:
-            frames = config.context + config.window * (int(rng.integers(1, 4)) if own else 2)
+            frames = config.context + config.window * (int(rng.integers(1, 5)) if own else 2)
         return rng, plain, own, segments.sample(rng, recipe.batch, frames)
 
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
