@@ -47,9 +47,9 @@ class Recipe:
         seed: of data order, noise and initial weights.
     """
 
-    steps: int = 950
+    steps: int = 800
     batch: int = 2
-    own_context_from: float = 0.5
+    own_context_from: float = 0.59375
     plain_share: float = 0.15
     context_noise: float = 0.15
     l1: float = 0.3
