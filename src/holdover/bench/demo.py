@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def run_demo(
     shortest = 2 * model.config.window
     if options.generations < shortest:
         raise ValueError(f"generations={options.generations} has no cycle after the warm-up; give {shortest} or more")
-    distance = StLpips()
+    distance, started = StLpips(), perf_counter()
     scenarios = [
         load_scenario(name, model.config, clips=clips, generations=options.generations) for name in options.scenarios
     ]
@@ -105,6 +106,7 @@ def run_demo(
             "fps": FPS,
             "skip_ceiling": steady_skip_ceiling(model),
         },
+        "seconds": round(perf_counter() - started, 1),
     }
     write_json(out / "report.json", report)
     write_page(out, report)

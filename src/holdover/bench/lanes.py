@@ -8,7 +8,7 @@ follows what the cache did (``last_full``), so does its reference, because anoth
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,18 +47,20 @@ class Lane:
         frames: per camera the decoded pieces, each ``uint8 [frames_per_latent, height, width, 3]``.
         dit_seconds, end_to_end_seconds: per generation; the latter with decoding to frames.
         exact: per generation, whether every block was computed.
-        latents: the pieces as generated, ``[1, 1, N, P]`` each.
-        committed: the windows written to the KV cache after the start, ``[1, F, N, P]`` each.
+        latents: the newest pieces as generated, those of one cycle, ``[1, 1, N, P]`` each.
+        commit_errors: per KV update after the start, the mean squared difference of what it wrote and what had been
+            shown, in units of 1/255 of a pixel's range.
     """
 
     def __init__(self, arm: Arm, loop: ClosedLoop) -> None:
         self.arm, self.loop = arm, loop
         self.frames: dict[str, list[NDArray[np.uint8]]] = {}
-        self.latents: list[Tensor] = []
+        self.latents: deque[Tensor] = deque(maxlen=loop.chunk_frames)
         self.dit_seconds: list[float] = []
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
-        self.committed: list[Tensor] = []
+        self.commit_errors: list[float] = []
+        self._committed: Tensor | None = None
 
     @classmethod
     def start(cls, arm: Arm, model: WorldModel, scenario: Scenario, *, seed: int) -> Lane:
@@ -111,12 +114,16 @@ class Lane:
 
     def _see_commit(self, _model: Any, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
         if kwargs.get("write") and kwargs["cache"] is self.loop.kv:  # and not that of a fork
-            self.committed.append(args[0].clone())
+            self._committed = args[0].clone()
 
     def _keep(self, piece: Piece, frames: Mapping[str, NDArray[np.uint8]], seconds: float) -> None:
         for name, video in frames.items():
             self.frames.setdefault(name, []).append(video)
         self.latents.append(piece.latents)
+        if self._committed is not None:
+            difference = self._committed.clamp(-1, 1) - torch.cat(list(self.latents), 1).clamp(-1, 1)
+            self.commit_errors.append(float((difference.double() * 127.5).square().mean()))
+            self._committed = None
         self.dit_seconds.append(piece.dit_seconds)
         self.end_to_end_seconds.append(seconds)
         self.exact.append(piece.exact)

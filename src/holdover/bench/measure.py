@@ -81,7 +81,7 @@ def describe(
             _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.depth)
         ],
         "full_generations": sum(lane.exact),
-        "committed_as_emitted_db": _finite(agreement(lane)),
+        "committed_as_emitted_db": _finite(psnr(np.array(lane.commit_errors))),
     }
 
 
@@ -105,14 +105,6 @@ def describe_full(lane: Lane, scenario: Scenario, metrics: Metrics, *, name: str
         "reasons": {},
         "full_generations": len(lane.exact),
     }
-
-
-def agreement(lane: Lane) -> float:
-    """PSNR in dB of what a run committed against what it had shown: the history the model believes in."""
-    shown = torch.split(torch.cat(lane.latents, 1), lane.loop.chunk_frames, 1)
-    pairs = zip(lane.committed, shown, strict=False)  # a last, unfinished cycle has committed nothing yet
-    difference = torch.cat([a.clamp(-1, 1) - b.clamp(-1, 1) for a, b in pairs])
-    return psnr(((difference.double() * 127.5) ** 2).flatten(1).mean(1).numpy())
 
 
 def environment(model: Path | None = None) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def plot_cosine_maps(path: Path, maps: Mapping[str, NDArray[np.float64]]) -> Non
         axes.set_title(name, fontsize=9, color=INK)
         axes.set(xlabel="block", ylabel="step")
         axes.set_yticks(range(cosines.shape[0]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tint(axes)
     bar = figure.colorbar(image, ax=list(panels), label="mean cosine")
     _tint(bar.ax)
