@@ -36,7 +36,6 @@ def ablation_arms() -> list[Arm]:
     rows: list[tuple[str, LoopConfig, str, dict[str, Any]]] = [
         ("default", WINDOW, "xcache", {}),
         ("+ step-0 protection", WINDOW, "xcache", {"step0": "full"}),
-        ("+ relaxed step-0 protection", WINDOW, "xcache", {"step0": "relaxed"}),
         ("− KV protection", WINDOW, "xcache", {"protection": "pass"}),
         ("− KV protection + step-0", WINDOW, "xcache", {"protection": "pass", "step0": "full"}),
         ("− front anchor", WINDOW, "xcache", {"front_anchors": 0}),
@@ -44,13 +43,11 @@ def ablation_arms() -> list[Arm]:
         ("last protected", LAST_PROTECTED, "xcache", {}),
         ("commit last full", LAST_FULL, "xcache", {}),
         ("commit emitted", EMITTED, "xcache", {}),
-        ("commit emitted − KV protection", EMITTED, "xcache", {"protection": "pass"}),
         ("fresh noise", FRESH, "xcache", {}),
         ("plain cadence", PLAIN, "xcache", {}),
         ("plain cadence − KV protection", PLAIN, "xcache", {"protection": "pass"}),
         ("reactive", LAST_FULL, "xcache_reactive", {}),
         ("fixed, every 4th", WINDOW, "fixed_interval", {"every": 4}),
-        ("fixed, every 2nd", WINDOW, "fixed_interval", {"every": 2}),
     ]
     full = [
         Arm(name="full"),
