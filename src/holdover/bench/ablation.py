@@ -43,6 +43,7 @@ def ablation_arms() -> list[Arm]:
         ("last protected", LAST_PROTECTED, "xcache", {}),
         ("commit last full", LAST_FULL, "xcache", {}),
         ("commit emitted", EMITTED, "xcache", {}),
+        ("commit emitted − KV protection", EMITTED, "xcache", {"protection": "pass"}),
         ("fresh noise", FRESH, "xcache", {}),
         ("plain cadence", PLAIN, "xcache", {}),
         ("plain cadence − KV protection", PLAIN, "xcache", {"protection": "pass"}),
