@@ -275,6 +275,8 @@ def test_guards_combine() -> None:
     assert (a | b)(call()) == "a"
     assert (silent | b)(call()) == "b"
     assert (silent | silent)(call()) is None
+    assert (silent | a | b)(call()) == "a"
+    assert (a | b | silent).guards == (a, b, silent)
     assert (a & b)(call()) == "a"
     assert (a & silent)(call()) is (silent & a)(call()) is None
     assert (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from holdover.engine.contract import Gate, Guard, Predictor, Signal
+from holdover.engine.contract import Gate, Predictor, Signal
+from holdover.policies.parts.guards import Guard
 from holdover.policies.parts.spans import Spans
 
 

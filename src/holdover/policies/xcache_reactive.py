@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from holdover.policies.parts.gates import DualMetric
-from holdover.policies.parts.guards import AnyOf, NewAction
+from holdover.policies.parts.guards import NewAction
 from holdover.policies.policy import Policy
 from holdover.policies.xcache import xcache
 
@@ -26,12 +26,7 @@ def xcache_reactive(*, scale: float | Sequence[float] = 0.05, **options: Any) ->
         ValueError: an option is out of range. Steps without ``action`` raise as well.
     """
     base = xcache(**options)
-    assert isinstance(base.guard, AnyOf)
     assert isinstance(base.gate, DualMetric)
     new_action = NewAction(scale if isinstance(scale, int | float) else tuple(scale))
-    return replace(
-        base,
-        name="xcache_reactive",
-        guard=AnyOf((*base.guard.guards, new_action)),
-        gate=replace(base.gate, action=False),
-    )
+    gate = replace(base.gate, action=False)
+    return replace(base, name="xcache_reactive", guard=base.guard | new_action, gate=gate)

@@ -38,6 +38,9 @@ class AnyOf(Guard):
                 return reason
         return None
 
+    def __or__(self, other: Guard) -> AnyOf:
+        return AnyOf((*self.guards, other))
+
 
 @dataclass(frozen=True)
 class AllOf(Guard):
