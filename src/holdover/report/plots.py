@@ -29,23 +29,24 @@ def plot_block_skip(path: Path, curves: Mapping[str, NDArray[np.float64]]) -> No
 
 
 def plot_cosine_maps(path: Path, maps: Mapping[str, NDArray[np.float64]]) -> None:
-    """Draw the cosines that a gate saw, one map ``[steps, blocks]`` per run; grey where it was never asked."""
+    """Draw the cosines that a gate saw, one map ``[steps, blocks]`` per run; grey where it was never asked.
+
+    Each map has its own scale: where the action's cosine is the least, it hides how little the blocks differ.
+    """
     figure = Figure(figsize=(6.4, 0.6 + 1.5 * len(maps)), layout="constrained")
     panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
-    known = [m[np.isfinite(m)] for m in maps.values()]
-    low = min((float(m.min()) for m in known if m.size), default=0.0)
-    image: Any = None
     for axes, (name, cosines) in zip(panels, maps.items(), strict=True):
         axes.set_facecolor("#8888")
-        image = axes.imshow(cosines, vmin=min(low, 0.999), vmax=1.0, cmap="viridis", aspect="auto")
+        known = cosines[np.isfinite(cosines)]
+        low = min(float(known.min()), 0.999) if known.size else 0.0
+        image = axes.imshow(cosines, vmin=low, vmax=1.0, cmap="viridis", aspect="auto")
         axes.set_title(name, fontsize=9, color=INK)
         axes.set(xlabel="block", ylabel="step")
         axes.set_yticks(range(cosines.shape[0]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tint(axes)
-    bar = figure.colorbar(image, ax=list(panels), label="mean cosine")
-    _tint(bar.ax)
-    bar.ax.yaxis.label.set_color(INK)
+        bar = figure.colorbar(image, ax=axes, label="mean cosine")
+        _tint(bar.ax)
     _save(path, figure)
 
 
