@@ -215,6 +215,19 @@ def test_max_bytes_caps_each_stream() -> None:
         assert cache.nbytes == 2 * per_slot
 
 
+def test_a_slot_computed_again_takes_its_own_place_under_the_cap() -> None:
+    model = Stack(Scale())
+    with holdover.attach(model, EAGER) as cache:
+        run(cache, model, ones(), 0)
+        per_slot = cache.nbytes
+    never_open = holdover.xcache(front_anchors=0, warmup=0, tau_floor=1.5)
+    with holdover.attach(model, never_open, max_bytes=per_slot) as cache:
+        for chunk in range(3):
+            run(cache, model, ones(), chunk)
+            assert cache.nbytes == per_slot
+    assert reasons(cache) == ["first", "cosine", "cosine"]
+
+
 def test_a_cap_that_a_growing_slot_outgrows() -> None:
     model = Stack(Scale())
     with holdover.attach(model, EAGER, max_bytes=ones().nbytes * 3) as cache:

@@ -119,6 +119,16 @@ def test_fixed_interval_ties_with_xcache_on_steady_driving() -> None:
     assert computed[0].count(False) == 12 * 2 * 2
 
 
+def test_over_steps_nothing_outlives_its_generation() -> None:
+    model = Stack(Scale())
+    policy = holdover.fixed_interval(over="steps", every=2, front_anchors=0, warmup=0)
+    with holdover.attach(model, policy) as cache:
+        for chunk, index in [(0, 0), (0, 1), (1, 1), (1, 3)]:  # generation 1 starts late
+            with cache.step(chunk=chunk, index=index, num_steps=4, commits=False):
+                model(ones())
+    assert reasons(cache) == ["interval", "reuse", "first", "reuse"]
+
+
 def test_one_span_holds_one_residual() -> None:
     model = Stack(Scale(), Scale(3), Scale(5), Scale(7))
     policy = holdover.fixed_interval(span="all", back_anchors=1, every=3)
