@@ -51,7 +51,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The folder for the page, videos and report.")] = Path("runs/demo"),
     model: Model = None,
     clips: Clips = None,
-    generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 66,
+    generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 60,
     seed: Seed = 0,
     every: Annotated[int, typer.Option(help="SSIM and ST-LPIPS look at every so-manieth frame.")] = 12,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,

@@ -16,14 +16,15 @@ from .small import latents, small_config, small_model
 
 
 class Sheet:
-    """Stands in for recorded clips: every segment is a smooth function of where it starts."""
+    """Stands in for recorded clips: one still picture, and a little noise that depends on where a segment starts."""
 
     def __init__(self, folder: Path, config: WorldConfig) -> None:
         self.config, self.clips = config, [folder]
         self.model = small_model()
 
     def load(self, clip: Path, start: int, latent_frames: int) -> Batch:
-        return Batch(latents(self.model, latent_frames, seed=start), torch.full((1, latent_frames, 2), 0.1))
+        still, noise = latents(self.model, 1), latents(self.model, latent_frames, seed=start + 1)
+        return Batch((still + 0.1 * noise).clamp(-1, 1), torch.full((1, latent_frames, 2), 0.1))
 
     def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> Batch:
         return Batch(
@@ -74,8 +75,8 @@ def test_training_learns(tmp_path: Path) -> None:
     path = train(tmp_path, tmp_path / "run", recipe, heldout=tmp_path, config=small_config(depth=2), save_every=20)
     log = list(read_log(path.parent))
     psnr = [line["heldout_psnr_db"][0] for line in log if "heldout_psnr_db" in line]
-    assert psnr[-1] > psnr[0]
-    assert np.mean([line["loss"] for line in log[-10:]]) < 0.9 * np.mean([line["loss"] for line in log[:5]])
+    blank = 10 * np.log10(4 / float(latents(small_model(), 1).clamp(-1, 1).square().mean()))  # of predicting nothing
+    assert psnr[-1] > blank + 3
     assert isinstance(WorldModel.load(path), WorldModel)
 
 

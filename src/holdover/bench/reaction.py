@@ -25,6 +25,7 @@ MIN_SPEED = 2.0
 _STEER = 4.0  # m/s^2, lateral acceleration of an evasive turn
 _LANE_CHANGE = 2.5  # m/s^2, of a brisk lane change
 _SHARPEST = 0.1  # 1/m
+_STILL = 0.01  # of an action's range; the script's own small corrections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,9 @@ def measure(
     ]
 
 
-def measure_race(race: Race, action: Tensor, *, horizon: int = 1) -> dict[str, list[Reaction]]:
+def measure_race(
+    race: Race, action: Tensor, *, events: Sequence[Event] = EVENTS, horizon: int = 1
+) -> dict[str, list[Reaction]]:
     """`measure` for every cached run of a race, where it stands; the race is not moved."""
     responses: dict[int, Responses] = {}
     reactions = {}
@@ -152,19 +155,25 @@ def measure_race(race: Race, action: Tensor, *, horizon: int = 1) -> dict[str, l
         full = fork(race.reference(name).loop, "reference")
         full.cache, full.config = None, replace(full.config, commit="first")
         memory = responses.setdefault(id(race.reference(name).loop), {})
-        reactions[name] = measure(lane.loop, full, action, horizon=horizon, full_responses=memory)
+        reactions[name] = measure(lane.loop, full, action, events=events, horizon=horizon, full_responses=memory)
     return reactions
 
 
 def drive(
-    race: Race, actions: Tensor, *, at: Sequence[int] = (), horizon: int = 1, advance: Callable[[], None]
+    race: Race,
+    actions: Tensor,
+    *,
+    at: Sequence[int] = (),
+    events: Sequence[Event] = EVENTS,
+    horizon: int = 1,
+    advance: Callable[[], None],
 ) -> dict[str, list[Reaction]]:
     """Run a race to the end, measuring reactions on the way.
 
     Args:
         actions: one per generation ``[G, A]``.
         at: generations at which to measure, see `moments`.
-        horizon: see `measure`.
+        events, horizon: see `measure`.
         advance: called after each generation.
 
     Returns:
@@ -173,7 +182,7 @@ def drive(
     reactions: dict[str, list[Reaction]] = {name: [] for name in race.lanes}
     for g, action in enumerate(actions):
         if g in at:
-            for name, found in measure_race(race, action, horizon=horizon).items():
+            for name, found in measure_race(race, action, events=events, horizon=horizon).items():
                 reactions[name] += found
         race.step(action)
         advance()
@@ -181,21 +190,28 @@ def drive(
 
 
 def moments(actions: Tensor, cycle: int, count: int) -> list[int]:
-    """Generations in mid-cycle at which braking and steering would show, spread over a rollout, at most ``count``.
+    """Generations at which to measure, at most ``count``, spread over a rollout.
 
-    The first cycle is left out; so is the last generation of a cycle, where even a cache that never reacts is only one
-    generation late.
+    They lie in mid-cycle, after the first cycle and before a cycle's last generation, where even a cache that never
+    reacts is only one generation late; the car moves there. The action has held still since the cycle's start, or
+    changed less than elsewhere: while the script itself is changing it, an event is not what changes the picture.
     """
     inside = range(1, max(2, cycle - 1))
-    able = [g for g in range(cycle, len(actions)) if g % cycle in inside and can_react(actions[g])]
-    if len(able) <= count:
-        return able
-    chosen = []
+    unrest = {
+        g: float((actions[g - g % cycle : g + 1] - actions[g]).abs().max())
+        for g in range(cycle, len(actions))
+        if g % cycle in inside and can_react(actions[g])
+    }
+    quiet = sorted(unrest, key=lambda g: (max(unrest[g], _STILL), g))
+    calm = [g for g in quiet if unrest[g] <= _STILL] if count else []
+    if len(calm) <= count:
+        return sorted(quiet[:count])
+    chosen: list[int] = []
     for i in range(count):
-        target = cycle + (i + 0.5) / count * (len(actions) - cycle)
-        wanted = inside[i % len(inside)]  # every position gets its turn, where there is a choice
-        chosen.append(min(able, key=lambda g: (abs(g - target) + (cycle if g % cycle != wanted else 0), g)))
-    return sorted(set(chosen))
+        target, position = cycle + (i + 0.5) / count * (len(actions) - cycle), inside[i % len(inside)]
+        free = [g for g in calm if g not in chosen]
+        chosen.append(min(free, key=lambda g: abs(g - target) + (cycle if g % cycle != position else 0)))
+    return sorted(chosen)
 
 
 def mean_ratio(reactions: Sequence[Reaction], event: str) -> float | None:

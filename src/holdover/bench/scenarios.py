@@ -71,7 +71,7 @@ def shipped_clips() -> Path:
     return folder
 
 
-def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, generations: int = 66) -> Scenario:
+def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, generations: int = 60) -> Scenario:
     """Load a scenario from the first clip of its kind.
 
     Args:

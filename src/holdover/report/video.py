@@ -15,7 +15,7 @@ from holdover.report.files import whole
 _GAP = 8  # pixels between the pictures, before scaling
 
 
-def write_side_by_side(path: Path, videos: Sequence[NDArray[np.uint8]], *, fps: int, scale: int = 3) -> None:
+def write_side_by_side(path: Path, videos: Sequence[NDArray[np.uint8]], *, fps: int, scale: int = 2) -> None:
     """Write videos next to each other, left to right, as H.264 in MP4 (yuv420p).
 
     Args:
