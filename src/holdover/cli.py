@@ -133,15 +133,22 @@ def ablation(
     clips: Clips = None,
     generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 60,
     seed: Seed = 0,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,
 ) -> None:
     """X-Cache part by part, the cadence it needs, and the control of one piece per chunk."""
     with _plain_errors():
-        from holdover.bench.ablation import run_ablation
+        from holdover.bench.ablation import SCENARIOS, run_ablation
         from holdover.report.progress import bar
 
         with bar() as progress:
             figures = run_ablation(
-                _load(model)[0], out, generations=generations, seed=seed, clips=clips, progress=progress
+                _load(model)[0],
+                out,
+                generations=generations,
+                scenarios=tuple(scenario) if scenario else SCENARIOS,
+                seed=seed,
+                clips=clips,
+                progress=progress,
             )
         _show(out / "ablation.md", figures)
 

@@ -13,7 +13,7 @@ from rich.progress import Progress, TaskID
 
 from holdover.bench.lanes import Arm, Lane, Race
 from holdover.bench.measure import INTERVAL, Metrics, describe, describe_full, environment
-from holdover.bench.reaction import EVENTS, drive, moments
+from holdover.bench.reaction import drive, moments
 from holdover.bench.scenarios import NAMES, STEADY, Scenario, load_scenario
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import cadence_block_share
@@ -91,7 +91,7 @@ def run_demo(
     total = progress.add_task("demo", total=len(scenarios) * (options.generations + 1) + 1)
     share = cadence_block_share(model, scenarios[0], LoopConfig())
     progress.advance(total)
-    metrics = Metrics(every=options.every, distance=distance, block_shares={"window": share}, events=REPORTED)
+    metrics = Metrics(every=options.every, distance=distance, block_shares={"window": share})
     entries = []
     for scenario in scenarios:
         entries.append(_run_scenario(model, scenario, out, options, metrics, progress, total))
@@ -132,7 +132,7 @@ def _run_scenario(
     at = moments(scenario.actions, model.config.window, MOMENTS)
     progress.update(total, description=f"{scenario.name}: driving")
     with Race(model, scenario, arms, seed=options.seed) as race:
-        reactions = drive(race, scenario.actions, at=at, events=REPORTED, advance=lambda: progress.advance(total))
+        reactions = drive(race, scenario.actions, at=at, advance=lambda: progress.advance(total))
         progress.update(total, description=f"{scenario.name}: comparing")
         entry: dict[str, Any] = {
             "name": scenario.name,
