@@ -273,6 +273,7 @@ def test_exact_follows_the_latest_generation_of_a_branch() -> None:
             (2, 0, True, True),
             (2, 1, True, True),
             (3, 1, False, False),
+            (2, 0, True, True),  # back to an earlier generation
         ]:
             run(cache, model, ones(), chunk, index=index, num_steps=2, commits=commits)
             assert cache.exact() is expected

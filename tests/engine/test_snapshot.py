@@ -29,9 +29,13 @@ def snapshot() -> holdover.Snapshot:
 def test_it_is_a_copy(snapshot: holdover.Snapshot) -> None:
     model = Stack(Scale(), Scale(3))
     with holdover.attach(model, EAGER) as cache:
+        before = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
         cache.restore("a", snapshot)
+        again = cache.snapshot("a")
         assert cache.nbytes == snapshot.nbytes > 0
         run(cache, model, 9, 1, stream="a", action=[0.5], condition="new")  # overwrites what is held
+        for taken in (snapshot, again):
+            assert all(torch.equal(taken.tensors[name], before[name]) for name in before)
         cache.restore("b", snapshot)
         assert run(cache, model, 5, 1, stream="b", action=[0.5])[0, 0, 0] == 5 + 1 + 4
 
