@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import holdover
 from holdover.engine.contract import Call
@@ -18,7 +19,7 @@ from holdover.engine.state import FullGeneration, Held
 from holdover.policies.parts.gates import DualMetric, vector_cosine
 from holdover.policies.parts.guards import Always, Anchors, Guard, Interval, NewAction, Stale, WarmUp
 from holdover.policies.parts.predictors import Residual
-from holdover.policies.parts.signals import Fingerprint, grid_counts, uniform
+from holdover.policies.parts.signals import Fingerprint, FingerprintReading, grid_counts, uniform
 from holdover.policies.parts.spans import EachBlock, OneSpan
 from tests.naive import xcache as naive
 
@@ -41,6 +42,12 @@ def call(**fields: Any) -> Call:
 
 
 # The fingerprint.
+
+
+def compared(reading: FingerprintReading, now: Tensor, then: Tensor) -> list[float]:
+    metrics = reading.metrics(reading.compare(now, then).tolist())
+    assert list(metrics) == ["cosine", "deviation"]
+    return list(metrics.values())
 
 
 @few
@@ -90,7 +97,7 @@ def test_fingerprint_and_metrics_are_the_twins(
     now, then = torch.randn(2, 1, frames * per_frame, 5, generator=source)
     view_groups = tuple(holdover.ViewGroup(str(n), *group) for n, group in enumerate(groups))
     reading = Fingerprint(tokens).prepare(now.shape, now.device, view_groups)
-    cosine, deviation = reading.compare(reading.read(now), reading.read(then)).tolist()
+    cosine, deviation = compared(reading, reading.read(now), reading.read(then))
     spatial = [naive.spatial_entries(x[0].double().numpy(), groups, tokens) for x in (now, then)]
     means = [naive.global_entries(x[0].double().numpy(), groups) for x in (now, then)]
     entries = [*zip(*spatial, strict=True), *zip(*means, strict=True)]
@@ -113,7 +120,7 @@ def test_without_a_grid_tokens_are_spaced_along_the_axis(length: int, tokens: in
 def test_a_scaled_input_has_cosine_one_and_deviates_by_the_factor(factor: float, seed: int) -> None:
     x = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(seed))
     reading = Fingerprint().prepare(x.shape, x.device, ())
-    cosine, deviation = reading.compare(reading.read(x * factor), reading.read(x)).tolist()
+    cosine, deviation = compared(reading, reading.read(x * factor), reading.read(x))
     assert cosine == pytest.approx(1, abs=1e-5)
     assert deviation == pytest.approx(float(abs(factor - 1) * x.abs().max() / x.abs().mean()), rel=1e-2, abs=1e-4)
 
@@ -122,7 +129,7 @@ def test_zero_inputs_are_alike_and_like_nothing_else() -> None:
     zero, one = torch.zeros(1, 4, 2), torch.ones(1, 4, 2)
     reading = Fingerprint().prepare(zero.shape, zero.device, ())
     pairs = [(zero, zero), (one, zero), (zero, one)]
-    metrics = [reading.compare(reading.read(a), reading.read(b)).tolist() for a, b in pairs]
+    metrics = [compared(reading, reading.read(a), reading.read(b)) for a, b in pairs]
     assert metrics == [[1, 0], [0, pytest.approx(1e8)], [0, pytest.approx(1)]]
 
 
@@ -135,7 +142,7 @@ def test_an_outlier_in_one_group_is_measured_in_that_group(where: tuple[int, int
     reading = Fingerprint().prepare(x.shape, x.device, groups)
     changed = x.clone()
     changed[where] = -changed[where]
-    cosine, deviation = reading.compare(reading.read(changed), reading.read(x)).tolist()
+    cosine, deviation = compared(reading, reading.read(changed), reading.read(x))
     assert (cosine, deviation) == (pytest.approx(0.5), pytest.approx(2))
 
 
@@ -145,7 +152,7 @@ def test_what_is_not_finite_shows_in_both_metrics(bad: float, side: int) -> None
     pair = [torch.ones(1, 100, 2), torch.ones(1, 100, 2)]
     pair[side][0, 51, 0] = bad  # not among the sampled tokens
     reading = Fingerprint(4).prepare(pair[0].shape, torch.device("cpu"), ())
-    assert math.isnan(reading.compare(*map(reading.read, pair)).tolist()[0])
+    assert all(map(math.isnan, compared(reading, *map(reading.read, pair))))
 
 
 def test_statistics_are_float32_whatever_the_input() -> None:

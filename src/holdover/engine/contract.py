@@ -66,17 +66,16 @@ class Reading(Protocol):
         ...
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:
-        """The signal's metrics, float32 ``[len(metrics)]``, on the device: the engine reads them once."""
+        """On the device, all that takes many elements: a few numbers, one-dimensional, which the engine reads once."""
+        ...
+
+    def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
+        """On the host, the signal's metrics from these numbers, by name."""
         ...
 
 
 class Signal(Protocol):
     """What a gate looks at."""
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what `Reading.compare` returns."""
-        ...
 
     def prepare(self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]) -> Reading:
         """Precompute what reading takes; the engine keeps it per shape and device."""

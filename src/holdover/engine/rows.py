@@ -104,11 +104,9 @@ class Row:
         self.asked = True
         metrics: dict[str, float] = {}
         if reading is not None:
-            assert policy.signal is not None
             call.signal = reading.read(call.x)
-            values = reading.compare(call.signal, call.held.tensors["signal"]).tolist()
-            metrics = dict(zip(policy.signal.metrics, values, strict=True))
-            if not all(map(math.isfinite, values)):
+            metrics = reading.metrics(reading.compare(call.signal, call.held.tensors["signal"]).tolist())
+            if not all(map(math.isfinite, metrics.values())):
                 return Verdict("nan", metrics)
         verdict = policy.gate.judge(call, metrics)
         if verdict.numbers != call.held.numbers:

@@ -5,6 +5,8 @@ Shape suffixes: B batch, F latent frames, L tokens, N sampled tokens, G view gro
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -33,10 +35,6 @@ class Fingerprint:
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or self.tokens < 1:
             raise ValueError(f"tokens={self.tokens!r}: give a whole number, 1 or more")
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return ("cosine", "deviation")
 
     def prepare(
         self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]
@@ -72,16 +70,14 @@ class FingerprintReading:
     def __init__(
         self, shape: torch.Size, device: torch.device, indices: list[list[int]], frames: int, group_tokens: list[int]
     ) -> None:
-        counts = [len(chosen) for chosen in indices]
-        self._groups, self._sampled = len(counts), sum(counts)
+        self._counts = [len(chosen) for chosen in indices]
+        self._groups, self._sampled = len(indices), sum(self._counts)
         self._frames, self._group_tokens = frames, group_tokens
-        group_N = torch.repeat_interleave(torch.arange(self._groups), torch.tensor(counts))
-        segment = torch.cat([group_N, torch.arange(self._groups, 2 * self._groups)])
-        values = shape[-1] * (shape[0] if len(shape) > 2 else 1)
+        self._values = shape[-1] * (shape[0] if len(shape) > 2 else 1)  # per token
+        segment = [group for group, chosen in enumerate(indices) for _ in chosen]
+        segment += range(self._groups, 2 * self._groups)
         self._index_N = torch.tensor([token for chosen in indices for token in chosen], device=device)
-        self._group_N = group_N.to(device)
-        self._member_S1N = torch.nn.functional.one_hot(segment).T[:, None].to(device, torch.float32)
-        self._share_G = torch.tensor([1 / (count * values) for count in counts], device=device)
+        self._member_S1N = torch.nn.functional.one_hot(torch.tensor(segment)).T[:, None].to(device, torch.float32)
 
     def read(self, x: Tensor) -> Tensor:
         """The fingerprint of ``x``, float32 ``[B, N+G, C]``."""
@@ -95,16 +91,30 @@ class FingerprintReading:
         return torch.cat(parts, 1)
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:
-        """``[2]``: cosine and deviation. NaN where either fingerprint is not finite."""
+        """Per entry the sums of now·then, now², then² and abs(then); after these, per group the largest change."""
         sums = torch.stack([value.sum((0, 2)) for value in (now * then, now.square(), then.square(), then.abs())])
-        dot_S, now_S, then_S, size_S = (self._member_S1N * sums).sum(2).unbind(1)
-        norm_S = now_S.sqrt() * then_S.sqrt()
-        # Two zero vectors are alike, one zero vector is like nothing.
-        cosine_S = torch.where(norm_S == 0, (now_S == then_S).float(), dot_S / norm_S)
-        change_N = (now[:, : self._sampled] - then[:, : self._sampled]).abs_().amax((0, 2))
-        mean_G = size_S[: self._groups] * self._share_G
-        deviation = (change_N / (mean_G + EPSILON)[self._group_N]).max()
-        return torch.stack([cosine_S.min(), deviation])
+        change_N = (now - then).abs_().amax((0, 2))[: self._sampled]
+        change = [group.amax() for group in torch.split(change_N, self._counts)]
+        return torch.cat([(self._member_S1N * sums).sum(2).flatten(), torch.stack(change)])
+
+    def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
+        """``cosine`` and ``deviation``, NaN where either fingerprint is not finite."""
+        cosines, deviations = [], []
+        for entry in range(2 * self._groups):
+            dot, now, then, size = numbers[4 * entry : 4 * entry + 4]
+            cosines.append(_cosine(dot, now, then))
+            if entry < self._groups:
+                mean = size / (self._counts[entry] * self._values)
+                deviations.append(numbers[8 * self._groups + entry] / (mean + EPSILON))
+        # Python's min and max would pass over a NaN.
+        finite = all(map(math.isfinite, numbers))
+        return {"cosine": min(cosines) if finite else math.nan, "deviation": max(deviations) if finite else math.nan}
+
+
+def _cosine(dot: float, now: float, then: float) -> float:
+    """From a dot product and squared norms. Two zero vectors are alike, one zero vector is like nothing."""
+    norm = math.sqrt(now) * math.sqrt(then)
+    return dot / norm if norm else float(now == then)
 
 
 def uniform(length: int, count: int) -> list[int]:
