@@ -242,10 +242,7 @@ def _load(path: Path | None) -> tuple[WorldModel, Path]:
     from holdover.world.transformer import WorldModel
 
     path = path or shipped_model()
-    try:
-        return WorldModel.load(path), path
-    except RuntimeError as error:  # tensors that are missing, left over or of other sizes
-        raise ValueError(f"{path} is not a world model of this version; train it again") from error
+    return WorldModel.load(path), path
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ class WorldModel(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a world model.
+            ValueError: the file is not a world model, or not one of this version.
         """
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint at {path}; train one with `holdover world train`")
@@ -267,7 +267,10 @@ class WorldModel(nn.Module):
             if "config" not in metadata:
                 raise ValueError(f"{path} carries no world model configuration; write checkpoints with WorldModel.save")
             model = cls(WorldConfig.from_json(metadata["config"]))
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            try:
+                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            except RuntimeError as error:  # tensors that are missing, left over or of other sizes
+                raise ValueError(f"{path} is not a world model of this version; train it again") from error
         return model.to(dtype).eval().requires_grad_(False)
 
 
