@@ -28,6 +28,7 @@ with holdover.attach(model, policy, process_group=dist.group.WORLD) as cache:
             model(changed if differs == rank else seen)
 with open(f"{folder}/{rank}.json", "w") as file:
     json.dump(reasons(cache), file)
+dist.barrier()  # a rank that leaves first would take its peer down
 dist.destroy_process_group()
 """
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from holdover.bench.scenarios import shipped_clips
 from holdover.world import train as training
+from holdover.world.clips import read_clip
 from holdover.world.config import WorldConfig
-from holdover.world.train import Batch, Recipe, hold_actions, read_log, train
+from holdover.world.train import Batch, Recipe, Segments, hold_actions, read_log, train
 from holdover.world.transformer import WorldModel
 
 from .small import latents, small_config, small_model
@@ -22,14 +24,15 @@ class Sheet:
         self.config, self.clips = config, [folder]
         self.model = small_model()
 
-    def load(self, clip: Path, start: int, latent_frames: int) -> Batch:
+    def read(self, clip: Path, start: int, latent_frames: int) -> Batch:
         still, noise = latents(self.model, 1), latents(self.model, latent_frames, seed=start + 1)
         return Batch((still + 0.1 * noise).clamp(-1, 1), torch.full((1, latent_frames, 2), 0.1))
 
-    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> Batch:
-        return Batch(
-            *(torch.cat([t] * batch) for t in vars(self.load(Path(), int(rng.integers(3)), latent_frames)).values())
-        )
+    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[Batch]:
+        return [self.read(Path(), int(rng.integers(3)), latent_frames)] * batch
+
+    def batch(self, segments: list[Batch], device: str) -> Batch:
+        return Batch(*map(torch.cat, zip(*(vars(segment).values() for segment in segments), strict=True)))
 
 
 @pytest.fixture
@@ -78,6 +81,21 @@ def test_training_learns(tmp_path: Path) -> None:
     blank = 10 * np.log10(4 / float(latents(small_model(), 1).clamp(-1, 1).square().mean()))  # of predicting nothing
     assert psnr[-1] > blank + 3
     assert isinstance(WorldModel.load(path), WorldModel)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
+def test_segments_are_what_was_recorded(keep_bytes: int) -> None:
+    """Of a shipped clip: pixels by hand from the decoded video, actions as commanded."""
+    config = WorldConfig()
+    segments = Segments(shipped_clips(), config, keep_bytes=keep_bytes)
+    clip = read_clip(segments.clips[0])
+    for start in (8, 40):
+        parts = [segments.read(segments.clips[0], start, 2) for _ in range(2)]
+        batch = segments.batch(parts, "cpu")
+        assert batch.latents.shape == (2, 2, config.tokens, config.patch_values)
+        corner = torch.from_numpy(clip.frames["front_wide"][start, :8, :8]).float() / 127.5 - 1
+        torch.testing.assert_close(batch.latents[1, 0, 0, : 8 * 8 * 3], corner.flatten())
+        torch.testing.assert_close(batch.actions[0, :, 0].numpy(), clip.actions[start : start + 8 : 4, 0])
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:

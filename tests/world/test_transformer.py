@@ -118,7 +118,7 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
     for block in model.blocks:
         assert isinstance(block, Block)
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + block.table_6C).unsqueeze(2).unbind(3)
-        y = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
+        y = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale1) + shift1
         heads = config.heads
         q, k, v = block.qkv(y).unflatten(-1, (3, heads, -1)).unbind(3)
         q, k = block.norm_q(q), block.norm_k(k)
@@ -145,10 +145,18 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
                     scores = (rotate(q[0, f, :, h], table) @ rotate(k[0, f, :, h], table).T).softmax(-1)
                     out[0, f, :, h] = scores @ v[0, f, :, h]
         hidden = hidden + gate1 * block.out(out.flatten(-2))
-        y = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+        y = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale2) + shift2
         hidden = hidden + gate2 * block.down(F.gelu(block.up(y)))
     shift, scale = model.final_modulation(F.silu(condition)).unsqueeze(2).chunk(2, -1)
-    return model.head(F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+    final = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale) + shift
+    clean = model.head(final).unflatten(-1, (config.frames_per_latent, -1, 3))
+    for f in range(window, frames):
+        newest = x[0, f // window * window - 1].unflatten(-1, (config.frames_per_latent, -1, 3))[:, -1]
+        colour = newest.mean(1, keepdim=True)
+        for t in range(config.frames_per_latent):
+            share = torch.sigmoid(model.keep(final[0, f])[:, t])[:, None, None]
+            clean[0, f, :, t] += colour + share * (newest - colour)
+    return clean.flatten(-3)
 
 
 def _action_features(actions: Tensor) -> Tensor:
@@ -170,6 +178,26 @@ def test_streaming_with_the_kv_cache_equals_one_masked_pass() -> None:
     noisy = model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:], cache=cache)
     torch.testing.assert_close(noisy, expected[:, 6:], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(noisy, model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:]), atol=1e-2)
+
+
+def test_what_is_unmoved_is_carried_over() -> None:
+    """A model that adds nothing repeats the newest video frame, or its mean colour per patch."""
+    model = small_model()
+    for layer in (model.head, model.keep):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    shown, actions, cache = latents(model, 2).clamp(-1, 1), torch.zeros(1, 2, 2), model.new_cache()
+    model(shown, sigma=0.0, action_BFA=actions, cache=cache, write=True)
+    before = unpatchify(shown, model.config)
+    for bias in (50.0, -50.0):
+        torch.nn.init.constant_(model.keep.bias, bias)
+        after = unpatchify(model(latents(model, 2, seed=1), sigma=1.0, action_BFA=actions, cache=cache), model.config)
+        for name, frames in after.items():
+            newest = before[name][:, -1:]
+            if bias < 0:
+                rows = newest.float().unflatten(2, (-1, 8)).unflatten(4, (-1, 8))  # [B, 1, rows, 8, columns, 8, 3]
+                newest = rows.mean((3, 5), keepdim=True).expand_as(rows).flatten(4, 5).flatten(2, 3)
+            assert (frames.float() - newest.float()).abs().max() <= (0 if bias > 0 else 1)
 
 
 def test_the_cache_rolls_forks_and_survives_a_failed_pass() -> None:

@@ -57,7 +57,7 @@ def attach(
     if max_bytes is not None and max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes} is negative; give bytes per stream, or None for no cap")
     audit = audit if isinstance(audit, Audit) else Audit(audit)
-    blocks = find_blocks(model, slots)
+    blocks = find_blocks(model, slots, policy.level)
     writing = [block.name for block in blocks if block.slot.writes_kv]
     if audit.rate > 0 and writing:
         raise ValueError(

@@ -6,14 +6,14 @@ generation (per branch), which the engine keeps, rolls back when a pass fails, f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from holdover.engine.slots import Span, ViewGroup
+from holdover.engine.slots import Level, Span, ViewGroup
 from holdover.engine.state import FullGeneration, Held
 from holdover.engine.step import Step
 
@@ -28,8 +28,11 @@ class Call:
         generation: distinct chunks of the stream before this one, since its reset.
         full: the latest generation of this branch that was computed in full, before this one; None if there is none.
         x: the hidden state that enters the span, ``[B, ..., C]``.
-        held: what was remembered when the span was last computed; None if nothing.
-        signal: the policy's signal of ``x``, once read.
+        entry: the hidden state that entered the pass's first block; ``x`` itself for policies that do not read it.
+        held: what is remembered of the span; None if nothing.
+        tap: a tensor that the span's first slot declares by name, such as its timestep-modulated input.
+        peer: what is remembered, this pass included, of the span that begins at a block.
+        signal: the policy's signal of this call, once read.
     """
 
     step: Step
@@ -38,7 +41,10 @@ class Call:
     generation: int
     full: FullGeneration | None
     x: Tensor
+    entry: Tensor
     held: Held | None
+    tap: Callable[[str], Tensor]
+    peer: Callable[[int], Held | None]
     signal: Tensor | None = None
 
 
@@ -47,6 +53,13 @@ class Verdict(NamedTuple):
 
     reason: str | None
     scores: Mapping[str, float] = {}
+    numbers: Mapping[str, float] = {}
+
+
+class Kept(NamedTuple):
+    """What to remember beside, or in place of, what is held under the same names."""
+
+    tensors: Mapping[str, Tensor] = {}
     numbers: Mapping[str, float] = {}
 
 
@@ -61,8 +74,8 @@ class Guard(Protocol):
 class Reading(Protocol):
     """A signal prepared for one shape and device."""
 
-    def read(self, x: Tensor) -> Tensor:
-        """The signal of a hidden state, float32."""
+    def read(self, call: Call) -> Tensor:
+        """The signal of a call, float32, sharing no memory with the model's tensors."""
         ...
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:
@@ -75,7 +88,14 @@ class Reading(Protocol):
 
 
 class Signal(Protocol):
-    """What a gate looks at."""
+    """What a gate looks at.
+
+    ``follows``: it is compared with that of the latest pass, be that computed or not; else with that of the pass in
+    which the span was last computed.
+    """
+
+    @property
+    def follows(self) -> bool: ...
 
     def prepare(self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]) -> Reading:
         """Precompute what reading takes; the engine keeps it per shape and device."""
@@ -87,16 +107,28 @@ class Gate(Protocol):
 
     def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict: ...
 
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        """The numbers to keep after the span turned ``call.x`` into ``y``; ``call.held`` is what was known before."""
+        ...
+
 
 class Predictor(Protocol):
     """Stands in for a span."""
 
     def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to hold after the span turned ``call.x`` into ``y``; may write into the ``spare`` tensors of before."""
+        """What to hold after the span turned ``call.x`` into ``y``; may write into the ``spare`` tensors of before.
+
+        ``call.held`` is what was known before, its tensors too, so that a history can be moved on. What is held must
+        not share memory with ``y``.
+        """
         ...
 
     def predict(self, call: Call) -> Tensor:
         """The span's output for ``call.x``, from what is held."""
+        ...
+
+    def reused(self, call: Call, y: Tensor) -> Kept:
+        """What to remember after it stood in with ``y``; most remember nothing."""
         ...
 
 
@@ -124,6 +156,21 @@ class Policy(Protocol):
     @property
     def lifetime(self) -> Literal["stream", "generation"]:
         """How long what is held may serve."""
+        ...
+
+    @property
+    def level(self) -> Level:
+        """Which slots it is attached to where the user names none."""
+        ...
+
+    @property
+    def reads_entry(self) -> bool:
+        """Whether it reads `Call.entry`."""
+        ...
+
+    @property
+    def one_for_all_branches(self) -> bool:
+        """Whether the guidance branches of a pass follow the one that comes first."""
         ...
 
     def spans(self, blocks: int) -> Sequence[Span]:

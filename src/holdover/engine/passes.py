@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Pass:
         self._decisions: list[Decision] = []
         self._ran: set[int] = set()
         self._open: OpenSpan | None = None
+        self._entry: Tensor | None = None
 
     def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block's forward."""
@@ -71,7 +73,7 @@ class Pass:
         self._ran.add(block.index)
         span = self._runtime.span_of[block.index]
         if block.index == span.first:
-            self._open = self._decide(block, span, block.read(args, kwargs))
+            self._open = self._decide(block, span, args, kwargs)
         elif self._open is None or self._open.span is not span:
             raise ValueError(f"block {block.name!r} ran before the first of its span; list slots in the model's order")
         current = self._open
@@ -102,19 +104,36 @@ class Pass:
         for row in self._rows:
             row.roll_back()
 
-    def _decide(self, block: Block, span: Span, x: Tensor) -> OpenSpan:
+    def _decide(self, block: Block, span: Span, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpenSpan:
+        x = block.read(args, kwargs)
         if self._batched and x.shape[0] != len(self._rows):
             raise ValueError(f"the batch has {x.shape[0]} rows, the step {len(self._rows)}; pass one Step per row")
         predictor = self._runtime.policy.predictor
         parts = self._per_row(x)
         reading = self._runtime.reading(parts[0])
-        calls = [row.call(span, part) for row, part in zip(self._rows, parts, strict=True)]
+        entries = self._entries(block, x) if self._runtime.policy.reads_entry else parts
+        taps: dict[str, Sequence[Tensor]] = {}
+
+        def tap(name: str, *, row: int) -> Tensor:
+            if name not in taps:
+                taps[name] = self._per_row(block.tap(name, args, kwargs))
+            return taps[name][row]
+
+        calls = [
+            row.call(span, part, entry, partial(tap, row=n))
+            for n, (row, part, entry) in enumerate(zip(self._rows, parts, entries, strict=True))
+        ]
         rows = [(row, call, row.judge(call, reading)) for row, call in zip(self._rows, calls, strict=True)]
         current = OpenSpan(span=span, rows=rows, reason=self._agree(rows, x))
-        if predictor is None:
+        for row in self._rows:
+            row.decided[span.first] = current.reason is None
+        if predictor is None or span.computed is not None:
             return current
         if current.reason is None:
-            current.prediction = self._joined([_predicted(predictor, call) for call in calls])
+            predictions = [_predicted(predictor, call) for call in calls]
+            for row, call, prediction in zip(self._rows, calls, predictions, strict=True):
+                row.reuse(call, prediction)
+            current.prediction = self._joined(predictions)
             drawn = [row.draw_audit() for row in self._rows]
             if any(drawn):
                 current.shadow = x if block.overwrites_input is False else x.clone()
@@ -125,6 +144,12 @@ class Pass:
             for call, part in zip(calls, self._per_row(x.clone()), strict=True):
                 call.x = part
         return current
+
+    def _entries(self, block: Block, x: Tensor) -> Sequence[Tensor]:
+        """What entered the pass's first block, by row; kept from there on for the spans that follow."""
+        if self._entry is None:
+            self._entry = x if block.overwrites_input is False else x.clone()
+        return self._per_row(self._entry)
 
     def _agree(self, rows: Sequence[tuple[Row, Call, Verdict]], x: Tensor) -> str | None:
         """Why the span is computed though a row, or this rank, would reuse it; None where nobody needs it."""
@@ -137,7 +162,7 @@ class Pass:
 
     def _compute(self, block: Block, current: OpenSpan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = block.compute(*args, **kwargs)
-        if self._runtime.policy.predictor is None:
+        if self._runtime.policy.predictor is None or current.span.computed is not None:
             return output
         hidden, extras = block.split(output)
         if extras is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from holdover.engine import condition as conditions
-from holdover.engine.contract import Audit, Call, Policy, Reading, Verdict
+from holdover.engine.contract import Audit, Call, Kept, Policy, Reading, Verdict
 from holdover.engine.slots import Block, Span, ViewGroup
 from holdover.engine.state import Condition, FullGeneration, Held, Key, Run, Stream
 from holdover.engine.step import Step
@@ -74,15 +74,16 @@ class Row:
         #: From the pass in which the condition changed, the rest of the generation is computed in full.
         self.renewed = self.condition_changed or (run is not None and run.condition_changed)
         self.pending: dict[Key, Held] = {}
+        self.overwritten: set[Key] = set()
+        #: What the guidance branch that came first in this pass decided, and what this one does, by first block.
+        shared = generation.shared if generation else {}
+        self.leader = {block: reused for (index, block), reused in shared.items() if index == step.index}
+        self.decided: dict[int, bool] = {}
         self.asked = self.reused = self.warm_up = False
         self.reuses = self.stream.reuses
         self.audit_errors: list[float] = []
 
-    def call(self, span: Span, x: Tensor) -> Call:
-        policy = self.runtime.policy
-        held = self.stream.held.get(self._key(span))
-        if held is not None and policy.lifetime == "generation" and held.generation != self.ordinal:
-            held = None
+    def call(self, span: Span, x: Tensor, entry: Tensor, tap: Callable[[str], Tensor]) -> Call:
         return Call(
             step=self.step,
             span=span,
@@ -90,13 +91,19 @@ class Row:
             generation=self.ordinal,
             full=self.stream.full.get(self.step.branch),
             x=x,
-            held=held,
+            entry=entry,
+            held=self._known(span.first),
+            tap=tap,
+            peer=self._known,
         )
 
     def judge(self, call: Call, reading: Reading | None) -> Verdict:
         """Whether the span must be computed: guards first, then the engine's own reasons, then the gate."""
         policy = self.runtime.policy
-        reason = policy.guard(call) or self._refusal(call)
+        if call.span.computed is not None:
+            return Verdict(call.span.computed)
+        led = self.leader.get(call.span.first) if policy.one_for_all_branches else None
+        reason = "branch" if led is False else policy.guard(call) or self._refusal(call)
         if reason is not None:
             self.warm_up |= reason == WARM_UP
             return Verdict(reason)
@@ -104,19 +111,26 @@ class Row:
         self.asked = True
         metrics: dict[str, float] = {}
         if reading is not None:
-            call.signal = reading.read(call.x)
+            call.signal = reading.read(call)
             metrics = reading.metrics(reading.compare(call.signal, call.held.tensors["signal"]).tolist())
             if not all(map(math.isfinite, metrics.values())):
                 return Verdict("nan", metrics)
         verdict = policy.gate.judge(call, metrics)
-        if verdict.numbers != call.held.numbers:
-            call.held = self.pending[self._key(call.span)] = call.held.with_numbers(verdict.numbers)
-        return verdict
+        self._update(call, Kept(numbers=verdict.numbers))
+        return verdict._replace(reason=None) if led else verdict
 
     def prepare(self, call: Call, reading: Reading | None) -> None:
         """Before a span is computed: read the signal that will be held with it."""
         if reading is not None and call.signal is None and self._has_room(call):
-            call.signal = reading.read(call.x)
+            call.signal = reading.read(call)
+
+    def reuse(self, call: Call, y: Tensor) -> None:
+        """After the predictor stood in with ``y``."""
+        policy = self.runtime.policy
+        assert policy.predictor is not None
+        self._update(call, policy.predictor.reused(call, y))
+        if policy.signal is not None and policy.signal.follows and call.signal is not None:
+            self._update(call, Kept({"signal": call.signal.detach()}))
 
     def remember(self, call: Call, y: Tensor, extras: dict[int, tuple[Any, ...]]) -> None:
         """After a span was computed: hold what it did, if it fits."""
@@ -127,7 +141,7 @@ class Row:
         key = self._key(call.span)
         old = self.pending.get(key) or self.stream.held.get(key)
         held = self.pending[key] = Held(
-            numbers=call.held.numbers if call.held else {},
+            numbers=self.runtime.policy.gate.learn(call, y.detach()),
             generation=self.ordinal,
             epoch=self.condition.epoch,
             action=self.step.action_vector,
@@ -138,6 +152,7 @@ class Row:
             void=None if y.shape == call.x.shape else "shape",
         )
         if held.void is None:
+            self.overwritten.add(key)
             held.tensors.update(predictor.remember(call, y.detach(), old.tensors if old else {}))
             held.extras = {block: tuple(map(_kept, items)) for block, items in extras.items()}
             if call.signal is not None:
@@ -166,6 +181,8 @@ class Row:
         run.indices.add(step.index)
         run.exact &= not self.reused
         run.condition_changed |= self.condition_changed
+        for block, reused in self.decided.items():
+            generation.shared.setdefault((step.index, block), reused)
         if run.exact and len(run.indices) == step.num_steps:
             stream.full[step.branch] = FullGeneration(generation.ordinal, step.action_vector)
         stream.conditions[step.branch] = self.condition
@@ -173,9 +190,9 @@ class Row:
         stream.reuses = self.reuses
 
     def roll_back(self) -> None:
-        for key, held in self.pending.items():
+        for key in self.overwritten:
             old = self.stream.held.get(key)
-            if old is not None and old.tensors and held.tensors is not old.tensors:
+            if old is not None and old.tensors:
                 self.stream.held[key] = old.voided("interrupted")
         self.stream.nbytes = sum(held.nbytes for held in self.stream.held.values())
 
@@ -198,8 +215,26 @@ class Row:
             return "device"
         return "audit" if self.stream.alarmed else None
 
+    def _update(self, call: Call, kept: Kept) -> None:
+        """Change what is remembered of a span that was not computed."""
+        assert call.held is not None
+        if kept.numbers or kept.tensors:
+            before = call.held.nbytes
+            call.held = self.pending[self._key(call.span)] = call.held.updated(kept.numbers, kept.tensors)
+            self.stream.nbytes += call.held.nbytes - before
+
+    def _known(self, block: int) -> Held | None:
+        """What is remembered of the span that begins at a block, as long as it may serve."""
+        key = self._key_of(block)
+        held = self.pending.get(key) or self.stream.held.get(key)
+        outlived = held is not None and self.runtime.policy.lifetime == "generation" and held.generation != self.ordinal
+        return None if outlived else held
+
     def _key(self, span: Span) -> Key:
-        return Key(self.step.branch, self.step.index if self.runtime.policy.per_index else None, span.first)
+        return self._key_of(span.first)
+
+    def _key_of(self, block: int) -> Key:
+        return Key(self.step.branch, self.step.index if self.runtime.policy.per_index else None, block)
 
     def _has_room(self, call: Call) -> bool:
         held = self.stream.held.get(self._key(call.span))

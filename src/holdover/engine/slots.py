@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
+
+#: What slots are: the blocks of the backbone, or the model as a whole, whose hidden state is the noisy input.
+Level = Literal["block", "model"]
 
 #: The keyword that carries the hidden state where a forward's signature does not tell.
 HIDDEN_STATES = "hidden_states"
@@ -45,19 +48,26 @@ class Slot:
         hidden: the argument with the hidden state: its position, or its keyword.
         writes_kv: the block writes keys and values in place in denoising passes too, so that it must not run twice;
             `audit` is refused for such a model.
+        taps: tensors inside the block that a policy may read, by name. Each is a function of the block and the
+            arguments of its forward; ``modulated``, the timestep-modulated input, is what TeaCache reads.
     """
 
     block: nn.Module | str
     hidden: int | str = 0
     writes_kv: bool = False
+    taps: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Span:
-    """A run of blocks held over as one, ``first`` and ``last`` included."""
+    """A run of blocks held over as one, ``first`` and ``last`` included.
+
+    ``computed`` is the reason why a span is computed at every pass, such as "probe"; nothing is then remembered of it.
+    """
 
     first: int
     last: int
+    computed: str | None = None
 
 
 class Block:
@@ -96,6 +106,15 @@ class Block:
             return (*args[: self._position], hidden, *args[self._position + 1 :]), kwargs
         return args, {**kwargs, self._keyword: hidden}
 
+    def tap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A tensor that the slot declares."""
+        if name not in self.slot.taps:
+            raise ValueError(
+                f"the policy reads {name!r}, which block {self.name!r} does not declare; give "
+                f"holdover.Slot({self.name!r}, taps={{{name!r}: function of the block and its arguments}})"
+            )
+        return self.slot.taps[name](self.module, *args, **kwargs)
+
     def split(self, output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
         """A block's output as hidden state and, where it is a tuple, its other items."""
         if isinstance(output, Tensor):
@@ -114,17 +133,22 @@ class Block:
         )
 
 
-def find_blocks(model: nn.Module, slots: Sequence[Slot | nn.Module | str] | None) -> list[Block]:
+def find_blocks(
+    model: nn.Module, slots: Sequence[Slot | nn.Module | str] | None, level: Level = "block"
+) -> list[Block]:
     """Find a model's blocks, in the order in which it runs them.
 
     Args:
         model: the model.
-        slots: module names, modules or `Slot`s; None asks ``model.holdover_slots()``.
+        slots: module names, modules or `Slot`s; None asks ``model.holdover_slots()``, or takes the model itself.
+        level: what the policy is attached to where ``slots`` is None.
 
     Raises:
         ValueError: a block is not part of the model, is named twice or lies within another.
     """
-    if slots is None:
+    if slots is None and level == "model":
+        slots = [model]
+    elif slots is None:
         declare = getattr(model, "holdover_slots", None)
         if declare is None:
             raise ValueError(

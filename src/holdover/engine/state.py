@@ -61,8 +61,10 @@ class Held:
         for items in self.extras.values():
             yield from (item for item in items if isinstance(item, Tensor))
 
-    def with_numbers(self, numbers: Mapping[str, float]) -> Held:
-        return replace(self, numbers=numbers)
+    def updated(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> Held:
+        """The same, but for these numbers and tensors."""
+        held = {**self.tensors, **tensors} if tensors else self.tensors
+        return replace(self, numbers={**self.numbers, **numbers}, tensors=held)
 
     def voided(self, reason: str) -> Held:
         """Its numbers alone: the gate's memory outlives what was held."""
@@ -108,10 +110,12 @@ class Generation:
     #: Whether a gate was asked, that is, whether anything could have been reused.
     asked: bool = False
     warm_up: bool = False
+    #: Where guidance branches share a decision: per pass index and first block, whether the first branch reused.
+    shared: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def copy(self) -> Generation:
         runs = {branch: run.copy() for branch, run in self.runs.items()}
-        return Generation(self.ordinal, self.commits, runs, self.asked, self.warm_up)
+        return Generation(self.ordinal, self.commits, runs, self.asked, self.warm_up, dict(self.shared))
 
 
 @dataclass(slots=True)

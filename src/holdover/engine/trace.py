@@ -19,7 +19,7 @@ from holdover.engine.step import Role
 #:   bytes                it does not fit under max_bytes
 #:   nan                  the signal is not finite
 #:   audit                an audit of this stream found an error past its limit
-#:   batch, group         another row of the batch, another rank of the group needs it
+#:   batch, group, branch another row of the batch, rank of the group, or guidance branch of the pass needed it
 #:   reuse                held over
 REUSE = "reuse"
 WARM_UP = "warm-up"

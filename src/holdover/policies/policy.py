@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from holdover.engine.contract import Gate, Predictor, Signal
+from holdover.engine.slots import Level
 from holdover.policies.parts.guards import Guard
 from holdover.policies.parts.spans import Spans
 
@@ -23,6 +24,9 @@ class Policy:
         predictor: stands in for a span; None for a policy that computes everything.
         per_index: each pass index of a generation has state of its own.
         lifetime: what is held serves the whole ``stream``, or the ``generation`` in which it was computed.
+        level: the slots are a model's ``block``s, or the ``model`` as a whole.
+        reads_entry: signal or predictor read what entered the pass's first block.
+        one_for_all_branches: guidance branches, which keep states of their own, share the first one's decision.
     """
 
     name: str
@@ -33,3 +37,6 @@ class Policy:
     predictor: Predictor | None = None
     per_index: bool = False
     lifetime: Literal["stream", "generation"] = "stream"
+    level: Level = "block"
+    reads_entry: bool = False
+    one_for_all_branches: bool = False

@@ -6,9 +6,9 @@ Every random choice is a function of (seed, step), so a run that was killed cont
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor
 from torch.func import functional_call
 
-from holdover.world.clips import list_clips, read_clip
+from holdover.world.clips import Clip, list_clips, read_clip
 from holdover.world.config import WorldConfig
 from holdover.world.kv_cache import KVCache
 from holdover.world.latents import patchify
@@ -41,22 +41,24 @@ class Recipe:
         context_noise: largest noise level added to the clean context, so that small errors do not grow.
         l1: weight of an absolute error beside the squared one; it keeps edges sharper.
         muon_rate, adam_rate: peak learning rates of the linear layers' matrices (Muon) and of all else (AdamW).
+        muon_weight_decay: of the matrices, against outlier channels.
         warmup, decay: steps of linear warm-up; share of the steps over which the rates fall to zero.
         ema: decay of the averaged weights that are saved.
         levels, shift: the sampler's noise levels, on which alone a few-step model is trained.
         seed: of data order, noise and initial weights.
     """
 
-    steps: int = 800
+    steps: int = 2500
     batch: int = 2
-    own_context_from: float = 0.59375
+    own_context_from: float = 0.9
     plain_share: float = 0.15
     context_noise: float = 0.15
-    l1: float = 0.3
+    l1: float = 1.0
     muon_rate: float = 0.02
     adam_rate: float = 0.001
+    muon_weight_decay: float = 0.1
     warmup: int = 50
-    decay: float = 0.28
+    decay: float = 0.4
     ema: float = 0.998
     levels: int = 4
     shift: float = 5.0
@@ -82,25 +84,39 @@ class Batch:
 
 
 class Segments:
-    """Random segments of recorded clips."""
+    """Random segments of recorded clips.
 
-    def __init__(self, folder: Path, config: WorldConfig) -> None:
+    Decoded clips are kept in memory, up to ``keep_bytes``; decoding every segment anew would take a tenth of a step.
+    """
+
+    def __init__(self, folder: Path, config: WorldConfig, *, keep_bytes: int = 4 << 30) -> None:
         self.config = config
+        self._kept: dict[Path, Clip] = {}
+        self._room = keep_bytes
         self.clips = list_clips(folder)
         if not self.clips:
             raise ValueError(f"{folder} holds no clips; record some with `holdover world record --out {folder}`")
 
-    def load(self, clip: Path, start: int, latent_frames: int) -> Batch:
+    def read(self, clip: Path, start: int, latent_frames: int) -> Clip:
         """A segment that begins at video frame ``start``."""
-        per = self.config.frames_per_latent
-        recording = read_clip(clip, start=start, frames=latent_frames * per)
-        frames = {name: torch.from_numpy(video)[None] for name, video in recording.frames.items()}
-        actions = torch.from_numpy(recording.actions).reshape(latent_frames, per, -1).mean(1)
-        return Batch(patchify(frames, self.config), actions[None])
+        frames = latent_frames * self.config.frames_per_latent
+        if clip not in self._kept and self._room > 0:
+            self._kept[clip] = read_clip(clip)
+            self._room -= sum(video.nbytes for video in self._kept[clip].frames.values())
+        if clip not in self._kept:
+            return read_clip(clip, start=start, frames=frames)
+        whole, part = self._kept[clip], slice(start, start + frames)
+        return replace(
+            whole,
+            frames={name: video[part] for name, video in whole.frames.items()},
+            actions=whole.actions[part],
+            poses=whole.poses[part],
+            motion=whole.motion[part],
+        )
 
-    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> Batch:
+    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[Clip]:
         per = self.config.frames_per_latent
-        parts = []
+        segments = []
         for _ in range(batch):
             clip = self.clips[rng.integers(len(self.clips))]
             length = json.loads((clip / "clip.json").read_text())["frames"]
@@ -108,8 +124,17 @@ class Segments:
                 raise ValueError(f"{clip} has {length} frames; training needs {latent_frames * per} or more")
             # Commands change where latent frames begin, so that none straddles two commands.
             start = int(rng.integers((length - latent_frames * per) // per + 1)) * per
-            parts.append(self.load(clip, start, latent_frames))
-        return Batch(torch.cat([p.latents for p in parts]), torch.cat([p.actions for p in parts]))
+            segments.append(self.read(clip, start, latent_frames))
+        return segments
+
+    def batch(self, segments: Sequence[Clip], device: str | torch.device) -> Batch:
+        """Segments of one length, as the model takes them."""
+        names = [camera.name for camera in self.config.cameras]
+        frames = {name: torch.from_numpy(np.stack([s.frames[name] for s in segments])) for name in names}
+        latents = patchify(frames, self.config)
+        actions = torch.from_numpy(np.stack([s.actions for s in segments]))
+        actions = actions.unflatten(1, (-1, self.config.frames_per_latent)).mean(2)
+        return Batch(latents.to(device), actions.to(device))
 
 
 def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
@@ -220,7 +245,7 @@ def train(
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     others = [p for p in parameters.values() if not any(p is m for m in matrices)]
     optimisers: list[tuple[torch.optim.Optimizer, float]] = [
-        (torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=0.0), recipe.muon_rate),
+        (torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.muon_weight_decay), recipe.muon_rate),
         (torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0), recipe.adam_rate),
     ]
     out.mkdir(parents=True, exist_ok=True)
@@ -228,7 +253,7 @@ def train(
     first = _resume(out, recipe, model, average, optimisers)
     segments, held = Segments(data, config), Segments(heldout, config) if heldout else None
 
-    def plan(step: int) -> tuple[np.random.Generator, bool, bool, Batch]:
+    def plan(step: int) -> tuple[np.random.Generator, bool, bool, list[Clip]]:
         rng = np.random.default_rng([recipe.seed, step])
         plain, own = bool(rng.random() < recipe.plain_share), step >= recipe.own_context_from * recipe.steps
         if plain:
@@ -244,9 +269,11 @@ def train(
         for step in range(first, recipe.steps):
             assert upcoming is not None
             started = perf_counter()
-            rng, plain, own, batch = upcoming.result()
+            rng, plain, own, clips = upcoming.result()
+            # The loader keeps off PyTorch: a second thread's OpenMP team would make this one's sleep between operations,
+            # which took a third of a step.
             upcoming = loader.submit(plan, step + 1)
-            batch = Batch(batch.latents.to(device), batch.actions.to(device))
+            batch = segments.batch(clips, device)
             half = {name: p.bfloat16() for name, p in parameters.items()}
 
             def predict(*args: Any, _half: dict[str, Tensor] = half, **kwargs: Any) -> Tensor:
@@ -296,8 +323,7 @@ def heldout_psnr(model: WorldModel, average: dict[str, Tensor], held: Segments, 
 
     errors = []
     for index, clip in enumerate(held.clips[:: max(1, len(held.clips) // 6)][:6]):
-        batch = held.load(clip, 48, config.context + config.window)
-        batch = Batch(batch.latents.to(device), batch.actions.to(device))
+        batch = held.batch([held.read(clip, 48, config.context + config.window)], device)
         context, target = torch.split(batch.latents, [config.context, config.window], 1)
         actions = torch.split(batch.actions, [config.context, config.window], 1)
         kv = model.new_cache()

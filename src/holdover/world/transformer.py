@@ -32,6 +32,11 @@ from holdover.world.config import WorldConfig, ray_directions
 from holdover.world.kv_cache import KVCache
 
 
+#: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
+#: channel to carry them past a norm, and X-Cache's deviation test, largest element over mean, needs none to be still.
+NORM_EPS = 1.0
+
+
 @dataclass(frozen=True)
 class Pass:
     """What the blocks of one forward pass share."""
@@ -75,8 +80,8 @@ class Block(nn.Module):
         c = config.channels
         self.config, self.index, self.temporal = config, index, index % 2 == 0
         self.table_6C = nn.Parameter(torch.zeros(6, c))
-        self.norm1 = nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
-        self.norm2 = nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
+        self.norm1 = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
         self.qkv = nn.Linear(c, 3 * c, bias=False)
         head = c // config.heads
         self.norm_q = nn.RMSNorm(head, eps=1e-6)
@@ -140,10 +145,11 @@ class WorldModel(nn.Module):
         self.action_mlp = nn.Sequential(nn.Linear(17 * config.action_dims, c), nn.SiLU(), nn.Linear(c, c))
         self.modulation = nn.Linear(c, 6 * c)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.final_norm = nn.LayerNorm(c, elementwise_affine=False, eps=1e-6)
+        self.final_norm = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
         self.final_modulation = nn.Linear(c, 2 * c)
         self.head = nn.Linear(c, config.patch_values)
-        for layer in (self.modulation, self.final_modulation, self.head):
+        self.keep = nn.Linear(c, config.frames_per_latent)
+        for layer in (self.modulation, self.final_modulation, self.head, self.keep):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.neighbours_N9: Tensor
@@ -183,9 +189,10 @@ class WorldModel(nn.Module):
             write=write,
         )
         hidden_BFNC = self.embed(x_BFNP.to(dtype)) + self.position_NC
-        if cache is not None and cache.last is not None:
+        last_BNP = cache.last.to(dtype) if cache is not None and cache.last is not None else None
+        if last_BNP is not None:
             # What was there a moment ago, and around it: attention alone takes long to learn to look there.
-            around_BN9P = F.pad(cache.last.to(dtype), (0, 0, 0, 1))[:, self.neighbours_N9]
+            around_BN9P = F.pad(last_BNP, (0, 0, 0, 1))[:, self.neighbours_N9]
             hidden_BFNC = hidden_BFNC + self.last_embed(around_BN9P.flatten(2))[:, None]
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
@@ -193,8 +200,23 @@ class WorldModel(nn.Module):
         if cache is not None and write:
             cache.commit(x_BFNP)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
-        clean: Tensor = self.head(self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift)
+        final_BFNC = self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift
+        clean: Tensor = self.head(final_BFNC)
+        if last_BNP is not None:
+            clean = clean + self.carried(last_BNP, torch.sigmoid(self.keep(final_BFNC)))
         return clean
+
+    def carried(self, last_BNP: Tensor, share_BFNT: Tensor) -> Tensor:
+        """What the newest video frame contributes to each prediction ``[B, F, N, P]``.
+
+        Its mean colour per patch, so that the blocks need not carry brightness through the residual stream, and as much
+        of its detail as the model finds unmoved: ``share`` is per token and video frame T of a latent one.
+        """
+        frames = self.config.frames_per_latent
+        newest_BNXK = last_BNP.unflatten(-1, (frames, -1, 3))[:, :, -1]
+        mean_BN1K = newest_BNXK.mean(2, keepdim=True)
+        detail = share_BFNT[..., None, None] * (newest_BNXK - mean_BN1K)[:, None, :, None]
+        return (mean_BN1K[:, None, :, None] + detail).flatten(3)
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.context)

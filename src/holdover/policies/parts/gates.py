@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from holdover.engine.contract import Call, Verdict
 
@@ -12,8 +15,19 @@ from holdover.engine.contract import Call, Verdict
 STRICT = 0.999
 
 
+class Gate:
+    """Decides by metrics and by the numbers it keeps with the slot."""
+
+    @abstractmethod
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict: ...
+
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        """By default the numbers stay as they are."""
+        return call.held.numbers if call.held else {}
+
+
 @dataclass(frozen=True)
-class Open:
+class Open(Gate):
     """Reuses whatever no guard forbids."""
 
     def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
@@ -21,7 +35,7 @@ class Open:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualMetric:
+class DualMetric(Gate):
     """X-Cache's gate: cosine against a threshold that follows it, and the largest deviation (arXiv 2604.20289).
 
     With ``s`` the least cosine of the fingerprint's entries and ``d`` the deviation, the running mean starts at the

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from holdover.engine.contract import Call
+from holdover.engine.contract import Call, Kept
+
+
+class Predictor:
+    """Stands in for a span."""
+
+    @abstractmethod
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def predict(self, call: Call) -> Tensor: ...
+
+    def reused(self, call: Call, y: Tensor) -> Kept:
+        """By default a reuse leaves no trace."""
+        return Kept()
 
 
 @dataclass(frozen=True)
-class Residual:
+class Residual(Predictor):
     """What a span added when it was last computed, added to what enters now: ``y = x + (y_then - x_then)``.
 
     X-Cache (arXiv 2604.20289), reuse.

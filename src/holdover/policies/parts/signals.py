@@ -9,10 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from holdover.engine.contract import Call
 from holdover.engine.slots import ViewGroup
 
 #: Keeps the deviation finite where the held fingerprint is zero.
@@ -31,6 +33,7 @@ class Fingerprint:
     """
 
     tokens: int = 32
+    follows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or self.tokens < 1:
@@ -79,8 +82,9 @@ class FingerprintReading:
         self._index_N = torch.tensor([token for chosen in indices for token in chosen], device=device)
         self._member_S1N = torch.nn.functional.one_hot(torch.tensor(segment)).T[:, None].to(device, torch.float32)
 
-    def read(self, x: Tensor) -> Tensor:
-        """The fingerprint of ``x``, float32 ``[B, N+G, C]``."""
+    def read(self, call: Call) -> Tensor:
+        """The fingerprint of the span's input, float32 ``[B, N+G, C]``."""
+        x = call.x
         x_BLC = (x.flatten(1, -2) if x.dim() > 2 else x[None]).detach()
         b, length, c = x_BLC.shape
         x_BFLC = x_BLC.reshape(b, self._frames, length // self._frames, c)
