@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import holdover
+from tests.naive.fbcache import FBCache
 from tests.naive.fixed_interval import FixedInterval
 from tests.naive.never import Never
+from tests.naive.teacache import TeaCache
 from tests.naive.xcache import XCache
 from tests.naive.xcache_reactive import XCacheReactive
-from tests.toy import BLOCKS, GROUPS
+from tests.toy import BLOCKS, FEW, GROUPS, MANY, ToyLoop
 
 TOY_GROUPS = [(group.views, group.height, group.width) for group in GROUPS]
 
@@ -23,13 +25,27 @@ class Case:
     name: str
     twin: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
+    sigmas: tuple[float, ...] = FEW
     known: dict[str, Any] = field(default_factory=dict)
 
     def policy(self) -> holdover.Policy:
         return holdover.policy(self.name, **self.options)
 
+    def loop(self, **fields: Any) -> ToyLoop:
+        """What it runs in: methods that look from step to step need more than a few."""
+        return ToyLoop(sigmas=self.sigmas, **fields)
+
     def naive(self) -> Any:
         return self.twin(**self.known, **self.options)
+
+    @property
+    def generations(self) -> int:
+        """Enough for it to show all it does, in a golden trace that can be read."""
+        return 20 if self.sigmas is FEW else 6
+
+    def protected(self) -> Case:
+        """The same under KV protection, which methods from the world without a KV cache have off."""
+        return replace(self, options={**self.options, "protection": "generation"}) if self.sigmas is MANY else self
 
     @property
     def id(self) -> str:
@@ -37,22 +53,41 @@ class Case:
 
 
 def fixed(**options: Any) -> Case:
-    return Case("fixed_interval", FixedInterval, options, {"blocks": BLOCKS})
+    return Case("fixed_interval", FixedInterval, options, known={"blocks": BLOCKS})
 
 
 def xcache(**options: Any) -> Case:
-    return Case("xcache", XCache, options, {"blocks": BLOCKS, "groups": TOY_GROUPS})
+    return Case("xcache", XCache, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS})
 
 
 def reactive(**options: Any) -> Case:
-    return Case("xcache_reactive", XCacheReactive, options, {"blocks": BLOCKS, "groups": TOY_GROUPS})
+    return Case("xcache_reactive", XCacheReactive, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS})
+
+
+def many(name: str, twin: Callable[..., Any], **options: Any) -> Case:
+    """A method for samplers of many steps."""
+    return Case(name, twin, options, MANY, {"blocks": BLOCKS})
 
 
 #: One case per registered policy, its defaults.
-DEFAULTS = [Case("never", Never), fixed(), xcache(), reactive()]
+DEFAULTS = [
+    Case("never", Never),
+    fixed(),
+    xcache(),
+    reactive(),
+    many("teacache", TeaCache),
+    many("fbcache", FBCache),
+]
 
 #: Options under which the gate never opens.
-CLOSED = [Case("never", Never), fixed(warmup=10**6), xcache(tau_floor=1.5), reactive(tau_floor=1.5)]
+CLOSED = [
+    Case("never", Never),
+    fixed(warmup=10**6),
+    xcache(tau_floor=1.5),
+    reactive(tau_floor=1.5),
+    many("teacache", TeaCache, threshold=0.0),
+    many("fbcache", FBCache, threshold=0.0),
+]
 
 #: Every option away from its default.
 VARIED = [
@@ -70,4 +105,6 @@ VARIED = [
     xcache(max_staleness=1),
     reactive(scale=(2.0, 0.3)),
     reactive(scale=0.012, protection="pass"),
+    many("teacache", TeaCache, threshold=0.3, protection="generation", polynomial=(2.0, 0.5, 0.001)),
+    many("fbcache", FBCache, threshold=0.2, protection="generation"),
 ]

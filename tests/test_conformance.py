@@ -6,7 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def test_the_registry_is_covered() -> None:
 
 @pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.id)
 def test_a_gate_that_never_opens_changes_no_bit(case: Case, model: ToyModel) -> None:
-    bare, attached = ToyLoop(), ToyLoop()
+    bare, attached = case.loop(), case.loop()
     expected = play(model, bare, plain)
     with holdover.attach(model, case.policy()) as cache:
         outputs = play(model, attached, cached(cache))
@@ -83,19 +83,19 @@ def test_a_gate_that_never_opens_changes_no_bit(case: Case, model: ToyModel) -> 
 @each
 def test_detach_restores_the_model(case: Case, model: ToyModel) -> None:
     attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    expected = play(model, ToyLoop(), plain, 6)
+    expected = play(model, case.loop(), plain, 6)
     cache = holdover.attach(model, case.policy())
-    play(model, ToyLoop(), cached(cache), 2)
+    play(model, case.loop(), cached(cache), 2)
     with pytest.raises(RuntimeError), cache.step(chunk=2):
         model(torch.zeros(1, 7, 6), sigma=0.0, action=torch.zeros(1, 2))
     cache.detach()
     assert {name: dict(module.__dict__) for name, module in model.named_modules()} == attributes
-    assert same(play(model, ToyLoop(), plain, 6), expected)
+    assert same(play(model, case.loop(), plain, 6), expected)
 
 
 @pytest.mark.parametrize("case", DEFAULTS + CLOSED + VARIED, ids=lambda case: case.id)
 def test_decisions_and_outputs_are_the_twins(case: Case, model: ToyModel) -> None:
-    twin, loop, twin_loop = case.naive(), ToyLoop(), ToyLoop()
+    twin, loop, twin_loop = case.naive(), case.loop(), case.loop()
     with holdover.attach(model, case.policy()) as cache:
         outputs = play(model, loop, cached(cache))
     expected = play(model, twin_loop, twin.runner)
@@ -116,10 +116,10 @@ def test_interleaved_streams_do_not_touch_each_other(case: Case, model: ToyModel
     for seed, stream in enumerate(("a", "b")):
         with holdover.attach(model, case.policy()) as cache:
             # Stream b runs four generations behind, so that the two meet in different states.
-            outputs = play(model, ToyLoop(seed=seed, stream=stream), cached(cache), GENERATIONS - 4 * seed)
+            outputs = play(model, case.loop(seed=seed, stream=stream), cached(cache), GENERATIONS - 4 * seed)
         alone[stream] = outputs, decisions(cache, stream)
     with holdover.attach(model, case.policy()) as cache:
-        loops = {stream: ToyLoop(seed=seed, stream=stream) for seed, stream in enumerate(("a", "b"))}
+        loops = {stream: case.loop(seed=seed, stream=stream) for seed, stream in enumerate(("a", "b"))}
         together: dict[str, list[Tensor]] = {"a": play(model, loops["a"], cached(cache), 4), "b": []}
         for _ in range(GENERATIONS - 4):
             for stream, loop in loops.items():
@@ -142,9 +142,9 @@ def test_guidance_branches_do_not_touch_each_other(case: Case, model: ToyModel) 
     def runner(fields: dict[str, Any], run: Any) -> Tensor:
         return runners[fields["branch"]](fields, lambda: run(model=separate[fields["branch"]]))
 
-    expected = play(model, ToyLoop(branches=("cond", "uncond")), runner)
+    expected = play(model, case.loop(branches=("cond", "uncond")), runner)
     with holdover.attach(model, case.policy()) as cache:
-        outputs = play(model, ToyLoop(branches=("cond", "uncond")), cached(cache))
+        outputs = play(model, case.loop(branches=("cond", "uncond")), cached(cache))
     assert same(outputs, expected)
     for own, branch in zip(caches, separate, strict=True):
         assert decisions(own) == [decision for decision in decisions(cache) if decision[0] == branch]
@@ -178,7 +178,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ..
     folder: Path = tmp_path_factory.mktemp("snapshots")
     whole = {}
     for case in DEFAULTS:
-        model, loop = ToyModel(), ToyLoop()
+        model, loop = ToyModel(), case.loop()
         with one_thread(), holdover.attach(model, case.policy()) as cache:
             play(model, loop, cached(cache), 6)
             cache.snapshot().save(folder / f"{case.name}.safetensors")
@@ -206,11 +206,11 @@ def test_a_fork_goes_its_own_way(case: Case, model: ToyModel) -> None:
     expected = []
     for turn in (None, -0.4):
         with holdover.attach(model, case.policy()) as cache:
-            loop = ToyLoop()
+            loop = case.loop()
             play(model, loop, cached(cache), 6)
             expected.append(run(turn, cache, loop))
     with holdover.attach(model, case.policy()) as cache:
-        loop = ToyLoop()
+        loop = case.loop()
         play(model, loop, cached(cache), 6)
         fork = copy.deepcopy(loop)
         fork.stream = "fork"
@@ -223,7 +223,7 @@ def test_a_fork_goes_its_own_way(case: Case, model: ToyModel) -> None:
 @pytest.mark.parametrize("case", DEFAULTS + VARIED, ids=lambda case: case.id)
 def test_kv_updates_are_computed_in_full(case: Case, model: ToyModel) -> None:
     with holdover.attach(model, case.policy()) as cache:
-        play(model, ToyLoop(), cached(cache))
+        play(model, case.loop(), cached(cache))
     updates = [decision for decision in cache.trace if decision.role == "kv_update"]
     assert len(updates) == 4 * GENERATIONS // 4
     assert all(decision.computed and decision.reason == "kv update" for decision in updates)
@@ -231,16 +231,14 @@ def test_kv_updates_are_computed_in_full(case: Case, model: ToyModel) -> None:
 
 @each
 def test_poison_never_reaches_the_kv_cache(case: Case, model: ToyModel) -> None:
-    expected = ToyLoop()
-    with holdover.attach(model, case.policy()) as cache:
+    expected, policy = case.loop(), case.protected().policy()
+    with holdover.attach(model, policy) as cache:
         play(model, expected, cached(cache), 8)
-    loop = ToyLoop()
-    with holdover.attach(model, case.policy()) as cache:
+    loop = case.loop()
+    with holdover.attach(model, policy) as cache:
         play(model, loop, cached(cache), 4)
-        poison(cache, everything=True)
-        play(model, loop, cached(cache), 1)  # protected: it neither uses nor keeps any of the poison
-        poison(cache, everything=False)
-        outputs = play(model, loop, cached(cache), 3)
+        play(model, loop, poisoned(cache, everything=True), 1)  # protected: it uses none of the poison
+        outputs = play(model, loop, poisoned(cache, everything=False), 3)
     assert all(tensor.isfinite().all() for tensor in kv_tensors(loop))
     assert same(kv_tensors(loop), kv_tensors(expected))
     if case.name != "never":
@@ -250,13 +248,23 @@ def test_poison_never_reaches_the_kv_cache(case: Case, model: ToyModel) -> None:
 @each
 def test_a_poisoned_signal_is_computed(case: Case, model: ToyModel) -> None:
     with holdover.attach(model, case.policy()) as cache:
-        loop = ToyLoop()
+        loop = case.loop()
         play(model, loop, cached(cache), 5)
         poison(cache, everything=True)
         outputs = play(model, loop, cached(cache), 1)
     if "xcache" in case.name:
         assert all(output.isfinite().all() for output in outputs)
         assert cache.stats().reasons["nan"] == 12
+
+
+def poisoned(cache: holdover.Cache, *, everything: bool) -> Any:
+    """Runs every pass after poisoning all that is held."""
+
+    def runner(fields: dict[str, Any], run: Any) -> Tensor:
+        poison(cache, everything=everything)
+        return cached(cache)(fields, run)
+
+    return runner
 
 
 def poison(cache: holdover.Cache, *, everything: bool) -> None:
@@ -271,6 +279,11 @@ def poison(cache: holdover.Cache, *, everything: bool) -> None:
 GOLDEN = Path(__file__).parent / "golden"
 LETTERS = {"reuse": "r", "kv cycle": "K", "warm-up": "W", "anchor": "A", "cosine": "c", "deviation": "d", "action": "!"}
 LETTERS |= {
+    "probe": "P",
+    "retained": "R",
+    "last step": "L",
+    "change": "/",
+    "drift": "+",
     "condition": "?",
     "interval": "i",
     "never": "n",
@@ -288,38 +301,42 @@ def golden_lines(cache: holdover.Cache) -> Iterator[tuple[str, list[float]]]:
     for start in range(0, len(cache.trace), 4):
         blocks = cache.trace[start : start + 4]
         letters = "".join(LETTERS[block.reason] for block in blocks)
-        cosines = [block.scores["cosine"] for block in blocks if "cosine" in block.scores]
-        yield f"{blocks[0].chunk:2} {blocks[0].index} {letters}", cosines
+        scores = [block.scores[name] for block in blocks for name in ("cosine", "change") if name in block.scores]
+        yield f"{blocks[0].chunk:2} {blocks[0].index} {letters}", scores
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES, ids=lambda case: case.id)
 def test_golden_decisions(case: Case, model: ToyModel) -> None:
-    """Decisions match the text exactly, cosines to three decimals; none of them is on a knife's edge."""
+    """Decisions match the text exactly, scores to three decimals; none of them is on a knife's edge."""
     with holdover.attach(model, case.policy()) as cache:
-        play(model, ToyLoop(), cached(cache))
+        play(model, case.loop(), cached(cache), case.generations)
     for decision in cache.trace:
-        if "threshold" in decision.scores:
+        for name in {"drift", "change"} & decision.scores.keys():
+            assert abs(decision.scores[name] - decision.scores["threshold"]) > 1e-5
+        if "cosine" in decision.scores:
             assert abs(decision.scores["cosine"] - decision.scores["threshold"]) > 1e-3
             assert abs(decision.scores["deviation"] - case.options.get("tau_dev", 2.0)) > 1e-3
     golden = [line.split("|") for line in (GOLDEN / f"{case.id}.txt").read_text().splitlines()]
     lines = list(golden_lines(cache))
     assert [line for line, _ in lines] == [line.rstrip() for line, *_ in golden]
-    for (_, cosines), (_, *stored) in zip(lines, golden, strict=True):
-        assert cosines == pytest.approx([float(number) for text in stored for number in text.split()], abs=5e-4)
+    for (_, scores), (_, *stored) in zip(lines, golden, strict=True):
+        assert scores == pytest.approx([float(number) for text in stored for number in text.split()], abs=5e-4)
 
 
-def write_golden() -> None:
-    """Rewrite the golden traces: ``python -m tests.test_conformance``, then read the difference."""
+def write_golden(names: Sequence[str]) -> None:
+    """Rewrite golden traces: ``python -m tests.test_conformance [policy ...]``, then read the difference."""
     for case in GOLDEN_CASES:
+        if names and case.name not in names:
+            continue
         model = ToyModel()
         with one_thread(), holdover.attach(model, case.policy()) as cache:
-            play(model, ToyLoop(), cached(cache))
+            play(model, case.loop(), cached(cache), case.generations)
         lines = [
-            f"{line} | {' '.join(f'{c:.4f}' for c in cosines)}" if cosines else line
-            for line, cosines in golden_lines(cache)
+            f"{line} | {' '.join(f'{score:.4f}' for score in scores)}" if scores else line
+            for line, scores in golden_lines(cache)
         ]
         (GOLDEN / f"{case.id}.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    write_golden()
+    write_golden(sys.argv[1:])

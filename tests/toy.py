@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdover import ViewGroup
+from holdover import Slot, ViewGroup
 
 GROUPS = (ViewGroup("front", 1, 4, 6), ViewGroup("side", 2, 3, 4))
 PER_FRAME = sum(group.tokens for group in GROUPS)
-WINDOW, STEPS, DIM, CHANNELS, BLOCKS = 4, 4, 32, 6, 4
-SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
+WINDOW, DIM, CHANNELS, BLOCKS = 4, 32, 6, 4
+#: Of a few-step and of a multi-step sampler.
+FEW = (1.0, 0.9375, 0.8333, 0.625)
+MANY = tuple(1 - n / 24 for n in range(24))
 
 Runner = Callable[[dict[str, Any], Callable[..., Tensor]], Tensor]
 KV = dict[int, tuple[Tensor, Tensor]]
@@ -32,7 +34,7 @@ class ToyBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
 
     def forward(self, hidden_states: Tensor, modulation: Tensor, kv: KV | None = None, write: bool = False) -> Tensor:
-        x = F.layer_norm(hidden_states, (DIM,)) * (1 + modulation[:, None])
+        x = self.modulated(hidden_states, modulation)
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, DIM // 2).permute(2, 0, 3, 1, 4)
         own = k, v
         if kv is not None and self.index in kv:
@@ -42,6 +44,26 @@ class ToyBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         y = hidden_states + self.out(attended)
         return y + self.mlp(F.layer_norm(y, (DIM,)))
+
+    def modulated(self, hidden_states: Tensor, modulation: Tensor, *_: Any, **__: Any) -> Tensor:
+        return F.layer_norm(hidden_states, (DIM,)) * (1 + modulation[:, None])
+
+
+@dataclass
+class Compute:
+    """One block of one pass, as the twins see it."""
+
+    block: ToyBlock
+    modulation: Tensor
+    kv: KV | None
+    write: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x, self.modulation, self.kv, write=self.write)
+        return y
+
+    def modulated(self, x: Tensor) -> Tensor:
+        return self.block.modulated(x, self.modulation)
 
 
 class ToyModel(nn.Module):
@@ -67,7 +89,7 @@ class ToyModel(nn.Module):
         condition: float = 0.0,
         kv: KV | None = None,
         write: bool = False,
-        apply: Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None,
+        apply: Callable[[int, Tensor, Compute], Tensor] | None = None,
     ) -> Tensor:
         """``apply(block, x, compute)``, if given, stands between the model and its blocks: the twins' way in."""
         steer = torch.tensor([[sigma, condition]], dtype=x.dtype).expand(len(x), -1)
@@ -77,11 +99,11 @@ class ToyModel(nn.Module):
             if apply is None:
                 h = block(h, modulation, kv, write=write)
             else:
-                h = apply(index, h, lambda h, block=block: block(h, modulation, kv, write=write))
+                h = apply(index, h, Compute(block, modulation, kv, write))
         return torch.tanh(self.head(h))
 
-    def holdover_slots(self) -> list[str]:
-        return [f"blocks.{index}" for index in range(BLOCKS)]
+    def holdover_slots(self) -> list[Slot]:
+        return [Slot(f"blocks.{index}", taps={"modulated": ToyBlock.modulated}) for index in range(BLOCKS)]
 
     def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
         return GROUPS
@@ -97,6 +119,7 @@ class ToyLoop:
     seed: int = 0
     stream: str = "default"
     branches: tuple[str, ...] = ("",)
+    sigmas: tuple[float, ...] = FEW
     generation: int = 0
     emitted: list[Tensor] = field(default_factory=list)
     noise: Tensor | None = None
@@ -110,15 +133,16 @@ class ToyLoop:
         position = self.generation % WINDOW
         if position == 0:
             source = torch.Generator().manual_seed(1000 * self.seed + self.generation)
-            self.noise = torch.randn(STEPS, 1, WINDOW * PER_FRAME, CHANNELS, generator=source)
+            draws = len(self.sigmas) if len(self.sigmas) == len(FEW) else 1  # many steps follow one noise to its end
+            self.noise = torch.randn(draws, 1, WINDOW * PER_FRAME, CHANNELS, generator=source)
             self.emitted = []
         assert self.noise is not None
         command = torch.tensor([action])
         known = torch.cat([self.noise[0, :, :0], *self.emitted], 1)
         clean = torch.zeros_like(self.noise[0])
-        for index, sigma in enumerate(SIGMAS):
+        for index, sigma in enumerate(self.sigmas):
             clean[:, : known.shape[1]] = known
-            noisy = (1 - sigma) * clean + sigma * self.noise[index]
+            noisy = (1 - sigma) * clean + sigma * self.noise[min(index, len(self.noise) - 1)]
             outputs = []
             for n, branch in enumerate(self.branches):
                 fields = {
@@ -126,7 +150,7 @@ class ToyLoop:
                     "branch": branch,
                     "chunk": self.generation,
                     "index": index,
-                    "num_steps": STEPS,
+                    "num_steps": len(self.sigmas),
                     "sigma": sigma,
                     "action": action,
                     "condition": condition,

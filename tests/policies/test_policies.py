@@ -12,7 +12,7 @@ from tests.engine.models import Scale, Stack, ones, reasons
 
 
 def test_policies_are_found_by_name() -> None:
-    assert holdover.policies() == ["fixed_interval", "never", "xcache", "xcache_reactive"]
+    assert {"fixed_interval", "never", "xcache", "xcache_reactive"} <= set(holdover.policies())
     assert holdover.policy("xcache", tau_floor=0.95) == holdover.xcache(tau_floor=0.95) != holdover.xcache()
     assert holdover.policy("xcache_reactive", scale=0.1, warmup=2) == holdover.xcache_reactive(scale=0.1, warmup=2)
 

@@ -150,13 +150,38 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
     shift, scale = model.final_modulation(F.silu(condition)).unsqueeze(2).chunk(2, -1)
     final = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale) + shift
     clean = model.head(final).unflatten(-1, (config.frames_per_latent, -1, 3))
+    motion = model.motion(final).unflatten(-1, (config.frames_per_latent, 2, 3))
+    share = torch.sigmoid(model.keep(final))
     for f in range(window, frames):
-        newest = x[0, f // window * window - 1].unflatten(-1, (config.frames_per_latent, -1, 3))[:, -1]
-        colour = newest.mean(1, keepdim=True)
-        for t in range(config.frames_per_latent):
-            share = torch.sigmoid(model.keep(final[0, f])[:, t])[:, None, None]
-            clean[0, f, :, t] += colour + share * (newest - colour)
+        newest, start = x[0, f // window * window - 1].unflatten(-1, (config.frames_per_latent, -1, 3))[:, -1], 0
+        for camera in config.cameras:
+            rows, columns = config.grid(camera)
+            tokens = newest[start : start + rows * columns].view(rows, columns, 8, 8, 3)
+            image = tokens.permute(0, 2, 1, 3, 4).reshape(8 * rows, 8 * columns, 3)
+            for token in range(rows * columns):
+                for t in range(config.frames_per_latent):
+                    moved = naive_patch(image, divmod(token, columns), motion[0, f, start + token, t])
+                    colour = moved.mean(0)
+                    clean[0, f, start + token, t] += colour + share[0, f, start + token, t] * (moved - colour)
+            start += rows * columns
     return clean.flatten(-3)
+
+
+def naive_patch(image: Tensor, at: tuple[int, int], motion: Tensor) -> Tensor:
+    """The 8x8 patch at (row, column) of an image, each pixel fetched from where an affine motion points."""
+    height, width, _ = image.shape
+    pixels = []
+    for r in range(8):
+        for c in range(8):
+            inside = torch.tensor([1.0, (r - 3.5) / 4, (c - 3.5) / 4])
+            down, right = (4 * (motion @ inside)).tolist()
+            y = min(max(8 * at[0] + r + down, 0), height - 1)
+            x = min(max(8 * at[1] + c + right, 0), width - 1)
+            y0, x0 = min(int(y), height - 2), min(int(x), width - 2)
+            top = (1 - (x - x0)) * image[y0, x0] + (x - x0) * image[y0, x0 + 1]
+            bottom = (1 - (x - x0)) * image[y0 + 1, x0] + (x - x0) * image[y0 + 1, x0 + 1]
+            pixels.append((1 - (y - y0)) * top + (y - y0) * bottom)
+    return torch.stack(pixels)
 
 
 def _action_features(actions: Tensor) -> Tensor:
@@ -180,10 +205,23 @@ def test_streaming_with_the_kv_cache_equals_one_masked_pass() -> None:
     assert not torch.allclose(noisy, model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:]), atol=1e-2)
 
 
+def test_a_patch_is_found_where_it_was() -> None:
+    """A motion of whole pixels moves the newest video frame by so many."""
+    model = small_model()
+    before = latents(model, 1).clamp(-1, 1)
+    motion = torch.zeros(1, 1, model.config.tokens, model.config.frames_per_latent, 2, 3)
+    motion[..., 0, 0], motion[..., 1, 0] = 3 / 4, -2 / 4  # 3 pixels down, 2 left, in half patches
+    share = torch.ones(1, 1, model.config.tokens, model.config.frames_per_latent)
+    after = unpatchify(model.carried(before[:, 0], motion.flatten(3), share), model.config)
+    for name, frames in unpatchify(before, model.config).items():
+        assert torch.equal(after[name][0, 0, :-3, 2:], frames[0, -1, 3:, :-2])
+        assert torch.equal(after[name][0, 0, -1, 2:], frames[0, -1, -1, :-2])  # past the border, what lies there
+
+
 def test_what_is_unmoved_is_carried_over() -> None:
     """A model that adds nothing repeats the newest video frame, or its mean colour per patch."""
     model = small_model()
-    for layer in (model.head, model.keep):
+    for layer in (model.head, model.keep, model.motion):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     shown, actions, cache = latents(model, 2).clamp(-1, 1), torch.zeros(1, 2, 2), model.new_cache()

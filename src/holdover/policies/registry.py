@@ -7,14 +7,16 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from holdover.policies.fbcache import fbcache
 from holdover.policies.fixed_interval import fixed_interval
 from holdover.policies.never import never
 from holdover.policies.policy import Policy
+from holdover.policies.teacache import teacache
 from holdover.policies.xcache import xcache
 from holdover.policies.xcache_reactive import xcache_reactive
 
 _METHODS: dict[str, Callable[..., Policy]] = {
-    method.__name__: method for method in (never, fixed_interval, xcache, xcache_reactive)
+    method.__name__: method for method in (never, fixed_interval, xcache, xcache_reactive, teacache, fbcache)
 }
 
 

@@ -48,9 +48,9 @@ class Recipe:
         seed: of data order, noise and initial weights.
     """
 
-    steps: int = 2500
+    steps: int = 2000
     batch: int = 2
-    own_context_from: float = 0.9
+    own_context_from: float = 0.925
     plain_share: float = 0.15
     context_noise: float = 0.15
     l1: float = 1.0

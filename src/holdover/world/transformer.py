@@ -149,7 +149,8 @@ class WorldModel(nn.Module):
         self.final_modulation = nn.Linear(c, 2 * c)
         self.head = nn.Linear(c, config.patch_values)
         self.keep = nn.Linear(c, config.frames_per_latent)
-        for layer in (self.modulation, self.final_modulation, self.head, self.keep):
+        self.motion = nn.Linear(c, 6 * config.frames_per_latent)
+        for layer in (self.modulation, self.final_modulation, self.head, self.keep, self.motion):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.neighbours_N9: Tensor
@@ -203,20 +204,50 @@ class WorldModel(nn.Module):
         final_BFNC = self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift
         clean: Tensor = self.head(final_BFNC)
         if last_BNP is not None:
-            clean = clean + self.carried(last_BNP, torch.sigmoid(self.keep(final_BFNC)))
+            clean = clean + self.carried(last_BNP, self.motion(final_BFNC), torch.sigmoid(self.keep(final_BFNC)))
         return clean
 
-    def carried(self, last_BNP: Tensor, share_BFNT: Tensor) -> Tensor:
-        """What the newest video frame contributes to each prediction ``[B, F, N, P]``.
+    def carried(self, last_BNP: Tensor, motion_BFNM: Tensor, share_BFNT: Tensor) -> Tensor:
+        """What the newest video frame contributes to each prediction, ``[B, F, N, P]``.
 
-        Its mean colour per patch, so that the blocks need not carry brightness through the residual stream, and as much
-        of its detail as the model finds unmoved: ``share`` is per token and video frame T of a latent one.
+        Every patch of every predicted video frame looks where in the newest one its content was, by an affine motion of
+        its own (Finn et al., arXiv 1605.07157, predict motion rather than pixels, too). It takes over the mean colour it
+        finds, so that the blocks need not carry brightness through the residual stream, and a share of the detail.
+
+        Args:
+            last_BNP: the newest latent frame.
+            motion_BFNM: per token and video frame T of a latent one, six numbers: offset down and right, and how both
+                change from the patch's centre to its lower and right edge, in half patches.
+            share_BFNT: of the detail that is taken over.
         """
-        frames = self.config.frames_per_latent
-        newest_BNXK = last_BNP.unflatten(-1, (frames, -1, 3))[:, :, -1]
-        mean_BN1K = newest_BNXK.mean(2, keepdim=True)
-        detail = share_BFNT[..., None, None] * (newest_BNXK - mean_BN1K)[:, None, :, None]
-        return (mean_BN1K[:, None, :, None] + detail).flatten(3)
+        config, half = self.config, self.config.patch / 2
+        b, f, _, _ = motion_BFNM.shape
+        inside = (torch.arange(config.patch, device=last_BNP.device) + 0.5) / half - 1
+        down_X, right_X = (t.flatten() for t in torch.meshgrid(inside, inside, indexing="ij"))
+        basis_3X = torch.stack([torch.ones_like(down_X), down_X, right_X])
+        motion_BFNT2X = motion_BFNM.float().unflatten(-1, (config.frames_per_latent, 2, 3)) @ basis_3X
+        newest_BNX3 = last_BNP.float().unflatten(-1, (config.frames_per_latent, -1, 3))[:, :, -1]
+        found, start = [], 0
+        for camera in (camera for group in config.groups for camera in group):
+            rows, columns = config.grid(camera)
+            part = slice(start, start + rows * columns)
+            start = part.stop
+            image = newest_BNX3[:, part].unflatten(2, (config.patch, -1)).unflatten(1, (rows, columns))
+            image_B3HW = image.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, camera.height, camera.width)
+            # From half patches about a patch's centre to grid_sample's -1..1 over the whole image.
+            row, column = torch.meshgrid(
+                torch.arange(rows, device=image.device), torch.arange(columns, device=image.device), indexing="ij"
+            )
+            moved = motion_BFNT2X[:, :, part]
+            y = (2 * row.flatten()[:, None, None] + 1 + moved[..., 0, :] + down_X) / rows - 1
+            x = (2 * column.flatten()[:, None, None] + 1 + moved[..., 1, :] + right_X) / columns - 1
+            grid = torch.stack([x, y], -1).flatten(1, 3)
+            sampled = F.grid_sample(image_B3HW, grid, padding_mode="border", align_corners=False)
+            found.append(sampled.permute(0, 2, 3, 1).unflatten(1, (f, rows * columns, config.frames_per_latent)))
+        found_BFNTX3 = torch.cat(found, 2)
+        colour_BFNT13 = found_BFNTX3.mean(4, keepdim=True)
+        taken = colour_BFNT13 + share_BFNT[..., None, None].float() * (found_BFNTX3 - colour_BFNT13)
+        return taken.flatten(3).to(share_BFNT.dtype)
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.context)

@@ -91,3 +91,59 @@ def vector_cosine(a: tuple[float, ...] | None, b: tuple[float, ...] | None) -> f
     if norm_a == 0 or norm_b == 0:
         return float(norm_a == norm_b)
     return sum(x / norm_a * (y / norm_b) for x, y in zip(a, b, strict=True))
+
+
+@dataclass(frozen=True)
+class Below(Gate):
+    """Reuses while a metric stays below a threshold."""
+
+    metric: str
+    threshold: float
+
+    def __post_init__(self) -> None:
+        at_least_zero("threshold", self.threshold)
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        reason = None if metrics[self.metric] < self.threshold else self.metric
+        return Verdict(reason, {**metrics, "threshold": self.threshold})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulate(Gate):
+    """Reuses while a metric, summed since the span was last computed, stays below a threshold.
+
+    Attributes:
+        polynomial: maps the metric before it is summed, highest power first, as ``numpy.polyval``; identity if empty.
+    """
+
+    metric: str
+    threshold: float
+    polynomial: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least_zero("threshold", self.threshold)
+        if not all(map(math.isfinite, self.polynomial)):
+            raise ValueError(f"polynomial={self.polynomial} is not finite; give its coefficients, highest power first")
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        assert call.held is not None
+        drift = call.held.numbers.get("drift", 0.0) + self._mapped(metrics[self.metric])
+        reason = None if drift < self.threshold else "drift"
+        return Verdict(reason, {**metrics, "drift": drift, "threshold": self.threshold}, {"drift": drift})
+
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        return {"drift": 0.0}
+
+    def _mapped(self, value: float) -> float:
+        if not self.polynomial:
+            return value
+        result = 0.0
+        for coefficient in self.polynomial:
+            result = result * value + coefficient
+        return result
+
+
+def at_least_zero(name: str, value: float) -> None:
+    """Raise a ValueError for a negative option, or one that is not a number."""
+    if not value >= 0:
+        raise ValueError(f"{name}={value} is negative; give 0 or more")

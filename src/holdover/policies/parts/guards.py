@@ -114,6 +114,33 @@ class FirstStep(Guard):
 
 
 @dataclass(frozen=True)
+class FirstSteps(Guard):
+    """Computes the first passes of a generation, by number or as a share of them, rounded down."""
+
+    first: int | float
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.first, int) and self.first >= 0
+        if not whole and not (isinstance(self.first, float) and 0 <= self.first <= 1):
+            raise ValueError(
+                f"retain={self.first!r}: give a whole number of first steps, or a share of the steps from 0.0 to 1.0"
+            )
+
+    def __call__(self, call: Call) -> str | None:
+        steps = call.step.num_steps
+        first = self.first if isinstance(self.first, int) else math.floor(self.first * steps + 1e-9)
+        return "retained" if call.step.index < first else None
+
+
+@dataclass(frozen=True)
+class LastStep(Guard):
+    """Computes the last pass of a generation."""
+
+    def __call__(self, call: Call) -> str | None:
+        return "last step" if call.step.index == call.step.num_steps - 1 else None
+
+
+@dataclass(frozen=True)
 class Stale(Guard):
     """Computes what would be held over for more than ``max_staleness`` generations in a row."""
 
@@ -180,6 +207,16 @@ class Interval(Guard):
         else:
             due = call.held is not None and call.generation - call.held.generation >= self.every
         return "interval" if due else None
+
+
+def for_steps(*, retain: int | float, last: bool, protection: Protection) -> AnyOf:
+    """The guards of a method that looks from step to step: protection, first steps, last step."""
+    one_of("protection", protection, ("generation", "pass"))
+    guards: list[Guard] = [KVProtection()] if protection == "generation" else []
+    guards.append(FirstSteps(retain))
+    if last:
+        guards.append(LastStep())
+    return AnyOf(tuple(guards))
 
 
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:

@@ -115,6 +115,47 @@ class FingerprintReading:
         return {"cosine": min(cosines) if finite else math.nan, "deviation": max(deviations) if finite else math.nan}
 
 
+@dataclass(frozen=True)
+class RelativeChange:
+    """How far a tensor has moved: the metric ``change`` is ``mean|now - then| / mean|then|``, over all elements.
+
+    Attributes:
+        of: the span's ``"input"``, the ``"probe residual"`` (the span's input less what entered the pass's first block),
+            or the name of a tap such as ``"modulated"``.
+        follows: compare with the latest pass; else with the one last computed.
+    """
+
+    of: str
+    follows: bool = False
+
+    def prepare(
+        self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]
+    ) -> RelativeChangeReading:
+        return RelativeChangeReading(self.of)
+
+
+class RelativeChangeReading:
+    def __init__(self, of: str) -> None:
+        self._of = of
+
+    def read(self, call: Call) -> Tensor:
+        if self._of == "input":
+            return call.x.detach().to(torch.float32, copy=True)
+        if self._of == "probe residual":
+            return (call.x.detach() - call.entry.detach()).float()
+        return call.tap(self._of).detach().to(torch.float32, copy=True)
+
+    def compare(self, now: Tensor, then: Tensor) -> Tensor:
+        return torch.stack([(now - then).abs().mean(), then.abs().mean()])
+
+    def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
+        """``change``: 0 where nothing moved, infinite where something did that was zero."""
+        moved, size = numbers
+        if moved == 0 and size == 0:
+            return {"change": 0.0}
+        return {"change": moved / size if size else math.inf}
+
+
 def _cosine(dot: float, now: float, then: float) -> float:
     """From a dot product and squared norms. Two zero vectors are alike, one zero vector is like nothing."""
     norm = math.sqrt(now) * math.sqrt(then)
