@@ -13,8 +13,8 @@ from holdover.policies.policy import Policy
 def fbcache(*, threshold: float = 0.05, protection: Protection = "pass") -> Policy:
     """Reuse the residual of the blocks after the first while the first one's residual has changed little.
 
-    The first block is always computed. Its residual is compared, by relative change (L1), with that of the step at which
-    the other blocks were last computed.
+    The first block is always computed. Its residual is compared, by relative change (L1), with that of the step at
+    which the other blocks were last computed.
 
     Args:
         threshold: of the relative change.

@@ -270,8 +270,8 @@ def train(
             assert upcoming is not None
             started = perf_counter()
             rng, plain, own, clips = upcoming.result()
-            # The loader keeps off PyTorch: a second thread's OpenMP team would make this one's sleep between operations,
-            # which took a third of a step.
+            # The loader keeps off PyTorch: a second thread's OpenMP team would make this one's sleep between
+            # operations, which took a third of a step.
             upcoming = loader.submit(plan, step + 1)
             batch = segments.batch(clips, device)
             half = {name: p.bfloat16() for name, p in parameters.items()}

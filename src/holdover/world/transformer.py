@@ -31,7 +31,6 @@ from holdover.engine.slots import ViewGroup
 from holdover.world.config import WorldConfig, ray_directions
 from holdover.world.kv_cache import KVCache
 
-
 #: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
 #: channel to carry them past a norm, and X-Cache's deviation test, largest element over mean, needs none to be still.
 NORM_EPS = 1.0
@@ -211,8 +210,8 @@ class WorldModel(nn.Module):
         """What the newest video frame contributes to each prediction, ``[B, F, N, P]``.
 
         Every patch of every predicted video frame looks where in the newest one its content was, by an affine motion of
-        its own (Finn et al., arXiv 1605.07157, predict motion rather than pixels, too). It takes over the mean colour it
-        finds, so that the blocks need not carry brightness through the residual stream, and a share of the detail.
+        its own (Finn et al., arXiv 1605.07157, predict motion rather than pixels, too). It takes over the mean colour
+        it finds, so that the blocks need not carry brightness through the residual stream, and a share of the detail.
 
         Args:
             last_BNP: the newest latent frame.

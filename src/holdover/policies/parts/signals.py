@@ -120,8 +120,8 @@ class RelativeChange:
     """How far a tensor has moved: the metric ``change`` is ``mean|now - then| / mean|then|``, over all elements.
 
     Attributes:
-        of: the span's ``"input"``, the ``"probe residual"`` (the span's input less what entered the pass's first block),
-            or the name of a tap such as ``"modulated"``.
+        of: the span's ``"input"``, the ``"probe residual"`` (that input less what entered the pass's first block), or
+            the name of a tap such as ``"modulated"``.
         follows: compare with the latest pass; else with the one last computed.
     """
 
