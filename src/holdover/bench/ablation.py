@@ -36,6 +36,7 @@ def ablation_arms() -> list[Arm]:
     rows: list[tuple[str, LoopConfig, str, dict[str, Any]]] = [
         ("default", WINDOW, "xcache", {}),
         ("+ step-0 protection", WINDOW, "xcache", {"step0": "full"}),
+        ("+ step-0 protection, relaxed", WINDOW, "xcache", {"step0": "relaxed"}),
         ("− KV protection", WINDOW, "xcache", {"protection": "pass"}),
         ("− KV protection + step-0", WINDOW, "xcache", {"protection": "pass", "step0": "full"}),
         ("− front anchor", WINDOW, "xcache", {"front_anchors": 0}),
@@ -48,6 +49,7 @@ def ablation_arms() -> list[Arm]:
         ("plain cadence", PLAIN, "xcache", {}),
         ("plain cadence − KV protection", PLAIN, "xcache", {"protection": "pass"}),
         ("reactive", LAST_FULL, "xcache_reactive", {}),
+        ("fixed, every 2nd", WINDOW, "fixed_interval", {"every": 2}),
         ("fixed, every 4th", WINDOW, "fixed_interval", {"every": 4}),
     ]
     full = [

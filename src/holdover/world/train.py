@@ -244,13 +244,14 @@ def train(
     average = {name: p.detach().clone() for name, p in parameters.items()}
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     others = [p for p in parameters.values() if not any(p is m for m in matrices)]
-    optimisers: list[tuple[torch.optim.Optimizer, float]] = [
+    optimisers: list[tuple[torch.optim.Optimizer, float]] = [  # each with its peak rate
         (torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.muon_weight_decay), recipe.muon_rate),
         (torch.optim.AdamW(others, lr=recipe.adam_rate, betas=(0.9, 0.95), weight_decay=0.0), recipe.adam_rate),
     ]
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
-    first = _resume(out, recipe, model, average, optimisers)
+    saved = Saved(out, recipe, model, average, [optimiser for optimiser, _ in optimisers])
+    first = saved.resume()
     segments, held = Segments(data, config), Segments(heldout, config) if heldout else None
 
     def plan(step: int) -> tuple[np.random.Generator, bool, bool, list[Clip]]:
@@ -303,7 +304,7 @@ def train(
             if finished or (step + 1) % save_every == 0:
                 if held:
                     record["heldout_psnr_db"] = heldout_psnr(model, average, held, recipe)
-                _save(out, step + 1, recipe, model, average, optimisers)
+                saved.save(step + 1)
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             progress.update(bar, advance=1, description=f"training, loss {record['loss']:.4f}")
@@ -343,55 +344,51 @@ def heldout_psnr(model: WorldModel, average: dict[str, Tensor], held: Segments, 
     return [round(x, 3) for x in (10 * torch.log10(4 / torch.stack(errors).mean(0))).tolist()]
 
 
-def _save(
-    out: Path,
-    step: int,
-    recipe: Recipe,
-    model: WorldModel,
-    average: dict[str, Tensor],
-    optimisers: list[tuple[torch.optim.Optimizer, float]],
-) -> None:
-    state = {
-        "step": step,
-        "recipe": asdict(recipe),
-        "model": model.state_dict(),
-        "average": average,
-        "optimisers": [optimiser.state_dict() for optimiser, _ in optimisers],
-    }
-    partial = out / "state.partial"
-    torch.save(state, partial)
-    partial.replace(out / "state.pt")
-    twin = WorldModel(model.config)
-    twin.load_state_dict(average)
-    twin.save(out / "model.safetensors")
+@dataclass(frozen=True)
+class Saved:
+    """What a run needs to go on, and the folder it lies in."""
 
+    out: Path
+    recipe: Recipe
+    model: WorldModel
+    average: dict[str, Tensor]
+    optimisers: list[torch.optim.Optimizer]
 
-def _resume(
-    out: Path,
-    recipe: Recipe,
-    model: WorldModel,
-    average: dict[str, Tensor],
-    optimisers: list[tuple[torch.optim.Optimizer, float]],
-) -> int:
-    """Take up the last saved state, cut the log back to it, and return the step to go on from."""
-    log, saved = out / "log.jsonl", out / "state.pt"
-    if not saved.is_file():
-        log.unlink(missing_ok=True)
-        return 0
-    state = torch.load(saved, map_location="cpu", weights_only=True)
-    if state["recipe"] != asdict(recipe):
-        raise ValueError(f"{out} was trained with {state['recipe']}; use that recipe or another folder")
-    model.load_state_dict(state["model"])
-    for name, value in state["average"].items():
-        average[name].copy_(value)
-    for (optimiser, _), saved_state in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(saved_state)
-    step: int = state["step"]
-    lines = log.read_text().splitlines(keepends=True)
-    partial = log.with_suffix(".partial")
-    partial.write_text("".join(lines[:step]))
-    partial.replace(log)
-    return step
+    def save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "recipe": asdict(self.recipe),
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+        partial = self.out / "state.partial"
+        torch.save(state, partial)
+        partial.replace(self.out / "state.pt")
+        twin = WorldModel(self.model.config)
+        twin.load_state_dict(self.average)
+        twin.save(self.out / "model.safetensors")
+
+    def resume(self) -> int:
+        """Take up the last saved state, cut the log back to it, and return the step to go on from."""
+        log, saved = self.out / "log.jsonl", self.out / "state.pt"
+        if not saved.is_file():
+            log.unlink(missing_ok=True)
+            return 0
+        state = torch.load(saved, map_location="cpu", weights_only=True)
+        if state["recipe"] != asdict(self.recipe):
+            raise ValueError(f"{self.out} was trained with {state['recipe']}; use that recipe or another folder")
+        self.model.load_state_dict(state["model"])
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+        for optimiser, saved_state in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved_state)
+        step: int = state["step"]
+        lines = log.read_text().splitlines(keepends=True)
+        partial = log.with_suffix(".partial")
+        partial.write_text("".join(lines[:step]))
+        partial.replace(log)
+        return step
 
 
 def read_log(out: Path) -> Iterator[dict[str, Any]]:
