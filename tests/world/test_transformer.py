@@ -297,3 +297,13 @@ def test_the_rig_is_stitched_in_place() -> None:
     assert (canvas > 0).sum() == 2 * 3 * sum(c.width * c.height for c in RIG)
     with pytest.raises(ValueError, match="none of the rig"):
         stitch({"periscope": frames["rear"]})
+
+
+def test_the_tap_is_what_attention_sees() -> None:
+    model, seen = small_model(), []
+    slot = model.holdover_slots()[0]
+    assert isinstance(slot.block, Block)
+    slot.block.register_forward_pre_hook(lambda block, args: seen.append(slot.taps["modulated"](block, *args)))
+    slot.block.qkv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(latents(model, 2), sigma=0.5, action_BFA=torch.rand(1, 2, 2))
+    assert torch.equal(seen[0], seen[1].flatten(1, 2))

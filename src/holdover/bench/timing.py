@@ -88,7 +88,7 @@ def clock_blocks(model: WorldModel) -> Iterator[BlockClock]:
             clock.seconds += perf_counter() - entered
 
     hooks = [model.register_forward_pre_hook(enter_pass, with_kwargs=True)]
-    for block in model.holdover_slots():
+    for block in model.blocks:
         hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
     try:
         yield clock

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from holdover.engine.slots import ViewGroup
+from holdover.engine.slots import Slot, ViewGroup
 from holdover.world.config import WorldConfig, ray_directions
 from holdover.world.kv_cache import KVCache
 
@@ -91,15 +91,23 @@ class Block(nn.Module):
         self.down = nn.Linear(config.mlp_ratio * c, c)
 
     def forward(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
-        b, _, c = hidden_BLC.shape
-        x_BFNC = hidden_BLC.view(b, -1, self.config.tokens, c)
-        modulation = (shared.modulation_BF6C + self.table_6C).unsqueeze(2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(3)
+        x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared)
         attend = self.attend_temporal if self.temporal else self.attend_cross
         x_BFNC = x_BFNC + gate1 * self.out(attend(self.norm1(x_BFNC) * (1 + scale1) + shift1, shared))
         mlp = self.down(F.gelu(self.up(self.norm2(x_BFNC) * (1 + scale2) + shift2)))
         result: Tensor = (x_BFNC + gate2 * mlp).view(hidden_BLC.shape)
         return result
+
+    def modulation(self, shared: Pass) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of attention and of the MLP, each ``[B, F, 1, C]``."""
+        return (shared.modulation_BF6C + self.table_6C).unsqueeze(2).unbind(3)
+
+    def modulated(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
+        """What the attention sees, ``[B, L, C]``: the tap of methods such as TeaCache."""
+        shift, scale, *_ = self.modulation(shared)
+        x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
+        return (self.norm1(x_BFNC) * (1 + scale) + shift).flatten(1, 2)
 
     def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
         """Each camera for itself, over the window and the windows held in the KV cache."""
@@ -251,9 +259,9 @@ class WorldModel(nn.Module):
     def new_cache(self) -> KVCache:
         return KVCache(self.config.context)
 
-    def holdover_slots(self) -> list[nn.Module]:
+    def holdover_slots(self) -> list[Slot]:
         """Where `holdover.attach` finds the blocks."""
-        return list(self.blocks)
+        return [Slot(block, taps={"modulated": Block.modulated}) for block in self.blocks]
 
     def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
         return self.config.view_groups
