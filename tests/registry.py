@@ -7,10 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import holdover
+from tests.naive.delta_dit import DeltaDiT
+from tests.naive.dicache import DiCache
 from tests.naive.fbcache import FBCache
 from tests.naive.fixed_interval import FixedInterval
 from tests.naive.never import Never
+from tests.naive.taylorseer import TaylorSeer
 from tests.naive.teacache import TeaCache
+from tests.naive.worldcache_pcd import WorldCachePCD
 from tests.naive.xcache import XCache
 from tests.naive.xcache_reactive import XCacheReactive
 from tests.toy import BLOCKS, FEW, GROUPS, MANY, ToyLoop
@@ -69,6 +73,10 @@ def many(name: str, twin: Callable[..., Any], **options: Any) -> Case:
     return Case(name, twin, options, MANY, {"blocks": BLOCKS})
 
 
+def pcd(**options: Any) -> Case:
+    return Case("worldcache_pcd", WorldCachePCD, options, MANY, {"blocks": BLOCKS, "groups": TOY_GROUPS})
+
+
 #: One case per registered policy, its defaults.
 DEFAULTS = [
     Case("never", Never),
@@ -77,6 +85,10 @@ DEFAULTS = [
     reactive(),
     many("teacache", TeaCache),
     many("fbcache", FBCache),
+    many("dicache", DiCache),
+    pcd(),
+    many("taylorseer", TaylorSeer),
+    many("delta_dit", DeltaDiT),
 ]
 
 #: Options under which the gate never opens.
@@ -87,6 +99,10 @@ CLOSED = [
     reactive(tau_floor=1.5),
     many("teacache", TeaCache, threshold=0.0),
     many("fbcache", FBCache, threshold=0.0),
+    many("dicache", DiCache, threshold=0.0),
+    pcd(threshold=0.0),
+    many("taylorseer", TaylorSeer, retain=1.0),
+    many("delta_dit", DeltaDiT, retain=1.0),
 ]
 
 #: Every option away from its default.
@@ -107,4 +123,13 @@ VARIED = [
     reactive(scale=0.012, protection="pass"),
     many("teacache", TeaCache, threshold=0.3, protection="generation", polynomial=(2.0, 0.5, 0.001)),
     many("fbcache", FBCache, threshold=0.2, protection="generation"),
+    many("dicache", DiCache, threshold=0.3, probe=2, retain=1, protection="generation"),
+    pcd(threshold=0.2, probe=1, beta_s=0.5, alpha=0.5, beta_d="code", gamma=(0.2, 1.8), retain=1, last=True),
+    pcd(threshold=0.3, swd=False, ats=False, retain=0.1, protection="generation"),
+    pcd(probe=1, swd=False, cfc=False, ats=False, ofa=False),
+    pcd(cfc=False, ofa=False),
+    many("taylorseer", TaylorSeer, every=3, order=2, span="block", retain=0.15, protection="generation"),
+    many("taylorseer", TaylorSeer, every=4, order=0, retain=2),
+    many("taylorseer", TaylorSeer, every=4, order=2),
+    many("delta_dit", DeltaDiT, every=3, early=0.3, retain=2, protection="generation"),
 ]

@@ -9,6 +9,7 @@ import torch
 
 import holdover
 from tests.engine.models import Scale, Stack, ones, reasons
+from tests.registry import CLOSED, DEFAULTS, VARIED, Case
 
 
 def test_policies_are_found_by_name() -> None:
@@ -44,6 +45,15 @@ def test_policies_are_found_by_name() -> None:
         ("fixed_interval", {"over": "blocks"}, "over='blocks' is not one of 'steps', 'generations'"),
         ("fixed_interval", {"span": "half"}, "span='half' is not one of 'block', 'all'"),
         ("fixed_interval", {"protection": None}, "protection=None is not one of"),
+        ("taylorseer", {"every": 1}, "every=1 reuses nothing"),
+        ("taylorseer", {"order": 3}, "order=3: give 0, 1 or 2"),
+        ("taylorseer", {"span": "half"}, "span='half' is not one of 'all', 'block'"),
+        ("taylorseer", {"retain": 1.5}, "retain=1.5: give a whole number of first steps, or a share"),
+        ("taylorseer", {"protection": "off"}, "protection='off' is not one of"),
+        ("delta_dit", {"every": 0}, "every=0 reuses nothing"),
+        ("delta_dit", {"early": 1.1}, "early=1.1 is not a share of the steps"),
+        ("delta_dit", {"retain": -1}, "retain=-1: give a whole number"),
+        ("delta_dit", {"protection": "off"}, "protection='off' is not one of"),
     ],
 )
 def test_wrong_names_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
@@ -51,12 +61,13 @@ def test_wrong_names_and_options_are_refused(name: str, options: dict[str, Any],
         holdover.policy(name, **options)
 
 
-@pytest.mark.parametrize("name", holdover.policies())
-def test_a_repr_tells_policies_apart(name: str) -> None:
-    assert repr(holdover.policy(name)) == repr(holdover.policy(name))
-    assert repr(holdover.policy(name)).startswith(f"Policy(name='{name}'")
-    if name != "never":
-        assert repr(holdover.policy(name, front_anchors=3)) != repr(holdover.policy(name))
+@pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: case.name)
+def test_a_repr_tells_policies_apart(case: Case) -> None:
+    assert repr(case.policy()) == repr(case.policy())
+    assert repr(case.policy()).startswith(f"Policy(name='{case.name}'")
+    if case.name != "never":
+        others = [other for other in CLOSED + VARIED if other.name == case.name]
+        assert len({repr(other.policy()) for other in [case, *others]}) == 1 + len(others) > 2
 
 
 def generation(cache: holdover.Cache, model: Stack, chunk: int, action: tuple[float, ...], **fields: Any) -> list[str]:

@@ -7,16 +7,32 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from holdover.policies.delta_dit import delta_dit
+from holdover.policies.dicache import dicache
 from holdover.policies.fbcache import fbcache
 from holdover.policies.fixed_interval import fixed_interval
 from holdover.policies.never import never
 from holdover.policies.policy import Policy
+from holdover.policies.taylorseer import taylorseer
 from holdover.policies.teacache import teacache
+from holdover.policies.worldcache_pcd import worldcache_pcd
 from holdover.policies.xcache import xcache
 from holdover.policies.xcache_reactive import xcache_reactive
 
 _METHODS: dict[str, Callable[..., Policy]] = {
-    method.__name__: method for method in (never, fixed_interval, xcache, xcache_reactive, teacache, fbcache)
+    method.__name__: method
+    for method in (
+        never,
+        fixed_interval,
+        xcache,
+        xcache_reactive,
+        teacache,
+        fbcache,
+        dicache,
+        worldcache_pcd,
+        taylorseer,
+        delta_dit,
+    )
 }
 
 
