@@ -107,6 +107,7 @@ def train(
     data: Annotated[Path, typer.Option(help="A folder of clips.")],
     out: Annotated[Path, typer.Option(help="The folder for weights, log and curve; an interrupted run goes on.")],
     heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Checkpoint to begin with; default: random weights.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
     seed: Annotated[int, typer.Option(help="Of data order, noise and initial weights.")] = 0,
@@ -121,7 +122,7 @@ def train(
 
         given = {"steps": steps, "batch": batch}
         recipe = Recipe(seed=seed, **{name: value for name, value in given.items() if value is not None})
-        weights = run(data, out, recipe, heldout=heldout, device=device)
+        weights = run(data, out, recipe, heldout=heldout, start_from=start_from, device=device)
         plot_training(out / "curve.png", list(read_log(out)))
         typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
 

@@ -83,6 +83,19 @@ def test_training_learns(tmp_path: Path) -> None:
     assert isinstance(WorldModel.load(path), WorldModel)
 
 
+@pytest.mark.usefixtures("sheet")
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """A step of no size leaves a checkpoint's weights, and its sizes, as they were; a real one moves them."""
+    model = small_model(depth=2)
+    model.save(tmp_path / "start.safetensors")
+    still = Recipe(steps=1, batch=1, muon_rate=0, adam_rate=0)
+    path = train(tmp_path, tmp_path / "still", still, start_from=tmp_path / "start.safetensors")
+    assert path.read_bytes() == (tmp_path / "start.safetensors").read_bytes()
+    path = train(tmp_path, tmp_path / "moved", Recipe(steps=1, batch=1), start_from=path)
+    assert WorldModel.load(path).config == model.config
+    assert path.read_bytes() != (tmp_path / "start.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
 def test_segments_are_what_was_recorded(keep_bytes: int) -> None:
     """Of a shipped clip: pixels by hand from the decoded video, actions as commanded."""

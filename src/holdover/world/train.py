@@ -48,9 +48,9 @@ class Recipe:
         seed: of data order, noise and initial weights.
     """
 
-    steps: int = 2000
+    steps: int = 1700
     batch: int = 2
-    own_context_from: float = 0.925
+    own_context_from: float = 0.82
     plain_share: float = 0.15
     context_noise: float = 0.15
     l1: float = 1.0
@@ -58,8 +58,8 @@ class Recipe:
     adam_rate: float = 0.001
     muon_weight_decay: float = 0.1
     warmup: int = 50
-    decay: float = 0.4
-    ema: float = 0.998
+    decay: float = 0.44
+    ema: float = 0.995
     levels: int = 4
     shift: float = 5.0
     seed: int = 0
@@ -223,6 +223,7 @@ def train(
     recipe: Recipe,
     *,
     heldout: Path | None = None,
+    start_from: Path | None = None,
     config: WorldConfig | None = None,
     device: str = "cpu",
     save_every: int = 100,
@@ -232,14 +233,26 @@ def train(
     ``out`` receives ``model.safetensors`` (averaged, for `WorldModel.load`), ``state.pt`` (to resume) and
     ``log.jsonl`` (a line a step).
 
+    Args:
+        data: recorded clips.
+        out: a folder of this run's own.
+        heldout: clips for the learning curve.
+        start_from: a checkpoint whose weights and sizes to begin with, in place of random weights and ``config``.
+        config: sizes; by default those of the shipped checkpoint.
+        device: where to train.
+        save_every: steps from one save, and one point of the learning curve, to the next.
+
     Raises:
         ValueError: ``data`` holds no clips, or ``out`` belongs to another recipe.
     """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(f"training needs torch.optim.Muon (torch 2.9 or newer), not torch {torch.__version__}")
-    config = config or WorldConfig()
     torch.manual_seed(recipe.seed)
-    model = WorldModel(config).to(device)
+    if start_from is not None:
+        model = WorldModel.load(start_from, dtype=torch.float32).requires_grad_(True).train().to(device)
+    else:
+        model = WorldModel(config or WorldConfig()).to(device)
+    config = model.config
     parameters = dict(model.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
