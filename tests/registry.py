@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import holdover
+from tests.naive.bwcache import BWCache
 from tests.naive.delta_dit import DeltaDiT
 from tests.naive.dicache import DiCache
+from tests.naive.easycache import EasyCache
 from tests.naive.fbcache import FBCache
 from tests.naive.fixed_interval import FixedInterval
 from tests.naive.never import Never
@@ -89,6 +91,8 @@ DEFAULTS = [
     pcd(),
     many("taylorseer", TaylorSeer),
     many("delta_dit", DeltaDiT),
+    many("easycache", EasyCache),
+    many("bwcache", BWCache),
 ]
 
 #: Options under which the gate never opens.
@@ -103,6 +107,8 @@ CLOSED = [
     pcd(threshold=0.0),
     many("taylorseer", TaylorSeer, retain=1.0),
     many("delta_dit", DeltaDiT, retain=1.0),
+    many("easycache", EasyCache, threshold=0.0),
+    many("bwcache", BWCache, threshold=0.0),
 ]
 
 #: Every option away from its default.
@@ -132,4 +138,8 @@ VARIED = [
     many("taylorseer", TaylorSeer, every=4, order=0, retain=2),
     many("taylorseer", TaylorSeer, every=4, order=2),
     many("delta_dit", DeltaDiT, every=3, early=0.3, retain=2, protection="generation"),
+    many("easycache", EasyCache, threshold=0.1, retain=2, protection="generation"),
+    many("easycache", EasyCache, threshold=0.06, retain=0),
+    many("bwcache", BWCache, threshold=0.035, run=3, retain=0.2, protection="generation"),
+    many("bwcache", BWCache, threshold=0.5, run=0.2),
 ]

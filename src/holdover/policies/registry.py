@@ -7,8 +7,10 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from holdover.policies.bwcache import bwcache
 from holdover.policies.delta_dit import delta_dit
 from holdover.policies.dicache import dicache
+from holdover.policies.easycache import easycache
 from holdover.policies.fbcache import fbcache
 from holdover.policies.fixed_interval import fixed_interval
 from holdover.policies.never import never
@@ -32,6 +34,8 @@ _METHODS: dict[str, Callable[..., Policy]] = {
         worldcache_pcd,
         taylorseer,
         delta_dit,
+        easycache,
+        bwcache,
     )
 }
 
