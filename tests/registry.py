@@ -91,7 +91,7 @@ DEFAULTS = [
     pcd(),
     many("taylorseer", TaylorSeer),
     many("delta_dit", DeltaDiT),
-    many("easycache", EasyCache),
+    many("easycache", EasyCache, threshold=0.06),  # of 0.025, the default, a step of the toy is on the very edge
     many("bwcache", BWCache),
 ]
 
@@ -139,7 +139,7 @@ VARIED = [
     many("taylorseer", TaylorSeer, every=4, order=2),
     many("delta_dit", DeltaDiT, every=3, early=0.3, retain=2, protection="generation"),
     many("easycache", EasyCache, threshold=0.1, retain=2, protection="generation"),
-    many("easycache", EasyCache, threshold=0.06, retain=0),
+    many("easycache", EasyCache, retain=0),
     many("bwcache", BWCache, threshold=0.035, run=3, retain=0.2, protection="generation"),
-    many("bwcache", BWCache, threshold=0.5, run=0.2),
+    many("bwcache", BWCache, run=0.2),
 ]

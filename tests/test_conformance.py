@@ -245,7 +245,9 @@ def test_poison_never_reaches_the_kv_cache(case: Case, model: ToyModel) -> None:
         outputs = play(model, loop, poisoned(cache, everything=False), 3)
     assert all(tensor.isfinite().all() for tensor in kv_tensors(loop))
     assert same(kv_tensors(loop), kv_tensors(expected))
-    if case.name != "never":
+    if case.name in ("easycache", "bwcache"):  # their gates look at the outputs that the predictor holds
+        assert all(output.isfinite().all() for output in outputs)
+    elif case.name != "never":
         assert any(output.isnan().any() for output in outputs)  # the poison was real
 
 
@@ -286,6 +288,8 @@ LETTERS |= {
     "probe": "P",
     "retained": "R",
     "last step": "L",
+    "history": "h",
+    "led": "l",
     "change": "/",
     "drift": "+",
     "condition": "?",

@@ -24,16 +24,48 @@ class Track(nn.Module):
         return torch.full_like(x, self.path(self.step))
 
 
-def generate(policy: Policy, model: Stack, steps: int) -> tuple[list[float], list[str]]:
+def generate(
+    policy: Policy, model: Stack, steps: int, enters: Callable[[int], float] = lambda step: 1.0
+) -> tuple[list[float], list[str]]:
     """What leaves the model at every step of one generation, and block 0's reasons."""
     outputs = []
     with holdover.attach(model, policy) as cache:
         for index in range(steps):
             for block in model.blocks:
-                block.step = index
+                if isinstance(block, Track):
+                    block.step = index
             with cache.step(chunk=0, index=index, num_steps=steps, commits=False):
-                outputs.append(float(model(ones())[0, 0, 0]))
+                outputs.append(float(model(ones(enters(index)))[0, 0, 0]))
     return outputs, reasons(cache)[:: len(model.blocks)]
+
+
+def test_easycache_by_hand() -> None:
+    """The block doubles what grows by 1 from 100 on, so K is 2 and a step changes the output by 2 of about 210."""
+    outputs, told = generate(holdover.policy("easycache"), Stack(Scale(2.0)), 12, lambda step: 100.0 + step)
+    # 2/208 + 2/209 is 0.0192, and with 2/210 it is 0.0287; held over, the output grows as the input does.
+    assert told == ["retained"] * 5 + ["reuse", "reuse", "drift"] * 2 + ["last step"]
+    assert outputs == [200, 202, 204, 206, 208, 209, 210, 214, 215, 216, 220, 222]
+
+
+def test_easycache_needs_two_steps_that_differ() -> None:
+    policy = holdover.policy("easycache", retain=0)
+    _, told = generate(policy, Stack(Scale(2.0)), 6, lambda step: 100.0 + max(step - 2, 0))
+    assert told == ["first", "history", "history", "history", "reuse", "last step"]
+
+
+def test_bwcache_decides_once_by_the_average() -> None:
+    """One block grows by a fifth at every step, the other stands still: 0.1 on average."""
+    still, grows = Track(lambda t: 50.0), Track(lambda t: 1.2**t)
+    outputs, told = generate(holdover.policy("bwcache"), Stack(still, grows), 20)
+    assert told == ["first", "history", *["reuse", "reuse", "stale", "change"] * 4, "reuse", "reuse"]
+    expected = [1.2 ** (t - (t - 1) % 4 if t > 1 and t % 4 in (2, 3) else t) for t in range(20)]
+    assert outputs == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("run", "repeats"), [(3, 3), (0.5, 5), (0.01, 1)])
+def test_bwcache_repeats_for_its_run(run: float, repeats: int) -> None:
+    _, told = generate(holdover.policy("bwcache", run=run), Stack(Track(lambda t: 1.0)), 10)
+    assert told == ["first", "history", *(["reuse"] * repeats + ["stale"]) * 8][:10]
 
 
 @pytest.mark.parametrize("span", ["all", "block"])

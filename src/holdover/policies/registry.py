@@ -45,15 +45,24 @@ def policies() -> list[str]:
     return sorted(_METHODS)
 
 
+def method(name: str) -> Callable[..., Policy]:
+    """The function that makes a policy, by its name.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    if name not in _METHODS:
+        raise ValueError(f"there is no policy {name!r}{_meant(name, _METHODS)}; holdover.policies() lists them")
+    return _METHODS[name]
+
+
 def policy(name: str, **options: Any) -> Policy:
     """A policy by its name: ``policy("xcache", tau_floor=0.95)`` is ``xcache(tau_floor=0.95)``.
 
     Raises:
         ValueError: there is no such policy or option, or an option is out of range.
     """
-    if name not in _METHODS:
-        raise ValueError(f"there is no policy {name!r}{_meant(name, _METHODS)}; holdover.policies() lists them")
-    known = _options(_METHODS[name])
+    known = _options(method(name))
     for option in options:
         if option not in known:
             listed = ", ".join(known) or "none"
