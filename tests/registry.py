@@ -13,9 +13,11 @@ from tests.naive.dicache import DiCache
 from tests.naive.easycache import EasyCache
 from tests.naive.fbcache import FBCache
 from tests.naive.fixed_interval import FixedInterval
+from tests.naive.magcache import MagCache
 from tests.naive.never import Never
 from tests.naive.taylorseer import TaylorSeer
 from tests.naive.teacache import TeaCache
+from tests.naive.worldcache_htc import WorldCacheHTC
 from tests.naive.worldcache_pcd import WorldCachePCD
 from tests.naive.xcache import XCache
 from tests.naive.xcache_reactive import XCacheReactive
@@ -55,7 +57,9 @@ class Case:
 
     @property
     def id(self) -> str:
-        return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
+        """Name and options, but for calibrated numbers, one per step."""
+        shown = {key: value for key, value in self.options.items() if key != "ratios"}
+        return "-".join([self.name, *(f"{key}={value}" for key, value in shown.items())])
 
 
 def fixed(**options: Any) -> Case:
@@ -79,6 +83,9 @@ def pcd(**options: Any) -> Case:
     return Case("worldcache_pcd", WorldCachePCD, options, MANY, {"blocks": BLOCKS, "groups": TOY_GROUPS})
 
 
+#: What calibration gives for a model that keeps to MagCache's law: ratios fall slowly, at the end steeply.
+RATIOS = tuple(1 - 0.008 - 0.1 * (n / 23) ** 8 for n in range(24))
+
 #: One case per registered policy, its defaults.
 DEFAULTS = [
     Case("never", Never),
@@ -89,10 +96,12 @@ DEFAULTS = [
     many("fbcache", FBCache),
     many("dicache", DiCache),
     pcd(),
+    many("worldcache_htc", WorldCacheHTC),
     many("taylorseer", TaylorSeer),
     many("delta_dit", DeltaDiT),
     many("easycache", EasyCache, threshold=0.06),  # of 0.025, the default, a step of the toy is on the very edge
     many("bwcache", BWCache),
+    many("magcache", MagCache, ratios=RATIOS),
 ]
 
 #: Options under which the gate never opens.
@@ -105,10 +114,12 @@ CLOSED = [
     many("fbcache", FBCache, threshold=0.0),
     many("dicache", DiCache, threshold=0.0),
     pcd(threshold=0.0),
+    many("worldcache_htc", WorldCacheHTC, eta=0.0),
     many("taylorseer", TaylorSeer, retain=1.0),
     many("delta_dit", DeltaDiT, retain=1.0),
     many("easycache", EasyCache, threshold=0.0),
     many("bwcache", BWCache, threshold=0.0),
+    many("magcache", MagCache, ratios=RATIOS, threshold=0.0),
 ]
 
 #: Every option away from its default.
@@ -134,6 +145,10 @@ VARIED = [
     pcd(threshold=0.3, swd=False, ats=False, retain=0.1, protection="generation"),
     pcd(probe=1, swd=False, cfc=False, ats=False, ofa=False),
     pcd(cfc=False, ofa=False),
+    many("worldcache_htc", WorldCacheHTC, chaotic=0.7, n_max=6, eta=3.33, retain=5),
+    many("worldcache_htc", WorldCacheHTC, drift_reduction="all", retain=0, stable=0.2, protection="generation"),
+    many("worldcache_htc", WorldCacheHTC, n_max=5, retain=0.2, relative_epsilon=0.1, pinned=48, modalities=(96, 96)),
+    many("worldcache_htc", WorldCacheHTC, eta=0.02, pinned=(0, 7, 100)),
     many("taylorseer", TaylorSeer, every=3, order=2, span="block", retain=0.15, protection="generation"),
     many("taylorseer", TaylorSeer, every=4, order=0, retain=2),
     many("taylorseer", TaylorSeer, every=4, order=2),
@@ -142,4 +157,6 @@ VARIED = [
     many("easycache", EasyCache, retain=0),
     many("bwcache", BWCache, threshold=0.035, run=3, retain=0.2, protection="generation"),
     many("bwcache", BWCache, run=0.2),
+    many("magcache", MagCache, ratios=RATIOS, threshold=0.2, max_skips=2, retain=1, protection="generation"),
+    many("magcache", MagCache, ratios=(1.02,) * 24, max_skips=9),
 ]

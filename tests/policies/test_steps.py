@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import holdover
+from holdover.policies.magcache import magnitude_ratios, measure_magnitudes
 from holdover.policies.policy import Policy
 from tests.engine.models import Scale, Stack, ones, reasons
+from tests.naive.magcache import measured
+from tests.toy import BLOCKS, MANY, ToyLoop, ToyModel, cached
 
 
 class Track(nn.Module):
@@ -51,6 +56,67 @@ def test_easycache_needs_two_steps_that_differ() -> None:
     policy = holdover.policy("easycache", retain=0)
     _, told = generate(policy, Stack(Scale(2.0)), 6, lambda step: 100.0 + max(step - 2, 0))
     assert told == ["first", "history", "history", "history", "reuse", "last step"]
+
+
+def test_magcache_by_hand() -> None:
+    """Errors of k steps at a ratio of 0.98: 0.02, 0.0396, 0.0588; the sum of two is 0.0596, of three 0.118."""
+    told = {}
+    for ratio in (0.98, 1.0):
+        policy = holdover.policy("magcache", ratios=[ratio] * 10)
+        outputs, told[ratio] = generate(policy, Stack(Scale(2.0)), 10, lambda step: 100.0 + step)
+        if ratio == 0.98:
+            assert outputs == [200, 202, 203, 204, 208, 209, 210, 214, 215, 216]
+    assert told[0.98] == ["retained"] * 2 + ["reuse", "reuse", "drift"] * 2 + ["reuse"] * 2
+    assert told[1.0] == ["retained"] * 2 + ["reuse"] * 3 + ["stale"] + ["reuse"] * 3 + ["stale"]
+
+
+def test_magcache_wants_a_ratio_for_every_step() -> None:
+    with pytest.raises(ValueError, match="has 10 ratios and the generation 12 steps; measure the ratios with"):
+        generate(holdover.policy("magcache", ratios=[1.0] * 10), Stack(Scale()), 12)
+
+
+def test_magnitudes_are_measured_over_a_loop() -> None:
+    """Per guidance branch, of the latest generation; and they are of a kind that MagCache takes."""
+    model, loop = ToyModel(), ToyLoop(sigmas=MANY, branches=("cond", "uncond"))
+    residuals: dict[str, list[Tensor]] = {}
+    entered: list[Tensor] = []
+    action = (0.8, 0.1)
+
+    def record(fields: dict[str, Any], run: Any) -> Tensor:
+        def apply(block: int, x: Tensor, compute: Any) -> Tensor:
+            y: Tensor = compute(x)
+            if block == 0:
+                entered.append(x.clone())
+            if block == BLOCKS - 1 and "role" not in fields:
+                residuals.setdefault(fields["branch"], []).append(y - entered[-1])
+            return y
+
+        return run(apply=apply)
+
+    with holdover.attach(model, measure_magnitudes()) as cache:
+        loop.step(model, action, cached(cache))
+        again = deepcopy(loop)
+        loop.step(model, action, cached(cache))
+        snapshot = cache.snapshot()
+        assert cache.stats().reused == 0
+    again.step(model, action, record)
+    assert list(residuals) == ["cond", "uncond"]
+    for branch, recorded in residuals.items():
+        ratios = magnitude_ratios(snapshot, branch)
+        assert ratios == pytest.approx(measured(recorded), rel=1e-5)
+        assert ratios[0] == 1
+        assert len(ratios) == len(set(ratios)) == len(MANY)
+        holdover.policy("magcache", ratios=ratios)
+    with pytest.raises(ValueError, match="no ratios of branch '', measured are: 'cond', 'uncond'"):
+        magnitude_ratios(snapshot)
+
+
+def test_magnitudes_of_half_a_generation_are_refused() -> None:
+    with holdover.attach(model := Stack(Scale()), measure_magnitudes()) as cache:
+        with cache.step(chunk=0, index=0, num_steps=4):
+            model(ones())
+        with pytest.raises(ValueError, match="1 of 4 passes have run; take the snapshot after a whole generation"):
+            magnitude_ratios(cache.snapshot())
 
 
 def test_bwcache_decides_once_by_the_average() -> None:

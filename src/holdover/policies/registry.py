@@ -13,10 +13,12 @@ from holdover.policies.dicache import dicache
 from holdover.policies.easycache import easycache
 from holdover.policies.fbcache import fbcache
 from holdover.policies.fixed_interval import fixed_interval
+from holdover.policies.magcache import magcache
 from holdover.policies.never import never
 from holdover.policies.policy import Policy
 from holdover.policies.taylorseer import taylorseer
 from holdover.policies.teacache import teacache
+from holdover.policies.worldcache_htc import worldcache_htc
 from holdover.policies.worldcache_pcd import worldcache_pcd
 from holdover.policies.xcache import xcache
 from holdover.policies.xcache_reactive import xcache_reactive
@@ -32,10 +34,12 @@ _METHODS: dict[str, Callable[..., Policy]] = {
         fbcache,
         dicache,
         worldcache_pcd,
+        worldcache_htc,
         taylorseer,
         delta_dit,
         easycache,
         bwcache,
+        magcache,
     )
 }
 
