@@ -74,14 +74,22 @@ def demo(
 
 
 @app.command()
-def policies() -> None:
-    """List the caching policies and their options."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explain this method and its options.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the documentation.")] = False,
+) -> None:
+    """List the caching methods and the parts they are made of."""
     with _plain_errors():
         from rich.console import Console
 
-        from holdover.report.policies import policy_table
+        from holdover.report.methods import method_help, method_markdown, method_table
 
-        Console().print(policy_table())
+        if name is not None:
+            typer.echo(method_help(name))
+        elif markdown:
+            typer.echo(method_markdown())
+        else:
+            Console().print(method_table())
 
 
 @world.command()
