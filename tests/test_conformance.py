@@ -133,7 +133,11 @@ def test_interleaved_streams_do_not_touch_each_other(case: Case, model: ToyModel
         assert decisions(cache, stream) == trace
 
 
-@each
+apart = [case for case in DEFAULTS if not case.policy().one_for_all_branches]
+together = [case for case in DEFAULTS + VARIED if case.policy().one_for_all_branches]
+
+
+@pytest.mark.parametrize("case", apart, ids=lambda case: case.id)
 def test_guidance_branches_do_not_touch_each_other(case: Case, model: ToyModel) -> None:
     """Each branch of a guided rollout decides as a branch of its own cache would, fed the same passes."""
     caches = []
@@ -153,6 +157,22 @@ def test_guidance_branches_do_not_touch_each_other(case: Case, model: ToyModel) 
     for own, branch in zip(caches, separate, strict=True):
         assert decisions(own) == [decision for decision in decisions(cache) if decision[0] == branch]
         own.detach()
+
+
+@pytest.mark.parametrize("case", together, ids=lambda case: case.id)
+def test_guidance_branches_share_a_decision(case: Case, model: ToyModel) -> None:
+    """Histories stay apart; what the first branch of a pass computes, all compute."""
+    twin, branches = case.naive(), ("cond", "uncond")
+    expected = play(model, case.loop(branches=branches), twin.runner)
+    with holdover.attach(model, case.policy()) as cache:
+        outputs = play(model, case.loop(branches=branches), cached(cache))
+    assert [(d.block, d.computed, d.reason) for d in cache.trace] == [
+        (d["block"], d["computed"], d["reason"]) for d in twin.decisions
+    ]
+    assert same(outputs, expected)
+    first, second = ([d.computed for d in cache.trace if d.branch == branch] for branch in branches)
+    assert first == second
+    assert cache.stats().reasons["branch"] > 20
 
 
 RESUME = """
@@ -229,7 +249,7 @@ def test_kv_updates_are_computed_in_full(case: Case, model: ToyModel) -> None:
     with holdover.attach(model, case.policy()) as cache:
         play(model, case.loop(), cached(cache))
     updates = [decision for decision in cache.trace if decision.role == "kv_update"]
-    assert len(updates) == 4 * GENERATIONS // 4
+    assert len(updates) == len({decision.block for decision in cache.trace}) * GENERATIONS // 4
     assert all(decision.computed and decision.reason == "kv update" for decision in updates)
 
 
@@ -307,8 +327,9 @@ GOLDEN_CASES = [*DEFAULTS, *(case for case in VARIED if "tau_dev" in case.option
 
 def golden_lines(cache: holdover.Cache) -> Iterator[tuple[str, list[float]]]:
     """Per pass a line of decisions, a letter per block, and the cosines behind them."""
-    for start in range(0, len(cache.trace), 4):
-        blocks = cache.trace[start : start + 4]
+    count = len({decision.block for decision in cache.trace})
+    for start in range(0, len(cache.trace), count):
+        blocks = cache.trace[start : start + count]
         letters = "".join(LETTERS[block.reason] for block in blocks)
         scores = [block.scores[name] for block in blocks for name in ("cosine", "change") if name in block.scores]
         yield f"{blocks[0].chunk:2} {blocks[0].index} {letters}", scores

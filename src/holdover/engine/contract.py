@@ -115,6 +115,11 @@ class Gate(Protocol):
 class Predictor(Protocol):
     """Stands in for a span."""
 
+    @property
+    def adds(self) -> bool:
+        """Whether it adds to what enters, so that what it stands in for must leave in the same shape."""
+        ...
+
     def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What to hold after the span turned ``call.x`` into ``y``; may write into the ``spare`` tensors of before.
 

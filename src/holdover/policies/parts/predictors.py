@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from holdover.engine.contract import Call, Kept
 
 class Predictor:
     """Stands in for a span."""
+
+    adds: ClassVar[bool] = True
 
     @abstractmethod
     def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]: ...

@@ -21,6 +21,7 @@ from holdover.engine.slots import ViewGroup
 from holdover.policies.parts.flow import Warp
 from holdover.policies.parts.gates import Accumulate, at_least_zero
 from holdover.policies.parts.guards import Guard, Protection, for_steps
+from holdover.policies.parts.history import before
 from holdover.policies.parts.predictors import Predictor
 
 EPSILON = 1e-8
@@ -149,8 +150,9 @@ class Extrapolate(Predictor):
             kept = {"R1": y - call.entry, "P1": _probe(call)}
             if self.warp is not None:
                 kept["picture"] = self.warp.picture(call.entry)
-        if call.held is not None and "R1" in call.held.tensors:
-            kept |= {"R2": call.held.tensors["R1"], "P2": call.held.tensors["P1"]}
+        held = before(call)
+        if held is not None:
+            kept |= {"R2": held.tensors["R1"], "P2": held.tensors["P1"]}
         return kept
 
     def predict(self, call: Call) -> Tensor:
@@ -166,11 +168,11 @@ class Extrapolate(Predictor):
         """γ, on the device; 0 before the clamp where the probe stood still between the two computed steps."""
         assert call.held is not None
         held = call.held.tensors
-        now, before = _probe(call) - held["P2"], held["P1"] - held["P2"]
+        now, then = _probe(call) - held["P2"], held["P1"] - held["P2"]
         if self.gamma == "ratio":
-            gamma = now.abs().mean() / before.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
+            gamma = now.abs().mean() / then.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
         else:
-            gamma = (now * before).sum() / (before.square().sum() + EPSILON)
+            gamma = (now * then).sum() / (then.square().sum() + EPSILON)
         return gamma.clamp(*self.clamp)
 
 
