@@ -298,7 +298,7 @@ def poison(cache: holdover.Cache, *, everything: bool) -> None:
     for stream in cache._runtime.streams.values():
         for held in stream.held.values():
             for name, tensor in held.tensors.items():
-                if everything or name != "signal":
+                if tensor.is_floating_point() and (everything or name != "signal"):
                     tensor.fill_(float("nan"))
 
 

@@ -66,7 +66,8 @@ class Warp:
         per_frame = sum(group.tokens for group in self.groups)
         if length % per_frame:
             raise ValueError(f"warp: {length} tokens are not whole frames of the {per_frame} tokens of its grids")
-        parts = x_BLC.reshape(b, length // per_frame, per_frame, c).split([group.tokens for group in self.groups], 2)
+        x_BFNC = x_BLC.reshape(b, length // per_frame, per_frame, c)
+        parts = torch.split(x_BFNC, [group.tokens for group in self.groups], 2)
         return [part.reshape(-1, g.height, g.width, c) for part, g in zip(parts, self.groups, strict=True)]
 
     def _join(self, parts: list[Tensor], b: int) -> Tensor:

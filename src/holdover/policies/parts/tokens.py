@@ -143,10 +143,9 @@ class TokenCurvature(Predictor):
         energy_BL = speed_BL.square()
         kappa_BL = bend_BL / (energy_BL + EPSILON + self.relative_epsilon * energy_BL[:, free_L].mean())
         group_BL = torch.full_like(kappa_BL, PINNED, dtype=torch.int8)
-        counts = self.modalities or (kappa_BL.shape[1],)
-        for own_BL, own_group_BL, own_L in zip(
-            kappa_BL.split(counts, 1), group_BL.split(counts, 1), free_L.split(counts), strict=True
-        ):
+        counts = list(self.modalities) or [kappa_BL.shape[1]]
+        parts = torch.split(kappa_BL, counts, 1), torch.split(group_BL, counts, 1), torch.split(free_L, counts)
+        for own_BL, own_group_BL, own_L in zip(*parts, strict=True):
             values = own_BL[:, own_L]
             if values.numel():
                 low, high = _quantiles(values, (self.stable, self.chaotic))
