@@ -52,16 +52,20 @@ print([name for name in heavy if name in sys.modules])
 
 
 def test_every_command_has_help() -> None:
-    for command in (["demo"], ["policies"], ["world", "record"], ["world", "train"], ["bench", "ablation"]):
+    for command in (["demo"], ["methods"], ["world", "record"], ["world", "train"], ["bench", "ablation"]):
         result = run(*command, "--help")
         assert result.exit_code == 0, command
 
 
-def test_policies_are_listed_with_their_options() -> None:
-    result = run("policies")
-    assert result.exit_code == 0
-    for name in ("xcache", "xcache_reactive", "never", "fixed_interval", "tau_floor=0.97"):
-        assert name in result.output
+def test_the_methods_are_those_of_the_registry_and_of_the_docs() -> None:
+    table = run("methods", "--markdown").output.strip()
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == holdover.policies()
+    assert "tau_floor=0.97" in table
+    assert table in (Path(__file__).parents[1] / "docs" / "methods.md").read_text()  # else put this one there
+    assert "relative change (L1) of the timestep-modulated input" in run("methods", "teacache").output
+    assert "did you mean 'teacache'" in refused("methods", "teacahe")
+    wide = CliRunner().invoke(cli.app, ["methods"], env={"COLUMNS": "200"}).output
+    assert wide.count("predictor: Residual()") == table.count("| `Residual()` |") >= 5
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
@@ -97,18 +101,21 @@ def test_record_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_train_passes_the_recipe_on_and_draws_the_curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipes = []
 
-    def train(data: Path, out: Path, recipe: Recipe, *, heldout: Path | None, device: str) -> Path:
-        recipes.append((data, recipe, heldout, device))
+    def train(
+        data: Path, out: Path, recipe: Recipe, *, heldout: Path | None, start_from: Path | None, device: str
+    ) -> Path:
+        recipes.append((data, recipe, heldout, start_from, device))
         (out / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(3)))
         return out / "model.safetensors"
 
     monkeypatch.setattr(holdover.world.train, "train", train)
     result = run(
-        "world", "train", "--data", "d", "--out", str(tmp_path), "--heldout", "h", "--steps", "3", "--seed", "5"
+        *("world", "train", "--data", "d", "--out", str(tmp_path), "--heldout", "h", "--steps", "3", "--seed", "5"),
+        *("--start-from", "s"),
     )
     assert result.exit_code == 0, result.output
-    ((data, recipe, heldout, device),) = recipes
-    assert (data, heldout, device) == (Path("d"), Path("h"), "cpu")
+    ((data, recipe, heldout, start_from, device),) = recipes
+    assert (data, heldout, start_from, device) == (Path("d"), Path("h"), Path("s"), "cpu")
     assert asdict(recipe) == asdict(Recipe(steps=3, seed=5))
     assert (tmp_path / "curve.png").is_file()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,23 @@ def test_warm_up_and_exactness_survive(snapshot: holdover.Snapshot) -> None:
         assert [d.reason for d in cache.trace if d.stream == "later"] == ["warm-up", "warm-up", "reuse"]
         with pytest.raises(ValueError, match="no stream 'typo'"):
             cache.snapshot("typo")
+
+
+def test_one_decision_for_all_branches_survives_between_two_of_them() -> None:
+    """The branch that came first leads, also over a snapshot; what it runs again, it decides anew."""
+    model = Stack(Scale())
+    policy = replace(holdover.xcache(front_anchors=0, warmup=0), one_for_all_branches=True)
+    seen, turned = ones(), torch.tensor([1.0, -1.0]).expand(1, 3, 2)
+
+    def told(cache: holdover.Cache, x: Tensor, chunk: int, branch: str) -> str:
+        with cache.step(chunk=chunk, branch=branch, commits=False):
+            model(x)
+        return cache.trace[-1].reason
+
+    with holdover.attach(model, policy) as cache:
+        assert [told(cache, seen, 0, branch) for branch in "ab"] == ["first", "branch"]
+        assert told(cache, turned, 1, "a") == "cosine"
+        cache.restore("default", cache.snapshot())
+        assert told(cache, seen, 1, "b") == "branch"
+        assert told(cache, turned, 1, "a") == "reuse"
+        assert [told(cache, turned, 2, branch) for branch in "ab"] == ["reuse", "reuse"]

@@ -77,7 +77,11 @@ class Row:
         self.overwritten: set[Key] = set()
         #: What the guidance branch that came first in this pass decided, and what this one does, by first block.
         shared = generation.shared if generation else {}
-        self.leader = {block: reused for (index, block), reused in shared.items() if index == step.index}
+        self.led = {
+            block: reused
+            for (index, block), (branch, reused) in shared.items()
+            if index == step.index and branch != step.branch
+        }
         self.decided: dict[int, bool] = {}
         self.asked = self.reused = self.warm_up = False
         self.reuses = self.stream.reuses
@@ -102,7 +106,7 @@ class Row:
         policy = self.runtime.policy
         if call.span.computed is not None:
             return Verdict(call.span.computed)
-        led = self.leader.get(call.span.first) if policy.one_for_all_branches else None
+        led = self.led.get(call.span.first) if policy.one_for_all_branches else None
         reason = "branch" if led is False else policy.guard(call) or self._refusal(call)
         if reason is not None:
             self.warm_up |= reason == WARM_UP
@@ -182,7 +186,8 @@ class Row:
         run.exact &= not self.reused
         run.condition_changed |= self.condition_changed
         for block, reused in self.decided.items():
-            generation.shared.setdefault((step.index, block), reused)
+            if self.runtime.policy.one_for_all_branches and block not in self.led:
+                generation.shared[step.index, block] = step.branch, reused
         if run.exact and len(run.indices) == step.num_steps:
             stream.full[step.branch] = FullGeneration(generation.ordinal, step.action_vector)
         stream.conditions[step.branch] = self.condition

@@ -126,6 +126,7 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "commits": generation.commits,
             "asked": generation.asked,
             "warm_up": generation.warm_up,
+            "shared": [[*key, *led] for key, led in generation.shared.items()],
             "runs": {
                 branch: {
                     "num_steps": run.num_steps,
@@ -195,6 +196,7 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
         for branch, run in item["runs"].items():
             action, indices = _vector(run["action"]), set(run["indices"])
             generation.runs[branch] = Run(run["num_steps"], action, indices, run["exact"], run["condition_changed"])
+        generation.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
         stream.generations[item["chunk"]] = generation
     for branch, known in plain["conditions"].items():
         stream.conditions[branch] = Condition(known["epoch"], digest=known["digest"], by_digest=True)

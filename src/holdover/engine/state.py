@@ -110,8 +110,8 @@ class Generation:
     #: Whether a gate was asked, that is, whether anything could have been reused.
     asked: bool = False
     warm_up: bool = False
-    #: Where guidance branches share a decision: per pass index and first block, whether the first branch reused.
-    shared: dict[tuple[int, int], bool] = field(default_factory=dict)
+    #: Where guidance branches share a decision: per pass index and first block, which branch led and whether it reused.
+    shared: dict[tuple[int, int], tuple[str, bool]] = field(default_factory=dict)
 
     def copy(self) -> Generation:
         runs = {branch: run.copy() for branch, run in self.runs.items()}

@@ -36,9 +36,11 @@ def method_rows() -> Iterator[tuple[str, ...]]:
 
 def method_table() -> Table:
     """For a terminal."""
-    table = Table(*COLUMNS, show_lines=True)
-    for row in method_rows():
-        table.add_row(*row)
+    table = Table("method", "made of", show_lines=True)
+    for name, *parts in method_rows():
+        table.add_row(
+            name, "\n".join(f"{c}: {part}" for c, part in zip(COLUMNS[1:], parts, strict=True) if part != "–")
+        )
     return table
 
 

@@ -295,7 +295,7 @@ def train(
                 return result
 
             loss = sequence_loss(predict, model, batch, rng, recipe, plain=plain, own=own)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             for optimiser, peak in optimisers:
                 for group in optimiser.param_groups:

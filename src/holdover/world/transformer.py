@@ -107,7 +107,8 @@ class Block(nn.Module):
         """What the attention sees, ``[B, L, C]``: the tap of methods such as TeaCache."""
         shift, scale, *_ = self.modulation(shared)
         x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
-        return (self.norm1(x_BFNC) * (1 + scale) + shift).flatten(1, 2)
+        modulated: Tensor = self.norm1(x_BFNC) * (1 + scale) + shift
+        return modulated.flatten(1, 2)
 
     def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
         """Each camera for itself, over the window and the windows held in the KV cache."""
