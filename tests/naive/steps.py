@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 
-class StepTwin:
+class StepTwin(ABC):
     """``memory[branch]`` begins empty with every generation; ``decide`` and ``answer`` are the method.
 
     A pass is answered block by block: ``block(number, x, compute)`` returns what the block gives.
@@ -35,8 +36,8 @@ class StepTwin:
         self.now = {"fields": fields, "memory": self.memory[branch]}
         return run(apply=self.block)
 
-    def block(self, number: int, x: Any, compute: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def block(self, number: int, x: Any, compute: Any) -> Any: ...
 
     def forced(self) -> str | None:
         """Why this pass is computed whatever the method thinks."""
@@ -80,8 +81,8 @@ class TailTwin(StepTwin):
             self.learn(y)
         return self.note(number, now["reason"], y, now["scores"])
 
-    def decide(self, x: Any, compute: Any) -> tuple[str, dict[str, float]]:
-        raise NotImplementedError
+    @abstractmethod
+    def decide(self, x: Any, compute: Any) -> tuple[str, dict[str, float]]: ...
 
     def stand_in(self, x: Any) -> Any:
         return x + self.now["memory"]["residual"]

@@ -11,7 +11,8 @@ from holdover.bench.scenarios import shipped_clips
 from holdover.world import train as training
 from holdover.world.clips import read_clip
 from holdover.world.config import WorldConfig
-from holdover.world.train import Batch, Recipe, Segments, hold_actions, read_log, train
+from holdover.world.segments import Batch, Segments
+from holdover.world.train import Recipe, hold_actions, read_log, train
 from holdover.world.transformer import WorldModel
 
 from .small import latents, small_config, small_model
@@ -94,6 +95,8 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     path = train(tmp_path, tmp_path / "moved", Recipe(steps=1, batch=1), start_from=path)
     assert WorldModel.load(path).config == model.config
     assert path.read_bytes() != (tmp_path / "start.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="brings its own sizes"):
+        train(tmp_path, tmp_path / "two", still, start_from=path, config=model.config)
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 30])

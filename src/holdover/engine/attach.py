@@ -36,7 +36,8 @@ def attach(
         model: the transformer; every forward of it now happens within ``with cache.step(...)``.
         policy: a caching method, such as ``holdover.xcache()``.
         slots: its blocks, in the order in which it runs them: module names, modules, or `Slot`s where the hidden state
-            is not the first argument. None asks ``model.holdover_slots()``. A block returns its hidden state, or a
+            is not the first argument. None asks ``model.holdover_slots()``, or takes
+            the model itself for a policy of that level. A block returns its hidden state, or a
             tuple that begins with it; when it is reused, the other items are those it returned when last computed.
         view_groups: how the tokens of a hidden state ``[B, L, C]`` are laid out per latent frame. None asks
             ``model.holdover_view_groups()``; without either, tokens are taken as a plain sequence.

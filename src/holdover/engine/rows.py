@@ -223,10 +223,12 @@ class Row:
     def _update(self, call: Call, kept: Kept) -> None:
         """Change what is remembered of a span that was not computed."""
         assert call.held is not None
-        if kept.numbers or kept.tensors:
-            before = call.held.nbytes
-            call.held = self.pending[self._key(call.span)] = call.held.updated(kept.numbers, kept.tensors)
-            self.stream.nbytes += call.held.nbytes - before
+        if not kept.numbers and not kept.tensors:
+            return
+        held = call.held.updated(kept.numbers, kept.tensors)
+        if kept.tensors:
+            self.stream.nbytes += held.nbytes - call.held.nbytes
+        call.held = self.pending[self._key(call.span)] = held
 
     def _known(self, block: int) -> Held | None:
         """What is remembered of the span that begins at a block, as long as it may serve."""

@@ -25,7 +25,7 @@ def method_rows() -> Iterator[tuple[str, ...]]:
         yield (
             name,
             "generations" if policy.lifetime == "stream" else "steps",
-            f"{policy.spans!r} of the {policy.level}s" if policy.level == "block" else "the whole model",
+            "the whole model" if policy.level == "model" else repr(policy.spans),
             repr(policy.signal) if policy.signal else "–",
             repr(policy.gate),
             repr(policy.predictor) if policy.predictor else "–",
@@ -59,5 +59,5 @@ def method_help(name: str) -> str:
         ValueError: there is no such method.
     """
     function = method(name)
-    options = str(inspect.signature(function, eval_str=False)).partition(" ->")[0]
-    return f"{name}{options}\n\n{inspect.getdoc(function)}"
+    options = [str(p.replace(annotation=p.empty)) for p in inspect.signature(function).parameters.values()]
+    return f"{name}({', '.join(options)})\n\n{inspect.getdoc(function)}"

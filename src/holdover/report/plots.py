@@ -86,8 +86,9 @@ def plot_training(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
         right.plot(at, sampled, color=COLOURS[1], label="held out, sampled")
         right.set_ylabel("PSNR, dB")
         _tint(right)
-        right.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
-    _finish(path, figure, axes, legend=True)
+        lines = [*axes.get_lines()[1:], *right.get_lines()]
+        figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
+    _finish(path, figure, axes, legend=not held)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -100,7 +101,7 @@ def _colours(count: int) -> list[str]:
 
 
 def _tint(axes: Axes) -> None:
-    axes.tick_params(colors=INK, labelsize=8)
+    axes.tick_params(which="both", colors=INK, labelsize=8)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
     for spine in axes.spines.values():

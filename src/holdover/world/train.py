@@ -6,9 +6,9 @@ Every random choice is a function of (seed, step), so a run that was killed cont
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,11 +19,11 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor
 from torch.func import functional_call
 
-from holdover.world.clips import Clip, list_clips, read_clip
+from holdover.world.clips import Clip
 from holdover.world.config import WorldConfig
 from holdover.world.kv_cache import KVCache
-from holdover.world.latents import patchify
 from holdover.world.sampler import denoise, noise_levels
+from holdover.world.segments import Batch, Segments
 from holdover.world.transformer import WorldModel
 
 Predict = Callable[..., Tensor]
@@ -75,66 +75,6 @@ class Recipe:
         """The learning rate of a step as a share of its peak."""
         remaining = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / self.warmup, remaining)
-
-
-@dataclass(frozen=True)
-class Batch:
-    latents: Tensor  # [B, F, N, P]
-    actions: Tensor  # [B, F, A]
-
-
-class Segments:
-    """Random segments of recorded clips.
-
-    Decoded clips are kept in memory, up to ``keep_bytes``; decoding every segment anew would take a tenth of a step.
-    """
-
-    def __init__(self, folder: Path, config: WorldConfig, *, keep_bytes: int = 4 << 30) -> None:
-        self.config = config
-        self._kept: dict[Path, Clip] = {}
-        self._room = keep_bytes
-        self.clips = list_clips(folder)
-        if not self.clips:
-            raise ValueError(f"{folder} holds no clips; record some with `holdover world record --out {folder}`")
-
-    def read(self, clip: Path, start: int, latent_frames: int) -> Clip:
-        """A segment that begins at video frame ``start``."""
-        frames = latent_frames * self.config.frames_per_latent
-        if clip not in self._kept and self._room > 0:
-            self._kept[clip] = read_clip(clip)
-            self._room -= sum(video.nbytes for video in self._kept[clip].frames.values())
-        if clip not in self._kept:
-            return read_clip(clip, start=start, frames=frames)
-        whole, part = self._kept[clip], slice(start, start + frames)
-        return replace(
-            whole,
-            frames={name: video[part] for name, video in whole.frames.items()},
-            actions=whole.actions[part],
-            poses=whole.poses[part],
-            motion=whole.motion[part],
-        )
-
-    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[Clip]:
-        per = self.config.frames_per_latent
-        segments = []
-        for _ in range(batch):
-            clip = self.clips[rng.integers(len(self.clips))]
-            length = json.loads((clip / "clip.json").read_text())["frames"]
-            if length < latent_frames * per:
-                raise ValueError(f"{clip} has {length} frames; training needs {latent_frames * per} or more")
-            # Commands change where latent frames begin, so that none straddles two commands.
-            start = int(rng.integers((length - latent_frames * per) // per + 1)) * per
-            segments.append(self.read(clip, start, latent_frames))
-        return segments
-
-    def batch(self, segments: Sequence[Clip], device: str | torch.device) -> Batch:
-        """Segments of one length, as the model takes them."""
-        names = [camera.name for camera in self.config.cameras]
-        frames = {name: torch.from_numpy(np.stack([s.frames[name] for s in segments])) for name in names}
-        latents = patchify(frames, self.config)
-        actions = torch.from_numpy(np.stack([s.actions for s in segments]))
-        actions = actions.unflatten(1, (-1, self.config.frames_per_latent)).mean(2)
-        return Batch(latents.to(device), actions.to(device))
 
 
 def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
@@ -243,10 +183,12 @@ def train(
         save_every: steps from one save, and one point of the learning curve, to the next.
 
     Raises:
-        ValueError: ``data`` holds no clips, or ``out`` belongs to another recipe.
+        ValueError: ``data`` holds no clips, ``out`` belongs to another recipe, or ``start_from`` comes with ``config``.
     """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(f"training needs torch.optim.Muon (torch 2.9 or newer), not torch {torch.__version__}")
+    if start_from is not None and config is not None:
+        raise ValueError(f"start_from={start_from} brings its own sizes; leave out config")
     torch.manual_seed(recipe.seed)
     if start_from is not None:
         model = WorldModel.load(start_from, dtype=torch.float32).requires_grad_(True).train().to(device)

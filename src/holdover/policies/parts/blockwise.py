@@ -13,6 +13,7 @@ from holdover.engine.contract import Call, Verdict
 from holdover.policies.parts.gates import Gate, at_least_zero
 from holdover.policies.parts.history import before
 from holdover.policies.parts.predictors import Predictor
+from holdover.policies.parts.signals import relative
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class OneForAllBlocks(Gate):
         if not signals:
             return Verdict("history")
         pairs = torch.stack(signals).tolist()
-        change = sum(moved / size if size else math.inf if moved else 0.0 for moved, size in pairs) / len(pairs)
+        change = sum(relative(moved, size) for moved, size in pairs) / len(pairs)
         scores = {"change": change, "threshold": self.threshold}
         if math.isnan(change):
             return Verdict("nan", scores)

@@ -213,7 +213,7 @@ def for_steps(*, retain: int | float, last: bool, protection: Protection) -> Any
     """The guards of a method that looks from step to step: protection, first steps, last step."""
     one_of("protection", protection, ("generation", "pass"))
     guards: list[Guard] = [KVProtection()] if protection == "generation" else []
-    first = FirstSteps(retain)
+    first = FirstSteps(retain)  # refuses what is no number of steps
     if retain:
         guards.append(first)
     if last:

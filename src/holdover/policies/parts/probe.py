@@ -8,7 +8,6 @@ Shape suffixes: B batch, F latent frames, N tokens of a frame, C channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -23,6 +22,7 @@ from holdover.policies.parts.gates import Accumulate, at_least_zero
 from holdover.policies.parts.guards import Guard, Protection, for_steps
 from holdover.policies.parts.history import before
 from holdover.policies.parts.predictors import Predictor
+from holdover.policies.parts.signals import relative
 
 EPSILON = 1e-8
 
@@ -85,8 +85,7 @@ class SalientChangeReading:
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
         """``change``: 0 where nothing moved, infinite where something did that was zero; and ``motion``."""
         drift, size, motion, input_size = numbers
-        change = drift / size if size else (math.inf if drift else drift)
-        return {"change": change, "motion": motion / (input_size + EPSILON)}
+        return {"change": relative(drift, size), "motion": motion / (input_size + EPSILON)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ class ScheduledAccumulate(Accumulate):
             u = steps / STEPS
             beta = u * u / 6 + u / 2 + 10 / 3 if isinstance(self.beta_d, str) else self.beta_d
             threshold *= 1 + beta * call.step.index / steps
-        return Accumulate(metric=self.metric, threshold=threshold).judge(call, metrics)
+        return Accumulate(metric=self.metric, threshold=threshold, polynomial=self.polynomial).judge(call, metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +14,7 @@ from holdover.engine.slots import ViewGroup
 from holdover.policies.parts.gates import Gate, at_least_zero
 from holdover.policies.parts.history import before
 from holdover.policies.parts.predictors import Predictor
+from holdover.policies.parts.signals import relative
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class ExpectedChange(Gate):
         numbers = call.held.numbers
         if "rate" not in numbers:
             return Verdict("history")
-        moved, size = numbers["rate"] * metrics["moved"], numbers["size"]
-        change = moved / size if size else math.inf if moved else 0.0
+        change = relative(numbers["rate"] * metrics["moved"], numbers["size"])
         drift = numbers["drift"] + change
         reason = None if drift < self.threshold else "drift"
         return Verdict(reason, {"change": change, "drift": drift, "threshold": self.threshold}, {"drift": drift})

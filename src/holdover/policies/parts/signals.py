@@ -150,10 +150,12 @@ class RelativeChangeReading:
 
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
         """``change``: 0 where nothing moved, infinite where something did that was zero."""
-        moved, size = numbers
-        if moved == 0 and size == 0:
-            return {"change": 0.0}
-        return {"change": moved / size if size else math.inf}
+        return {"change": relative(*numbers)}
+
+
+def relative(moved: float, size: float) -> float:
+    """``moved / size``: 0 where nothing moved, infinite where something did that was zero."""
+    return moved / size if size else math.inf if moved else 0.0
 
 
 def _cosine(dot: float, now: float, then: float) -> float:
