@@ -125,7 +125,7 @@ class Cache:
         """Say where the next forward pass stands: ``with cache.step(chunk=n, index=i, ...): model(...)``.
 
         Takes the fields of `Step`, or one `Step` per row of the batch: then every row has a state of its own, and a
-        span is computed for the whole batch if any row needs it.
+        span is computed for the rows that need it; where its slots do not say how to take rows, for all if any does.
 
         Raises:
             ValueError: a field is out of range or contradicts what was said about its generation.
@@ -185,6 +185,8 @@ class Cache:
     def fork(self, src: str, dst: str) -> None:
         """Let a new stream go on from where another stands; neither touches the other from then on.
 
+        They share memory until they diverge; `nbytes` counts it for each.
+
         Raises:
             ValueError: ``src`` holds nothing, or ``dst`` exists.
         """
@@ -192,7 +194,7 @@ class Cache:
         source = self._stream(src)
         if dst in self._runtime.streams:
             raise ValueError(f"stream {dst!r} exists; reset it first, or fork into a new name")
-        self._runtime.streams[dst] = source.copy()
+        self._runtime.streams[dst] = source.fork()
 
     def snapshot(self, stream: str = "default") -> Snapshot:
         """A copy of a stream's state, to `restore` here or, once saved, elsewhere.

@@ -29,16 +29,26 @@ BARREN = 8
 class OpenSpan:
     """A span that the pass is in: its first block has been answered, its last may not have been.
 
-    ``reason`` is why it is computed, None where it is reused; then ``prediction`` is its output, and ``shadow`` the
-    hidden state so far where the audit computes it as well.
+    Attributes:
+        reasons: per row why it is computed, None where it is reused.
+        apart: whether rows can be computed without the others.
+        predictions: the span's output for the rows that are reused.
+        audited: those of them that the audit computes as well; ``shadow`` is the hidden state so far.
+        extras: per block what it returned beside the hidden state, for the rows computed.
     """
 
     span: Span
     rows: list[tuple[Row, Call, Verdict]]
-    reason: str | None
-    prediction: Tensor | None = None
+    reasons: list[str | None]
+    apart: bool
+    predictions: dict[int, Tensor] = field(default_factory=dict)
+    audited: list[int] = field(default_factory=list)
     shadow: Tensor | None = None
     extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> list[int]:
+        return [n for n, reason in enumerate(self.reasons) if reason is not None]
 
 
 class Pass:
@@ -77,10 +87,11 @@ class Pass:
         elif self._open is None or self._open.span is not span:
             raise ValueError(f"block {block.name!r} ran before the first of its span; list slots in the model's order")
         current = self._open
-        for row, _, verdict in current.rows:
-            reason = verdict.reason or current.reason or REUSE
-            self._record(row.step, block, current.reason is not None, reason, verdict.scores)
-        output = (self._reuse if current.reason is None else self._compute)(block, current, args, kwargs)
+        for (row, _, verdict), reason in zip(current.rows, current.reasons, strict=True):
+            self._record(row.step, block, reason is not None, reason or REUSE, verdict.scores)
+        output = self._compute(block, current, args, kwargs) if current.computed else None
+        if current.predictions:
+            output = self._reuse(block, current, output, args, kwargs)
         if block.index == span.last:
             self._open = None
         return output
@@ -124,25 +135,26 @@ class Pass:
             for n, (row, part, entry) in enumerate(zip(self._rows, parts, entries, strict=True))
         ]
         rows = [(row, call, row.judge(call, reading)) for row, call in zip(self._rows, calls, strict=True)]
-        current = OpenSpan(span=span, rows=rows, reason=self._agree(rows, x))
-        for row in self._rows:
-            row.decided[span.first] = current.reason is None
+        apart = self._batched and self._runtime.splits(span)
+        current = OpenSpan(span=span, rows=rows, reasons=self._agree(rows, x, apart), apart=apart)
+        for row, reason in zip(self._rows, current.reasons, strict=True):
+            row.decided[span.first] = reason is None
         if predictor is None or span.computed is not None:
             return current
-        if current.reason is None:
-            predictions = [_predicted(predictor, call) for call in calls]
-            for row, call, prediction in zip(self._rows, calls, predictions, strict=True):
-                row.reuse(call, prediction)
-            current.prediction = self._joined(predictions)
-            drawn = [row.draw_audit() for row in self._rows]
-            if any(drawn):
-                current.shadow = x if block.overwrites_input is False else x.clone()
-            return current
-        for row, call, _ in rows:
-            row.prepare(call, reading)
-        if block.overwrites_input is not False:
-            for call, part in zip(calls, self._per_row(x.clone()), strict=True):
-                call.x = part
+        for n, (row, call, _) in enumerate(rows):
+            if current.reasons[n] is not None:
+                row.prepare(call, reading)
+                if block.overwrites_input is not False:
+                    call.x = call.x.clone()
+                continue
+            current.predictions[n] = _predicted(predictor, call)
+            row.reuse(call, current.predictions[n])
+            if row.draw_audit():
+                current.audited.append(n)
+        if current.audited:
+            current.shadow = self._joined([parts[n] for n in current.audited]) if apart else x
+            if block.overwrites_input is not False:
+                current.shadow = current.shadow.clone()
         return current
 
     def _entries(self, block: Block, x: Tensor) -> Sequence[Tensor]:
@@ -151,16 +163,22 @@ class Pass:
             self._entry = x if block.overwrites_input is False else x.clone()
         return self._per_row(self._entry)
 
-    def _agree(self, rows: Sequence[tuple[Row, Call, Verdict]], x: Tensor) -> str | None:
-        """Why the span is computed though a row, or this rank, would reuse it; None where nobody needs it."""
-        reason = "batch" if any(verdict.reason is not None for _, _, verdict in rows) else None
+    def _agree(self, rows: Sequence[tuple[Row, Call, Verdict]], x: Tensor, apart: bool) -> list[str | None]:
+        """Per row why it is computed, be it that another row, or another rank, needs it; None where nobody does."""
+        reasons = [verdict.reason for _, _, verdict in rows]
+        if not apart and any(reason is not None for reason in reasons):
+            reasons = [reason or "batch" for reason in reasons]
         if self._runtime.process_group is None:
-            return reason
-        needed = torch.tensor(reason is not None, dtype=torch.int32, device=x.device)
+            return reasons
+        needed = torch.tensor([reason is not None for reason in reasons], dtype=torch.int32, device=x.device)
         dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=self._runtime.process_group)
-        return reason or ("group" if needed.item() else None)
+        return [reason or ("group" if need else None) for reason, need in zip(reasons, needed.tolist(), strict=True)]
 
     def _compute(self, block: Block, current: OpenSpan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block for the rows that need it."""
+        computed = current.computed
+        if len(computed) < len(current.rows):
+            args, kwargs = block.take(computed, args, kwargs)
         output = block.compute(*args, **kwargs)
         if self._runtime.policy.predictor is None or current.span.computed is not None:
             return output
@@ -168,33 +186,49 @@ class Pass:
         if extras is not None:
             current.extras[block.index] = extras
         if block.index == current.span.first and block.overwrites_input is None:
-            entered, before = block.read(args, kwargs), self._joined([call.x for _, call, _ in current.rows])
+            entered, before = block.read(args, kwargs), self._joined([current.rows[n][1].x for n in computed])
             aliased = hidden.data_ptr() == entered.data_ptr()  # a later block of the span could overwrite it
             block.overwrites_input = aliased or not torch.equal(before, entered)
         if block.index == current.span.last:
-            for n, ((row, call, _), y) in enumerate(zip(current.rows, self._per_row(hidden), strict=True)):
-                row.remember(call, y, {b: self._extras_of(n, block, items) for b, items in current.extras.items()})
+            for n, (at, y) in enumerate(zip(computed, self._per_row(hidden), strict=True)):
+                row, call, _ = current.rows[at]
+                extras = {b: self._extras_of(n, len(computed), block, items) for b, items in current.extras.items()}
+                row.remember(call, y, extras)
         return output
 
-    def _reuse(self, block: Block, current: OpenSpan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = current.prediction if block.index == current.span.first else block.read(args, kwargs)
-        assert hidden is not None
+    def _reuse(
+        self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The block's output where rows are reused; ``output`` is what it gave for the rows computed, if any."""
+        computed = current.computed
+        parts = dict(enumerate(self._per_row(block.read(args, kwargs))))
+        if block.index == current.span.first:
+            parts |= current.predictions
         if current.shadow is not None:
-            shadow_args, shadow_kwargs = block.replace(args, kwargs, current.shadow)
-            current.shadow, _ = block.split(block.compute(*shadow_args, **shadow_kwargs))
+            if current.apart:
+                args, kwargs = block.take(current.audited, args, kwargs)
+            args, kwargs = block.replace(args, kwargs, current.shadow)
+            current.shadow, _ = block.split(block.compute(*args, **kwargs))
             if block.index == current.span.last:
-                self._audit(current, hidden, current.shadow)
-        held = [call.held.extras.get(block.index) for _, call, _ in current.rows if call.held]
-        if held[0] is None:
+                self._audit(current, parts, current.shadow)
+        if computed:
+            parts |= zip(computed, self._per_row(block.split(output)[0]), strict=True)
+        hidden = self._joined(list(parts.values()))
+        extras = [call.held.extras.get(block.index) if call.held else None for _, call, _ in current.rows]
+        if block.index in current.extras:
+            for n, at in enumerate(computed):
+                extras[at] = self._extras_of(n, len(computed), block, current.extras[block.index])
+        if extras[0] is None:
             return hidden
-        columns = zip(*(items for items in held if items is not None), strict=True)
+        columns = zip(*(items for items in extras if items is not None), strict=True)
         # Copies, because a model may write into what a block returns.
         return (hidden, *(self._joined(c).clone() if isinstance(c[0], Tensor) else c[0] for c in columns))
 
-    def _audit(self, current: OpenSpan, predicted: Tensor, computed: Tensor) -> None:
+    def _audit(self, current: OpenSpan, predicted: Mapping[int, Tensor], computed: Tensor) -> None:
         """Note the relative error of a reused span beside its last block's decision."""
-        pairs = zip(self._per_row(predicted.float()), self._per_row(computed.float()), strict=True)
-        for n, ((row, _, _), (guess, truth)) in enumerate(zip(current.rows, pairs, strict=True)):
+        truths = self._per_row(computed.float())
+        for at, n in enumerate(current.audited):
+            row, guess, truth = current.rows[n][0], predicted[n].float(), truths[at if current.apart else n]
             norm = torch.linalg.vector_norm
             error = float(norm(guess - truth) / norm(truth).clamp_min(torch.finfo(torch.float32).tiny))
             row.audit_errors.append(math.inf if math.isnan(error) else error)
@@ -255,12 +289,12 @@ class Pass:
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts)) if self._batched else parts[0]
 
-    def _extras_of(self, row: int, block: Block, items: tuple[Any, ...]) -> tuple[Any, ...]:
-        """One row's share of what a block returned beside its hidden state."""
+    def _extras_of(self, row: int, rows: int, block: Block, items: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The share of one of ``rows`` rows in what a block returned beside its hidden state."""
         if not self._batched:
             return items
         for item in items:
-            if isinstance(item, Tensor) and (item.dim() == 0 or item.shape[0] != len(self._rows)):
+            if isinstance(item, Tensor) and (item.dim() == 0 or item.shape[0] != rows):
                 raise ValueError(
                     f"block {block.name!r} returns a tensor of shape {list(item.shape)} beside its hidden state, which "
                     f"has no row per stream; give each stream a pass of its own"

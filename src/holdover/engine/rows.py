@@ -45,6 +45,10 @@ class Runtime:
         assert [b for span in spans for b in range(span.first, span.last + 1)] == list(range(len(self.blocks)))
         self.span_of = [span for span in spans for _ in range(span.first, span.last + 1)]
 
+    def splits(self, span: Span) -> bool:
+        """Whether rows of a batch can run through a span without the others."""
+        return all(block.slot.rows is not None for block in self.blocks[span.first : span.last + 1])
+
     def reading(self, x: Tensor) -> Reading | None:
         """The policy's signal, prepared for hidden states like ``x``."""
         if self.policy.signal is None:
@@ -156,8 +160,10 @@ class Row:
             void="shape" if predictor.adds and y.shape != call.x.shape else None,
         )
         if held.void is None:
-            self.overwritten.add(key)
-            held.tensors.update(predictor.remember(call, y.detach(), old.tensors if old else {}))
+            spare = old.tensors if old and not old.shared else {}
+            if spare:
+                self.overwritten.add(key)
+            held.tensors.update(predictor.remember(call, y.detach(), spare))
             held.extras = {block: tuple(map(_kept, items)) for block, items in extras.items()}
             if call.signal is not None:
                 held.tensors["signal"] = call.signal.detach()

@@ -50,12 +50,15 @@ class Slot:
             `audit` is refused for such a model.
         taps: tensors inside the block that a policy may read, by name. Each is a function of the block and the
             arguments of its forward; ``modulated``, the timestep-modulated input, is what TeaCache reads.
+        rows: the arguments of the block's forward, positional and by keyword, for some rows of the batch: a function of
+            their numbers and the arguments. None: a batch of several streams is computed whole if any row needs it.
     """
 
     block: nn.Module | str
     hidden: int | str = 0
     writes_kv: bool = False
     taps: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict, hash=False)
+    rows: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,13 @@ class Block:
         if self._position is not None and self._position < len(args):
             return (*args[: self._position], hidden, *args[self._position + 1 :]), kwargs
         return args, {**kwargs, self._keyword: hidden}
+
+    def take(
+        self, rows: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments for these rows of the batch alone."""
+        assert self.slot.rows is not None
+        return self.slot.rows(rows, *args, **kwargs)
 
     def tap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A tensor that the slot declares."""

@@ -38,6 +38,7 @@ class Held:
         shape, dtype, device: of the hidden state that entered.
         out_dtype: of the one that left.
         void: why nothing can be reused from it, or None.
+        shared: another stream may hold the same tensors, so that nobody may write into them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class Held:
     device: torch.device
     out_dtype: torch.dtype
     void: str | None = None
+    shared: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -69,14 +71,6 @@ class Held:
     def voided(self, reason: str) -> Held:
         """Its numbers alone: the gate's memory outlives what was held."""
         return replace(self, tensors={}, extras={}, void=reason)
-
-    def copy(self) -> Held:
-        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        extras = {
-            block: tuple(item.clone() if isinstance(item, Tensor) else item for item in items)
-            for block, items in self.extras.items()
-        }
-        return replace(self, tensors=tensors, extras=extras)
 
 
 class FullGeneration(NamedTuple):
@@ -151,9 +145,12 @@ class Stream:
     barren: int | None = 0
     nbytes: int = 0
 
-    def copy(self) -> Stream:
+    def fork(self) -> Stream:
+        """A copy that shares what is held, until either replaces it."""
+        for held in self.held.values():
+            held.shared = True
         return Stream(
-            held={key: held.copy() for key, held in self.held.items()},
+            held=dict(self.held),
             generations={chunk: generation.copy() for chunk, generation in self.generations.items()},
             count=self.count,
             latest=self.latest,
