@@ -18,6 +18,10 @@ from holdover.engine.state import FullGeneration, Held
 from holdover.engine.step import Step
 
 
+class Peer(Protocol):
+    def __call__(self, block: int, branch: str | None = None) -> Held | None: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Call:
     """A span about to run in a denoising pass of one stream.
@@ -31,7 +35,8 @@ class Call:
         entry: the hidden state that entered the pass's first block; ``x`` itself for policies that do not read it.
         held: what is remembered of the span; None if nothing.
         tap: a tensor that the span's first slot declares by name, such as its timestep-modulated input.
-        peer: what is remembered, this pass included, of the span that begins at a block.
+        peer: what is remembered of the span that begins at a block, this pass included; or of that span in another
+            guidance branch, up to its latest pass.
         signal: the policy's signal of this call, once read.
     """
 
@@ -44,7 +49,7 @@ class Call:
     entry: Tensor
     held: Held | None
     tap: Callable[[str], Tensor]
-    peer: Callable[[int], Held | None]
+    peer: Peer
     signal: Tensor | None = None
 
 

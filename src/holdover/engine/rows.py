@@ -37,7 +37,7 @@ class Runtime:
     streams: dict[str, Stream] = field(default_factory=dict)
     tallies: dict[str, Tally] = field(default_factory=dict)
     trace: Trace = field(default_factory=Trace)
-    readings: dict[tuple[torch.Size, torch.device], Reading] = field(default_factory=dict)
+    readings: dict[tuple[torch.Size, torch.device, tuple[ViewGroup, ...]], Reading] = field(default_factory=dict)
     warned_barren: bool = False
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Runtime:
         """The policy's signal, prepared for hidden states like ``x``."""
         if self.policy.signal is None:
             return None
-        key = x.shape, x.device
+        key = x.shape, x.device, self.view_groups
         if key not in self.readings:
             with torch.inference_mode(False):  # what is made here must serve outside inference mode too
                 self.readings[key] = self.policy.signal.prepare(x.shape, x.device, self.view_groups)
@@ -68,15 +68,18 @@ class Row:
         self.stream = runtime.streams.setdefault(step.stream, Stream())
         self.stream.check(step)
         generation = self.stream.generations.get(step.chunk)
-        run = generation.runs.get(step.branch) if generation else None
+        run = self.stream.run(step)
+        if run is None and runtime.policy.lifetime == "generation":
+            self.stream.free(step.branch)
         known = self.stream.conditions.get(step.branch)
         self.ordinal = generation.ordinal if generation else self.stream.count
-        self.condition_changed = known is not None and known.changed_to(step.condition)
-        epoch = (known.epoch if known else 0) + self.condition_changed
-        kept = known is not None and not known.by_digest and not self.condition_changed
+        changed = known is not None and known.changed_to(step.condition)
+        epoch = (known.epoch if known else 0) + changed
+        kept = known is not None and not known.by_digest and not changed
         self.condition = known if known and kept else Condition(epoch, conditions.freeze(step.condition))
-        #: From the pass in which the condition changed, the rest of the generation is computed in full.
-        self.renewed = self.condition_changed or (run is not None and run.condition_changed)
+        self.begun = run.epoch if run else known.epoch if known else 0
+        #: From the pass in which the condition changed, the rest of the generations in flight is computed in full.
+        self.renewed = epoch != self.begun
         self.pending: dict[Key, Held] = {}
         self.overwritten: set[Key] = set()
         #: What the guidance branch that came first in this pass decided, and what this one does, by first block.
@@ -146,7 +149,7 @@ class Row:
         assert predictor is not None
         if not self._has_room(call):
             return
-        key = self._key(call.span)
+        key = self._key(call.span.first)
         old = self.pending.get(key) or self.stream.held.get(key)
         held = self.pending[key] = Held(
             numbers=self.runtime.policy.gate.learn(call, y.detach()),
@@ -187,10 +190,13 @@ class Row:
         generation = stream.open(step)
         generation.asked |= self.asked
         generation.warm_up |= self.warm_up
-        run = generation.runs.setdefault(step.branch, Run(step.num_steps, step.action_vector))
+        run = generation.runs.setdefault(step.branch, Run(step.num_steps, step.action_vector, self.begun))
         run.indices.add(step.index)
         run.exact &= not self.reused
-        run.condition_changed |= self.condition_changed
+        for other in stream.generations.values():
+            if step.branch in other.runs:
+                other.runs[step.branch].idle += 1
+        run.idle = 0
         for block, reused in self.decided.items():
             if self.runtime.policy.one_for_all_branches and block not in self.led:
                 generation.shared[step.index, block] = step.branch, reused
@@ -234,23 +240,24 @@ class Row:
         held = call.held.updated(kept.numbers, kept.tensors)
         if kept.tensors:
             self.stream.nbytes += held.nbytes - call.held.nbytes
-        call.held = self.pending[self._key(call.span)] = held
+        call.held = self.pending[self._key(call.span.first)] = held
 
-    def _known(self, block: int) -> Held | None:
-        """What is remembered of the span that begins at a block, as long as it may serve."""
-        key = self._key_of(block)
-        held = self.pending.get(key) or self.stream.held.get(key)
-        outlived = held is not None and self.runtime.policy.lifetime == "generation" and held.generation != self.ordinal
-        return None if outlived else held
+    def _known(self, block: int, branch: str | None = None) -> Held | None:
+        """What is remembered of the span that begins at a block."""
+        key = self._key(block, branch)
+        return self.pending.get(key) or self.stream.held.get(key)
 
-    def _key(self, span: Span) -> Key:
-        return self._key_of(span.first)
-
-    def _key_of(self, block: int) -> Key:
-        return Key(self.step.branch, self.step.index if self.runtime.policy.per_index else None, block)
+    def _key(self, block: int, branch: str | None = None) -> Key:
+        policy = self.runtime.policy
+        return Key(
+            self.step.branch if branch is None else branch,
+            self.ordinal if policy.lifetime == "generation" else None,
+            self.step.index if policy.per_index else None,
+            block,
+        )
 
     def _has_room(self, call: Call) -> bool:
-        held = self.stream.held.get(self._key(call.span))
+        held = self.stream.held.get(self._key(call.span.first))
         return held is None or held.void != "bytes"
 
 

@@ -19,7 +19,7 @@ from holdover.engine import condition as conditions
 from holdover.engine.slots import Block
 from holdover.engine.state import Condition, FullGeneration, Generation, Held, Key, Run, Stream
 
-FORMAT = 1
+FORMAT = 2
 
 #: Values sampled per parameter to tell one model's weights from another's.
 SAMPLES = 16
@@ -133,7 +133,8 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     "action": _listed(run.action),
                     "indices": sorted(run.indices),
                     "exact": run.exact,
-                    "condition_changed": run.condition_changed,
+                    "epoch": run.epoch,
+                    "idle": run.idle,
                 }
                 for branch, run in generation.runs.items()
             },
@@ -172,13 +173,13 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
         barren=plain["barren"],
     )
     for entry in plain["held"]:
-        branch, index, block = entry["key"]
-        device = _device(blocks[block]) if block < len(blocks) else torch.device("cpu")
+        key = Key(*entry["key"])
+        device = _device(blocks[key.block]) if key.block < len(blocks) else torch.device("cpu")
 
         def get(item: Mapping[str, Any], device: torch.device = device) -> Any:
             return snapshot.tensors[item["tensor"]].to(device, copy=True) if "tensor" in item else item["value"]
 
-        stream.held[Key(branch, index, block)] = Held(
+        stream.held[key] = Held(
             tensors={name: get(item) for name, item in entry["tensors"].items()},
             extras={int(b): tuple(get(item) for item in items) for b, items in entry["extras"].items()},
             numbers=entry["numbers"],
@@ -195,7 +196,7 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
         generation = Generation(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
         for branch, run in item["runs"].items():
             action, indices = _vector(run["action"]), set(run["indices"])
-            generation.runs[branch] = Run(run["num_steps"], action, indices, run["exact"], run["condition_changed"])
+            generation.runs[branch] = Run(run["num_steps"], action, run["epoch"], indices, run["exact"], run["idle"])
         generation.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
         stream.generations[item["chunk"]] = generation
     for branch, known in plain["conditions"].items():

@@ -17,9 +17,10 @@ RECENT = 64
 
 
 class Key(NamedTuple):
-    """Of a slot's state: guidance branch, pass index (None where the passes share state) and first block."""
+    """Of a slot's state: guidance branch, generation, pass index (None where these share state) and first block."""
 
     branch: str
+    generation: int | None
     pass_index: int | None
     block: int
 
@@ -82,16 +83,26 @@ class FullGeneration(NamedTuple):
 
 @dataclass(slots=True)
 class Run:
-    """One branch of a generation, as far as it has run."""
+    """One branch of a generation, as far as it has run.
+
+    ``epoch`` is the branch's count of condition changes before this generation, ``idle`` the passes of the branch since
+    this generation's latest.
+    """
 
     num_steps: int
     action: tuple[float, ...] | None
+    epoch: int
     indices: set[int] = field(default_factory=set)
     exact: bool = True
-    condition_changed: bool = False
+    idle: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether all its passes ran, or it was left alone for as many passes as it has and so was given up."""
+        return len(self.indices) == self.num_steps or self.idle >= self.num_steps
 
     def copy(self) -> Run:
-        return Run(self.num_steps, self.action, set(self.indices), self.exact, self.condition_changed)
+        return replace(self, indices=set(self.indices))
 
 
 @dataclass(slots=True)
@@ -177,7 +188,7 @@ class Stream:
                 f"commits changed to {step.commits} {where}; say it from the generation's first pass on, and number "
                 f"every generation anew"
             )
-        run = generation.runs.get(step.branch)
+        run = self.run(step)
         if run is not None and run.num_steps != step.num_steps:
             raise ValueError(f"num_steps changed from {run.num_steps} to {step.num_steps} {where}")
         if run is not None and run.action != step.action_vector:
@@ -197,6 +208,18 @@ class Stream:
                 del self.generations[next(iter(self.generations))]
         self.latest = step.chunk
         return generation
+
+    def free(self, branch: str) -> None:
+        """Give up what the generations of a branch that are over held for themselves."""
+        runs = ((generation.ordinal, generation.runs.get(branch)) for generation in self.generations.values())
+        in_flight = {None, *(ordinal for ordinal, run in runs if run and not run.over)}
+        self.held = {k: held for k, held in self.held.items() if k.branch != branch or k.generation in in_flight}
+        self.nbytes = sum(held.nbytes for held in self.held.values())
+
+    def run(self, step: Step) -> Run | None:
+        """The branch of a step's generation; None before its first pass."""
+        generation = self.generations.get(step.chunk)
+        return generation.runs.get(step.branch) if generation else None
 
     def _close_latest(self) -> None:
         """Count how many generations in a row gave the gate nothing to decide, warm-up left out."""
