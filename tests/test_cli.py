@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import holdover.world.record
 import holdover.world.train
 from holdover import cli
-from holdover.world.train import Recipe
+from holdover.world.recipe import Recipe
 from tests.bench.small import world_model, write_clips
 
 

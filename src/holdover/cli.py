@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,19 +119,23 @@ def train(
     start_from: Annotated[Path | None, typer.Option(help="Checkpoint to begin with; default: random weights.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of data order, noise and initial weights.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of data, noise and weights. By default the recipe's.")] = None,
+    recipe: Annotated[str, typer.Option(help="base, or sharpen, which goes on from a base checkpoint.")] = "base",
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
 ) -> None:
     """Train a world model, or continue; writes model.safetensors, log.jsonl and curve.png."""
     with _plain_errors():
         _keep_memory()
         from holdover.report.plots import plot_training
-        from holdover.world.train import Recipe, read_log
+        from holdover.world.recipe import RECIPES
+        from holdover.world.train import read_log
         from holdover.world.train import train as run
 
-        given = {"steps": steps, "batch": batch}
-        recipe = Recipe(seed=seed, **{name: value for name, value in given.items() if value is not None})
-        weights = run(data, out, recipe, heldout=heldout, start_from=start_from, device=device)
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+        given = {"steps": steps, "batch": batch, "seed": seed}
+        numbers = replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None})
+        weights = run(data, out, numbers, heldout=heldout, start_from=start_from, device=device)
         plot_training(out / "curve.png", list(read_log(out)))
         typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ import torch
 
 from holdover.bench.scenarios import shipped_clips
 from holdover.world import train as training
+from holdover.world.adversary import Discriminator
 from holdover.world.clips import read_clip
 from holdover.world.config import WorldConfig
+from holdover.world.losses import error, hold_actions, rollout_loss
+from holdover.world.recipe import Recipe
 from holdover.world.segments import Batch, Segments
-from holdover.world.train import Recipe, hold_actions, read_log, train
+from holdover.world.train import read_log, train
 from holdover.world.transformer import WorldModel
 
 from .small import latents, small_config, small_model
@@ -44,25 +48,30 @@ def sheet(monkeypatch: pytest.MonkeyPatch) -> None:
 RECIPE = Recipe(steps=8, batch=1, own_context_from=0.5, plain_share=0.4, warmup=2)
 
 
+@pytest.mark.parametrize(
+    ("loss", "recipe"), [("sequence_loss", RECIPE), ("rollout_loss", replace(RECIPE, adversary=1.0, rollout=2))]
+)
 @pytest.mark.usefixtures("sheet")
-def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, recipe: Recipe
+) -> None:
     config = small_config(depth=2)
-    whole = train(tmp_path, tmp_path / "whole", RECIPE, heldout=tmp_path, config=config, save_every=3)
-    real = training.sequence_loss
+    whole = train(tmp_path, tmp_path / "whole", recipe, heldout=tmp_path, config=config, save_every=3)
+    real = getattr(training, loss)
     calls = 0
 
-    def power_cut(*args: object, **kwargs: object) -> torch.Tensor:
+    def power_cut(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, "sequence_loss", power_cut)
+    monkeypatch.setattr(training, loss, power_cut)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, tmp_path / "cut", RECIPE, heldout=tmp_path, config=config, save_every=3)
-    monkeypatch.setattr(training, "sequence_loss", real)
-    resumed = train(tmp_path, tmp_path / "cut", RECIPE, heldout=tmp_path, config=config, save_every=3)
+        train(tmp_path, tmp_path / "cut", recipe, heldout=tmp_path, config=config, save_every=3)
+    monkeypatch.setattr(training, loss, real)
+    resumed = train(tmp_path, tmp_path / "cut", recipe, heldout=tmp_path, config=config, save_every=3)
     curves = [
         [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(p.parent)] for p in (whole, resumed)
     ]
@@ -97,6 +106,33 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert path.read_bytes() != (tmp_path / "start.safetensors").read_bytes()
     with pytest.raises(ValueError, match="brings its own sizes"):
         train(tmp_path, tmp_path / "two", still, start_from=path, config=model.config)
+
+
+def test_the_gradient_of_a_rollout_without_an_adversary_is_the_regressions() -> None:
+    """Of a "model" whose prediction is a parameter: the mean over the windows of its error against each of them."""
+    model = small_model()
+    config, recipe = model.config, Recipe(adversary=1.0)
+    x = latents(model, config.context + 3 * config.window)
+    batch = Batch(x, torch.zeros(1, x.shape[1], config.action_dims))
+    guess = latents(model, config.window, seed=7).requires_grad_(True)
+    graded = []
+
+    def predict(noisy: torch.Tensor, *, sigma: float, write: bool = False, **_: object) -> torch.Tensor:
+        if torch.is_grad_enabled() and not write:
+            graded.append(sigma)
+        return guess
+
+    judge = Discriminator(config)
+    surrogate, value, generated = rollout_loss(
+        predict, model, batch, np.random.default_rng(3), recipe, judge, plain=False, weight=0.0
+    )
+    targets = x[:, config.context :].split(config.window, 1)
+    assert len(graded) == len(targets) == 3
+    expected = torch.stack([error(guess, t, s, recipe) for t, s in zip(targets, graded, strict=True)]).mean()
+    torch.testing.assert_close(value, expected)
+    (gradient,) = torch.autograd.grad(surrogate, guess)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, guess))
+    assert torch.equal(generated, guess.detach().repeat(1, 3, 1, 1))
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 30])

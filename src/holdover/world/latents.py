@@ -37,15 +37,19 @@ def patchify(frames: Mapping[str, Tensor], config: WorldConfig) -> Tensor:
     return torch.cat(parts, 2).float() / 127.5 - 1
 
 
-def unpatchify(x_BFNP: Tensor, config: WorldConfig) -> dict[str, Tensor]:
-    """The inverse of `patchify`, rounded and clipped to uint8."""
+def to_video(x_BFNP: Tensor, config: WorldConfig) -> dict[str, Tensor]:
+    """Latents as video, differentiable and unbounded: per camera ``[B, T, height, width, 3]``, nominally in [-1, 1]."""
     p, t = config.patch, config.frames_per_latent
-    pixels = ((x_BFNP.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     frames, start = {}, 0
     for camera in (camera for group in config.groups for camera in group):
         rows, columns = config.grid(camera)
-        part = pixels[:, :, start : start + rows * columns].reshape(*pixels.shape[:2], rows, columns, t, p, p, 3)
+        part = x_BFNP[:, :, start : start + rows * columns].reshape(*x_BFNP.shape[:2], rows, columns, t, p, p, 3)
         part = part.permute(0, 1, 4, 2, 5, 3, 6, 7)
-        frames[camera.name] = part.reshape(pixels.shape[0], -1, camera.height, camera.width, 3)
+        frames[camera.name] = part.reshape(x_BFNP.shape[0], -1, camera.height, camera.width, 3)
         start += rows * columns
     return frames
+
+
+def unpatchify(x_BFNP: Tensor, config: WorldConfig) -> dict[str, Tensor]:
+    """The inverse of `patchify`, rounded and clipped to uint8."""
+    return to_video(((x_BFNP.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def noise_levels(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def denoise(
-    predict: Callable[[int, Tensor], Tensor], noise_SBFNP: Tensor, sigmas: Sequence[float], known_BFNP: Tensor
+    predict: Callable[[int, Tensor], Tensor], noise_SBFNP: Tensor, sigmas: Sequence[float], known: Iterable[Tensor]
 ) -> Tensor:
     """Denoise one window whose first latent frames are known already.
 
@@ -31,15 +31,21 @@ def denoise(
         predict: maps (step, noisy window) to predicted clean latents.
         noise_SBFNP: one draw of Gaussian noise per step.
         sigmas: noise levels, the first 1.
-        known_BFNP: the latents of the window's first frames; may be of no frames.
+        known: per row of the batch the latents of the window's first frames ``[f, N, P]``: rows may differ in how many,
+            and have none.
 
     Returns:
         The clean window ``[B, F, N, P]``, its first frames the known ones.
     """
-    done = known_BFNP.shape[1]
-    clean = torch.zeros_like(noise_SBFNP[0])
-    clean[:, :done] = known_BFNP
+    rows = list(known)
+    clean = _put(rows, torch.zeros_like(noise_SBFNP[0]))
     for i, sigma in enumerate(sigmas):
-        clean = predict(i, (1 - sigma) * clean + sigma * noise_SBFNP[i]).to(noise_SBFNP.dtype)
-        clean[:, :done] = known_BFNP
+        clean = _put(rows, predict(i, (1 - sigma) * clean + sigma * noise_SBFNP[i]).to(noise_SBFNP.dtype))
     return clean
+
+
+def _put(rows: Sequence[Tensor], clean_BFNP: Tensor) -> Tensor:
+    """Write what is known into its place."""
+    for n, known in enumerate(rows):
+        clean_BFNP[n, : len(known)] = known
+    return clean_BFNP

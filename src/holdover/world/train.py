@@ -1,4 +1,4 @@
-"""Training the world model: flow matching on windows with context, then on contexts of the model's own making.
+"""Training the world model, resumable.
 
 Every random choice is a function of (seed, step), so a run that was killed continues as if it had not been.
 """
@@ -6,7 +6,7 @@ Every random choice is a function of (seed, step), so a run that was killed cont
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,142 +19,14 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor
 from torch.func import functional_call
 
+from holdover.world.adversary import Discriminator, discriminator_loss
 from holdover.world.clips import Clip
 from holdover.world.config import WorldConfig
-from holdover.world.kv_cache import KVCache
+from holdover.world.losses import rollout_loss, sequence_loss
+from holdover.world.recipe import Recipe
 from holdover.world.sampler import denoise, noise_levels
-from holdover.world.segments import Batch, Segments
+from holdover.world.segments import Segments
 from holdover.world.transformer import WorldModel
-
-Predict = Callable[..., Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How the shipped checkpoint was trained.
-
-    Attributes:
-        steps: optimiser steps.
-        batch: clips per step.
-        own_context_from: share of the steps after which contexts, and half of the noisy inputs, are the model's own.
-        plain_share: share of the steps that train the plain cadence (chunks of one latent frame).
-        context_noise: largest noise level added to the clean context, so that small errors do not grow.
-        l1: weight of an absolute error beside the squared one; it keeps edges sharper.
-        muon_rate, adam_rate: peak learning rates of the linear layers' matrices (Muon) and of all else (AdamW).
-        muon_weight_decay: of the matrices, against outlier channels.
-        warmup, decay: steps of linear warm-up; share of the steps over which the rates fall to zero.
-        ema: decay of the averaged weights that are saved.
-        levels, shift: the sampler's noise levels, on which alone a few-step model is trained.
-        seed: of data order, noise and initial weights.
-    """
-
-    steps: int = 1700
-    batch: int = 2
-    own_context_from: float = 0.82
-    plain_share: float = 0.15
-    context_noise: float = 0.15
-    l1: float = 1.0
-    muon_rate: float = 0.02
-    adam_rate: float = 0.001
-    muon_weight_decay: float = 0.1
-    warmup: int = 50
-    decay: float = 0.44
-    ema: float = 0.995
-    levels: int = 4
-    shift: float = 5.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"steps={self.steps} and batch={self.batch} must be at least 1")
-        for name in ("own_context_from", "plain_share", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, between 0 and 1")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step as a share of its peak."""
-        remaining = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return min(1.0, (step + 1) / self.warmup, remaining)
-
-
-def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
-    """What a driver has commanded by the time frame ``known`` is drawn: later frames hold that action."""
-    return torch.cat(
-        [actions_BFA[:, : known + 1], actions_BFA[:, known:][:, :1].expand_as(actions_BFA[:, known + 1 :])], 1
-    )
-
-
-def error(prediction: Tensor, target: Tensor, sigma: float, recipe: Recipe) -> Tensor:
-    """Flow matching's velocity error of a clean prediction, and an absolute error beside it."""
-    difference = (prediction.float() - target) / sigma
-    return difference.square().mean() + recipe.l1 * difference.abs().mean()
-
-
-def sequence_loss(
-    predict: Predict,
-    model: WorldModel,
-    batch: Batch,
-    rng: np.random.Generator,
-    recipe: Recipe,
-    *,
-    plain: bool,
-    own: bool,
-) -> Tensor:
-    """The loss of one segment: chunk by chunk, context written by clean passes, one noisy pass on every target.
-
-    Args:
-        plain: chunks of one latent frame (and every chunk past the context is a target), else of a window.
-        own: replace the contexts, and half of the noisy inputs, by what the model makes itself; the last chunk is
-            then the only target.
-    """
-    config, sigmas = model.config, noise_levels(recipe.levels, recipe.shift)
-    chunk = 1 if plain else config.window
-    chunks = batch.latents.shape[1] // chunk
-    first_target = config.context // chunk
-    generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
-
-    def noise_like(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device)
-
-    kv, losses = model.new_cache(), []
-    for i in range(chunks):
-        latents = batch.latents[:, i * chunk : (i + 1) * chunk]
-        actions = batch.actions[:, i * chunk : (i + 1) * chunk]
-        held = hold_actions(actions, int(rng.integers(chunk)))
-        if i >= first_target and (not own or i == chunks - 1):
-            level = int(rng.integers(len(sigmas)))
-            clean = latents
-            if own and level and rng.random() < 0.5:
-                known = latents[:, : int(rng.integers(chunk))]
-                clean = _generate(predict, known, noise_like, latents, held, kv, sigmas[:level])
-            sigma = sigmas[level]
-            noisy = (1 - sigma) * clean + sigma * noise_like(latents)
-            losses.append(error(predict(noisy, sigma=sigma, action_BFA=held, cache=kv), latents, sigma, recipe))
-        if i == chunks - 1:
-            break
-        context = latents
-        if own and i >= first_target:
-            context = _generate(predict, latents[:, :0], noise_like, latents, actions, kv, sigmas)
-        context = context + recipe.context_noise * rng.random() ** 2 * noise_like(context)
-        shown = held if rng.random() < 0.5 else actions
-        # The oldest context stays out of the backward pass, unless it is the only one: a sixth of a step saved.
-        with torch.set_grad_enabled(i >= first_target or i == chunks - 2):
-            predict(context, sigma=0.0, action_BFA=shown, cache=kv, write=True)
-    return torch.stack(losses).mean()
-
-
-@torch.no_grad()
-def _generate(
-    predict: Predict,
-    known: Tensor,
-    noise_like: Callable[[Tensor], Tensor],
-    latents: Tensor,
-    actions: Tensor,
-    kv: KVCache,
-    sigmas: tuple[float, ...],
-) -> Tensor:
-    noise = torch.stack([noise_like(latents) for _ in sigmas])
-    return denoise(lambda i, x: predict(x, sigma=sigmas[i], action_BFA=actions, cache=kv).float(), noise, sigmas, known)
 
 
 def train(
@@ -205,7 +77,12 @@ def train(
     ]
     out.mkdir(parents=True, exist_ok=True)
     log = out / "log.jsonl"
-    saved = Saved(out, recipe, model, average, [optimiser for optimiser, _ in optimisers])
+    judge = Discriminator(config).to(device) if recipe.adversary else None
+    if judge:
+        optimisers.append(
+            (torch.optim.AdamW(judge.parameters(), lr=recipe.judge_rate, betas=(0.0, 0.9)), recipe.judge_rate)
+        )
+    saved = Saved(out, recipe, model, judge, average, [optimiser for optimiser, _ in optimisers])
     first = saved.resume()
     segments, held = Segments(data, config), Segments(heldout, config) if heldout else None
 
@@ -214,6 +91,8 @@ def train(
         plain, own = bool(rng.random() < recipe.plain_share), step >= recipe.own_context_from * recipe.steps
         if plain:
             frames = config.context + 4
+        elif recipe.adversary:
+            frames = config.context + config.window * int(rng.integers(1, recipe.rollout + 1))
         else:
             frames = config.context + config.window * (int(rng.integers(1, 5)) if own else 2)
         return rng, plain, own, segments.sample(rng, recipe.batch, frames)
@@ -236,8 +115,23 @@ def train(
                 result: Tensor = functional_call(model, _half, args, kwargs)
                 return result
 
-            loss = sequence_loss(predict, model, batch, rng, recipe, plain=plain, own=own)
-            loss.backward()
+            record: dict[str, Any] = {"step": step, "plain": plain, "own": own}
+            if judge:
+                weight = recipe.adversary * min(1.0, step / recipe.warmup)  # it is a judge once it has learned
+                surrogate, loss, generated = rollout_loss(
+                    predict, model, batch, rng, recipe, judge, plain=plain, weight=weight
+                )
+                surrogate.backward()
+                recorded, made = batch.latents[:, config.context :], generated
+                if not plain:  # one window is enough
+                    window = int(rng.integers(generated.shape[1] // config.window))
+                    recorded, made = (x.split(config.window, 1)[window] for x in (recorded, generated))
+                judgement = discriminator_loss(judge(recorded), judge(made))
+                judgement.backward()
+                record["judgement"] = judgement.item()
+            else:
+                loss = sequence_loss(predict, model, batch, rng, recipe, plain=plain, own=own)
+                loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             for optimiser, peak in optimisers:
                 for group in optimiser.param_groups:
@@ -247,14 +141,7 @@ def train(
             blend = 1 - min(recipe.ema, (step + 1) / (step + 10))
             for name, p in parameters.items():
                 average[name].lerp_(p.detach(), blend)
-            record: dict[str, Any] = {
-                "step": step,
-                "loss": loss.item(),
-                "norm": norm.item(),
-                "plain": plain,
-                "own": own,
-            }
-            record["seconds"] = round(perf_counter() - started, 3)
+            record |= {"loss": loss.item(), "norm": norm.item(), "seconds": round(perf_counter() - started, 3)}
             finished = step + 1 == recipe.steps
             if finished or (step + 1) % save_every == 0:
                 if held:
@@ -306,6 +193,7 @@ class Saved:
     out: Path
     recipe: Recipe
     model: WorldModel
+    judge: Discriminator | None
     average: dict[str, Tensor]
     optimisers: list[torch.optim.Optimizer]
 
@@ -314,6 +202,7 @@ class Saved:
             "step": step,
             "recipe": asdict(self.recipe),
             "model": self.model.state_dict(),
+            "judge": self.judge.state_dict() if self.judge else None,
             "average": self.average,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
@@ -334,6 +223,8 @@ class Saved:
         if state["recipe"] != asdict(self.recipe):
             raise ValueError(f"{self.out} was trained with {state['recipe']}; use that recipe or another folder")
         self.model.load_state_dict(state["model"])
+        if self.judge:
+            self.judge.load_state_dict(state["judge"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         for optimiser, saved_state in zip(self.optimisers, state["optimisers"], strict=True):
