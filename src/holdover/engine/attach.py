@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, overload
 
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from holdover.engine.contract import Audit, Policy
 from holdover.engine.hooks import MARK, Hook
@@ -25,7 +26,7 @@ def attach(
     policy: Policy,
     *,
     slots: Sequence[Slot | nn.Module | str] | None = None,
-    view_groups: Sequence[ViewGroup] | None = None,
+    view_groups: Sequence[ViewGroup] | Callable[..., Sequence[ViewGroup]] | None = None,
     audit: float | Audit = 0.0,
     max_bytes: int | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -40,7 +41,8 @@ def attach(
             the model itself for a policy of that level. A block returns its hidden state, or a
             tuple that begins with it; when it is reused, the other items are those it returned when last computed.
         view_groups: how the tokens of a hidden state ``[B, L, C]`` are laid out per latent frame. None asks
-            ``model.holdover_view_groups()``; without either, tokens are taken as a plain sequence.
+            ``model.holdover_view_groups()``; without either, tokens are taken as a plain sequence. A function of the
+            model and the arguments of its forward is asked at every pass.
         audit: share of reused spans to compute as well, for their relative error in the trace and the stats. The output
             stays the reused one. Past the limit of an `Audit`, warns once and computes the stream until reset.
         max_bytes: of held tensors per stream; slots that do not fit are computed.
@@ -68,12 +70,15 @@ def attach(
     runtime = Runtime(
         policy=policy,
         blocks=blocks,
-        view_groups=find_view_groups(model, view_groups),
+        view_groups=() if callable(view_groups) else find_view_groups(model, view_groups),
         audit=audit,
         max_bytes=max_bytes,
         process_group=process_group,
     )
-    return Cache(runtime)
+    cache = Cache(runtime)
+    if callable(view_groups):
+        cache.ask_view_groups(model, view_groups)
+    return cache
 
 
 class Cache:
@@ -84,6 +89,7 @@ class Cache:
         self._pass: Pass | None = None
         self._bytes_at_detach: dict[str, int] | None = None
         self._hooks = [Hook(block, self._dispatch) for block in runtime.blocks]
+        self._asked: RemovableHandle | None = None
 
     def __enter__(self) -> Cache:
         return self
@@ -101,6 +107,8 @@ class Cache:
             return
         for hook in self._hooks:
             hook.remove()
+        if self._asked is not None:
+            self._asked.remove()
         self._bytes_at_detach = {name: stream.nbytes for name, stream in self._runtime.streams.items()}
         self._runtime.streams.clear()
 
@@ -173,6 +181,19 @@ class Cache:
         generation = state.generations.get(state.latest) if state and state.latest is not None else None
         run = generation.runs.get(branch) if generation else None
         return run is not None and run.exact
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is open."""
+        return self._pass is not None
+
+    def ask_view_groups(self, model: nn.Module, view_groups: Callable[..., Sequence[ViewGroup]]) -> None:
+        """Ask at every pass of the model, until `detach`, for the layout of its tokens."""
+
+        def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._runtime.view_groups = tuple(view_groups(module, *args, **kwargs))
+
+        self._asked = model.register_forward_pre_hook(ask, with_kwargs=True)
 
     def reset(self, stream: str | None = None) -> None:
         """Forget a stream, or all of them: its next generation is its first."""

@@ -80,6 +80,11 @@ class Pass:
                 f"block {block.name!r} ran twice within one step; give every forward pass a step of its own, guidance "
                 f"branches with step(branch=...)"
             )
+        if block.slot.kv_update is not None and block.slot.kv_update(block.module, *args, **kwargs):
+            raise ValueError(
+                f"block {block.name!r} writes the KV cache within a denoising step; wrap this pass: "
+                f"`with cache.step(chunk=n, role='kv_update'): model(...)`"
+            )
         self._ran.add(block.index)
         span = self._runtime.span_of[block.index]
         if block.index == span.first:
@@ -202,13 +207,13 @@ class Pass:
         """The block's output where rows are reused; ``output`` is what it gave for the rows computed, if any."""
         computed = current.computed
         parts = dict(enumerate(self._per_row(block.read(args, kwargs))))
-        if block.index == current.span.first:
+        if block.index == current.span.last:
+            # The last block answers for the span, whatever the model does to the hidden state between blocks.
             parts |= current.predictions
         if current.shadow is not None:
-            if current.apart:
-                args, kwargs = block.take(current.audited, args, kwargs)
-            args, kwargs = block.replace(args, kwargs, current.shadow)
-            current.shadow, _ = block.split(block.compute(*args, **kwargs))
+            taken = block.take(current.audited, args, kwargs) if current.apart else (args, kwargs)
+            shadow_args, shadow_kwargs = block.replace(*taken, current.shadow)
+            current.shadow, _ = block.split(block.compute(*shadow_args, **shadow_kwargs))
             if block.index == current.span.last:
                 self._audit(current, parts, current.shadow)
         if computed:
@@ -220,9 +225,13 @@ class Pass:
                 extras[at] = self._extras_of(n, len(computed), block, current.extras[block.index])
         if extras[0] is None:
             return hidden
+        if block.slot.beside is not None:
+            return block.joined(hidden, block.slot.beside(block.module, *args, **kwargs))
         columns = zip(*(items for items in extras if items is not None), strict=True)
         # Copies, because a model may write into what a block returns.
-        return (hidden, *(self._joined(c).clone() if isinstance(c[0], Tensor) else c[0] for c in columns))
+        return block.joined(
+            hidden, tuple(self._joined(c).clone() if isinstance(c[0], Tensor) else c[0] for c in columns)
+        )
 
     def _audit(self, current: OpenSpan, predicted: Mapping[int, Tensor], computed: Tensor) -> None:
         """Note the relative error of a reused span beside its last block's decision."""

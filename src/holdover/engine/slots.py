@@ -46,6 +46,12 @@ class Slot:
     Attributes:
         block: the module, or its name as `named_modules` gives it.
         hidden: the argument with the hidden state: its position, or its keyword.
+        returns: where in the tuple that the block returns the hidden state stands.
+        beside: what a reused block returns beside its hidden state, as a function of the block and the arguments of its
+            forward; by default what it returned when last computed. For what must not come twice, such as an update of
+            the KV cache that the model applies later.
+        kv_update: whether a call writes the persistent KV cache, as a function of the block and the arguments of its
+            forward, for blocks that are told. Such a call within a ``denoise`` step is refused.
         writes_kv: the block writes keys and values in place in denoising passes too, so that it must not run twice;
             `audit` is refused for such a model.
         taps: tensors inside the block that a policy may read, by name. Each is a function of the block and the
@@ -56,6 +62,9 @@ class Slot:
 
     block: nn.Module | str
     hidden: int | str = 0
+    returns: int = 0
+    beside: Callable[..., tuple[Any, ...]] | None = None
+    kv_update: Callable[..., bool] | None = None
     writes_kv: bool = False
     taps: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict, hash=False)
     rows: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
@@ -126,21 +135,30 @@ class Block:
         return self.slot.taps[name](self.module, *args, **kwargs)
 
     def split(self, output: Any) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """A block's output as hidden state and, where it is a tuple, its other items."""
-        if isinstance(output, Tensor):
+        """A block's output as hidden state and, where it is a tuple, its other items, those to be held over."""
+        at = self.slot.returns
+        if isinstance(output, Tensor) and at == 0:
             return output, None
-        if type(output) is tuple and output and isinstance(output[0], Tensor):
-            for position, item in enumerate(output[1:], 1):
+        if type(output) is tuple and len(output) > at and isinstance(output[at], Tensor):
+            if self.slot.beside is not None:
+                return output[at], ()
+            for position, item in enumerate(output):
                 if not isinstance(item, Tensor | bool | int | float | str | None):
                     raise ValueError(
                         f"block {self.name!r} returns {_describe(item)} at position {position}, which cannot be held "
-                        f"over; return tensors and plain values, or attach to a block inside it"
+                        f"over; say with holdover.Slot({self.name!r}, beside=...) what it returns when reused, or "
+                        f"attach to a block inside it"
                     )
-            return output[0], output[1:]
+            return output[at], output[:at] + output[at + 1 :]
         raise ValueError(
             f"block {self.name!r} returns {_describe(output)}; a slot's block returns its hidden state, or a tuple "
-            f"that begins with it"
+            f"with it at position {at}: holdover.Slot({self.name!r}, returns=...)"
         )
+
+    def joined(self, hidden: Tensor, extras: tuple[Any, ...] | None) -> Any:
+        """The reverse of `split`."""
+        at = self.slot.returns
+        return hidden if extras is None else (*extras[:at], hidden, *extras[at:])
 
 
 def find_blocks(
