@@ -1,0 +1,90 @@
+"""Batches whose blocks say how to take rows: only those that need computing are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import holdover
+from holdover import Slot, Step
+from tests.engine.models import EAGER, ones
+
+
+class Add(nn.Module):
+    """``x -> (x + its row's offset, its row's offset)``, and a count of the rows it ran for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor, *, offset: Tensor) -> tuple[Tensor, Tensor]:
+        self.rows.append(len(x))
+        return x + offset[:, None, None], offset
+
+
+def take(rows: Sequence[int], x: Tensor, *, offset: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (x[rows],), {"offset": offset[rows]}
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Add(), Add()])
+
+    def forward(self, x: Tensor, offset: Tensor) -> tuple[Tensor, list[Tensor]]:
+        beside = []
+        for block in self.blocks:
+            x, item = block(x, offset=offset)
+            beside.append(item)
+        return x, beside
+
+    def holdover_slots(self) -> list[Slot]:
+        return [Slot(block, rows=take) for block in self.blocks]
+
+
+def run(cache: holdover.Cache, model: Two, chunks: dict[str, int], offsets: list[float]) -> tuple[Tensor, list[Tensor]]:
+    with cache.step(rows=[Step(stream=stream, chunk=chunk, commits=False) for stream, chunk in chunks.items()]):
+        x, beside = model(torch.cat([ones()] * len(chunks)), torch.tensor(offsets))
+    return x[:, 0, 0], beside
+
+
+def test_only_the_rows_that_need_it_are_computed() -> None:
+    model = Two()
+    with holdover.attach(model, EAGER) as cache:
+        run(cache, model, {"a": 0, "b": 0}, [1, 2])
+        x, beside = run(cache, model, {"new": 0, "a": 1, "newer": 0, "b": 1}, [10, 20, 30, 40])
+        assert x.tolist() == [1 + 20, 1 + 2, 1 + 60, 1 + 4]  # a and b repeat what they added first
+        assert [item.tolist() for item in beside] == [[10, 1, 30, 2]] * 2
+        assert [block.rows for block in model.blocks] == [[2, 2]] * 2
+        assert (cache.exact("new"), cache.exact("a")) == (True, False)
+        x, _ = run(cache, model, {"a": 2, "new": 1, "newer": 1}, [7, 7, 7])  # nobody needs it; b has left
+        assert x.tolist() == [1 + 2, 1 + 20, 1 + 60]
+        assert [block.rows for block in model.blocks] == [[2, 2]] * 2
+
+
+def test_the_audit_computes_the_rows_of_its_sample() -> None:
+    model = Two()
+    with holdover.attach(model, EAGER, audit=holdover.Audit(1.0, limit=1e9)) as cache:
+        run(cache, model, {"a": 0}, [1])
+        run(cache, model, {"new": 0, "a": 1}, [5, 3])
+        errors = [d.scores["audit"] for d in cache.trace if d.stream == "a" and "audit" in d.scores]
+        assert errors == pytest.approx([2 / 4, 2 / 5])  # added 1 for 3: 2 of 1 + 3, then 2 of (1 + 1) + 3
+        assert not any("audit" in d.scores for d in cache.trace if d.stream == "new")
+
+
+def test_a_fork_shares_memory_until_it_diverges() -> None:
+    model = Two()
+    with holdover.attach(model, EAGER) as cache:
+        with cache.step(stream="a", chunk=0, condition=False, commits=False):
+            model(ones(), torch.tensor([1.0]))
+        cache.fork("a", "b")
+        streams = cache._runtime.streams
+        held = [[t.data_ptr() for h in streams[name].held.values() for t in h.all_tensors()] for name in "ab"]
+        assert held[0] == held[1]
+        for stream, chunk, expected in (("b", 1, 1 + 18), ("b", 2, 1 + 18), ("a", 1, 1 + 2)):
+            with cache.step(stream=stream, chunk=chunk, condition=stream == "b", commits=False):  # new for b: computed
+                assert model(ones(), torch.tensor([9.0]))[0][0, 0, 0] == expected
