@@ -60,9 +60,9 @@ def demo(
     """Drive three scenarios with and without X-Cache; ends with a table, a page and its path."""
     with _plain_errors():
         from holdover.bench.demo import DemoOptions, run_demo
-        from holdover.bench.scenarios import NAMES
         from holdover.report.progress import bar
         from holdover.report.tables import demo_table, print_whole
+        from holdover.rollout.scenarios import NAMES
 
         options = DemoOptions(
             scenarios=tuple(scenario) if scenario else NAMES, generations=generations, seed=seed, every=every
@@ -252,7 +252,7 @@ def _keep_memory() -> None:
 def _load(path: Path | None) -> tuple[WorldModel, Path]:
     """The model at ``path``, or the shipped one."""
     _keep_memory()
-    from holdover.bench.scenarios import shipped_model
+    from holdover.rollout.scenarios import shipped_model
     from holdover.world.transformer import WorldModel
 
     path = path or shipped_model()

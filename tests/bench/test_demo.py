@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 import holdover
 from holdover.bench.demo import DemoOptions, run_demo, steady_skip_ceiling
-from holdover.bench.scenarios import load_scenario
 from holdover.report.progress import bar
 from holdover.rollout.driver import ClosedLoop
+from holdover.rollout.scenarios import load_scenario
 from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
 

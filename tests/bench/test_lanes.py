@@ -10,8 +10,8 @@ from torch import Tensor
 
 import holdover
 from holdover.bench.lanes import Arm, Lane, Race, fork
-from holdover.bench.scenarios import Scenario, load_scenario
 from holdover.rollout.driver import ClosedLoop, LoopConfig
+from holdover.rollout.scenarios import Scenario, load_scenario
 from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
 

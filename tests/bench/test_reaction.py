@@ -25,9 +25,9 @@ from holdover.bench.reaction import (
     response_ratio,
 )
 from holdover.bench.reactions import run_reactions, summary
-from holdover.bench.scenarios import load_scenario
 from holdover.report.progress import bar
 from holdover.rollout.driver import ClosedLoop
+from holdover.rollout.scenarios import load_scenario
 from holdover.world.transformer import WorldModel
 from holdover.world.vehicles import denormalise_action, normalise_action
 

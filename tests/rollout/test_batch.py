@@ -51,7 +51,7 @@ def test_a_batch_gives_each_loop_what_it_gets_alone() -> None:
             for n, piece in zip(members, advance([loops[n] for n in members], chosen), strict=True):
                 together[n].append(piece.latents)
         for n in counts:
-            torch.testing.assert_close(torch.cat(together[n]), torch.cat(alone[n]), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(torch.cat(together[n]), torch.cat(alone[n]), atol=1e-3, rtol=1e-3)
             assert decisions(cache, str(n)) == expected[n]
     needed = sum(made[2] == 2 and made[4] for each in expected.values() for made in each)
     assert sum(rows) == needed  # no row is computed for another's sake

@@ -14,11 +14,11 @@ from holdover.bench.cards import write_card
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import Metrics, describe, describe_full, environment
 from holdover.bench.reaction import drive, moments
-from holdover.bench.scenarios import KINDS, Scenario, load_scenario
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import cadence_block_share
 from holdover.policies.registry import policy
 from holdover.rollout.driver import LoopConfig
+from holdover.rollout.scenarios import KINDS, Scenario, load_scenario
 from holdover.world.transformer import WorldModel
 
 #: One scripted and one steady scenario; the published ablation used a highway clip.

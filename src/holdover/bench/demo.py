@@ -14,7 +14,6 @@ from rich.progress import Progress, TaskID
 from holdover.bench.lanes import Arm, Lane, Race
 from holdover.bench.measure import INTERVAL, Metrics, describe, describe_full, environment
 from holdover.bench.reaction import drive, moments
-from holdover.bench.scenarios import NAMES, STEADY, Scenario, load_scenario
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import cadence_block_share
 from holdover.policies.registry import policy
@@ -23,6 +22,7 @@ from holdover.report.page import write_page
 from holdover.report.plots import plot_block_skip, plot_cosine_maps, plot_psnr_over_time
 from holdover.report.video import write_side_by_side
 from holdover.rollout.driver import LoopConfig
+from holdover.rollout.scenarios import NAMES, STEADY, Scenario, load_scenario
 from holdover.world.cameras import FPS, stitch
 from holdover.world.transformer import WorldModel
 
@@ -36,7 +36,7 @@ class DemoOptions:
     """What to run.
 
     Attributes:
-        scenarios: names, see `holdover.bench.scenarios.NAMES`.
+        scenarios: names, see `holdover.rollout.scenarios.NAMES`.
         generations: per scenario; the default is 20 seconds, in whole cycles.
         seed: of the noise.
         every: SSIM and ST-LPIPS look at every so-manieth frame. They cost more than the driving.

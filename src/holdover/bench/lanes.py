@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.bench.scenarios import Scenario
 from holdover.engine.attach import Cache, attach
 from holdover.engine.contract import Policy
 from holdover.engine.trace import Decision, Stats
 from holdover.rollout.driver import ClosedLoop, LoopConfig, Piece
+from holdover.rollout.scenarios import Scenario
 from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from holdover.bench.fidelity import Comparison, compare, psnr
 from holdover.bench.lanes import Lane, Race
 from holdover.bench.reaction import EVENTS, Reaction, mean_ratio
-from holdover.bench.scenarios import Scenario
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import amdahl_bound, cycles, speedup
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
+from holdover.rollout.scenarios import Scenario
 from holdover.world.cameras import FPS
 
 #: PSNR over time is that of each second.

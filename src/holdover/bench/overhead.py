@@ -14,9 +14,9 @@ import holdover
 from holdover.bench.cards import about, write_card
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import environment
-from holdover.bench.scenarios import load_scenario
 from holdover.engine.contract import Policy
 from holdover.report.tables import markdown, percent
+from holdover.rollout.scenarios import load_scenario
 from holdover.world.transformer import WorldModel
 
 #: Generations left out: they warm up the process, and the policies.

@@ -16,9 +16,9 @@ from holdover.bench.fidelity import psnr
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import environment
 from holdover.bench.reaction import EVENTS, Reaction, drive, mean_late, mean_ratio, moments
-from holdover.bench.scenarios import KINDS, STEADY, load_scenario
 from holdover.report.tables import decibels, markdown, ratio
 from holdover.rollout.driver import LoopConfig
+from holdover.rollout.scenarios import KINDS, STEADY, load_scenario
 from holdover.world.transformer import WorldModel
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.bench.scenarios import Scenario
 from holdover.rollout.driver import ClosedLoop, LoopConfig
+from holdover.rollout.scenarios import Scenario
 from holdover.world.transformer import WorldModel
 
 

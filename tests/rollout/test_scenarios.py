@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdover.bench.scenarios import NAMES, load_scenario
+from holdover.rollout.scenarios import NAMES, load_scenario
 from holdover.world.clips import read_clip
 from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel

@@ -1,4 +1,4 @@
-"""What demo and benches drive: clips to start from, scripted and steady actions, the simulator's truth."""
+"""What runs drive: clips to start from, scripted and steady actions, the simulator's truth."""
 
 from __future__ import annotations
 
