@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdover.bench.scenarios import shipped_clips
+from holdover.rollout.scenarios import shipped_clips
 from holdover.world import train as training
 from holdover.world.adversary import Discriminator
 from holdover.world.clips import read_clip
