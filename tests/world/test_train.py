@@ -109,7 +109,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_gradient_of_a_rollout_without_an_adversary_is_the_regressions() -> None:
-    """Of a "model" whose prediction is a parameter: the mean over the windows of its error against each of them."""
+    """Of a "model" whose prediction is a parameter: the mean over the last windows of its error against each of them."""
     model = small_model()
     config, recipe = model.config, Recipe(adversary=1.0)
     x = latents(model, config.context + 3 * config.window)
@@ -126,8 +126,8 @@ def test_the_gradient_of_a_rollout_without_an_adversary_is_the_regressions() -> 
     surrogate, value, generated = rollout_loss(
         predict, model, batch, np.random.default_rng(3), recipe, judge, plain=False, weight=0.0
     )
-    targets = x[:, config.context :].split(config.window, 1)
-    assert len(graded) == len(targets) == 3
+    targets = x[:, config.context :].split(config.window, 1)[-recipe.graded :]
+    assert len(graded) == len(targets) == 2
     expected = torch.stack([error(guess, t, s, recipe) for t, s in zip(targets, graded, strict=True)]).mean()
     torch.testing.assert_close(value, expected)
     (gradient,) = torch.autograd.grad(surrogate, guess)

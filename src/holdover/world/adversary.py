@@ -62,4 +62,5 @@ def adversarial_gradient(
         rival = judge(recorded)
     leaf = prediction.detach().requires_grad_(True)
     push: Tensor = torch.autograd.grad(discriminator_loss(judge(leaf), rival), leaf)[0]
-    return weight * pull.norm() / push.norm().clamp_min(1e-12) * push
+    length: Tensor = weight * pull.norm() / push.norm().clamp_min(1e-12)
+    return length * push

@@ -97,9 +97,9 @@ def rollout_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A rollout from recorded context, every later chunk of which is generated from those before it.
 
-    In each chunk the sampler stops after a random pass; that one carries the gradient, and what it predicts is the
-    context of the next chunk. A fifth of the chunks is continued as in the window cadence: their first latent
-    frames are known, from a generation of the same chunk before.
+    In each chunk the sampler stops after a random pass; in the last chunks that one carries the gradient. What it
+    predicts is the context of the next chunk. A fifth of those chunks is continued as in the window cadence: their
+    first latent frames are known, from a generation of the same chunk before.
 
     Returns:
         A loss with the gradient of regression and adversary, the regression's value, and what was generated.
@@ -120,14 +120,18 @@ def rollout_loss(
             predict(context, sigma=0.0, action_BFA=actions, cache=kv, write=True)
     surrogate, values, generated = torch.zeros((), device=batch.latents.device), [], []
     through_context = bool(rng.random() < 0.5)
-    for latents, actions in zip(
-        batch.latents[:, config.context :].split(chunk, 1),
-        batch.actions[:, config.context :].split(chunk, 1),
-        strict=True,
-    ):
+    chunks = list(
+        zip(
+            batch.latents[:, config.context :].split(chunk, 1),
+            batch.actions[:, config.context :].split(chunk, 1),
+            strict=True,
+        )
+    )
+    for i, (latents, actions) in enumerate(chunks):
+        graded = plain or i >= len(chunks) - recipe.graded
         held = hold_actions(actions, int(rng.integers(chunk)))
         known, committed = latents[:, :0], None
-        if not plain and rng.random() < 0.2:
+        if graded and not plain and rng.random() < 0.2:
             committed = _generate(predict, known, noise_like, latents, held, kv, sigmas)
             known = committed[:, : int(rng.integers(1, chunk))]
         level = int(rng.integers(len(sigmas)))
@@ -135,17 +139,19 @@ def rollout_loss(
         if level:
             clean = _generate(predict, known, noise_like, latents, held, kv, sigmas[:level])
             noisy = (1 - sigmas[level]) * clean + sigmas[level] * noisy
-        prediction = predict(noisy, sigma=sigmas[level], action_BFA=held, cache=kv).float()
-        leaf = prediction.detach().requires_grad_(True)
-        value = error(leaf, latents, sigmas[level], recipe)
-        (pull,) = torch.autograd.grad(value, leaf)
-        push = adversarial_gradient(judge, prediction, latents, pull, weight)
-        surrogate = surrogate + (prediction * (pull + push)).sum()
-        values.append(value.detach())
+        with torch.set_grad_enabled(graded):
+            prediction = predict(noisy, sigma=sigmas[level], action_BFA=held, cache=kv).float()
+        if graded:
+            leaf = prediction.detach().requires_grad_(True)
+            value = error(leaf, latents, sigmas[level], recipe)
+            (pull,) = torch.autograd.grad(value, leaf)
+            push = adversarial_gradient(judge, prediction, latents, pull, weight)
+            surrogate = surrogate + (prediction * (pull + push)).sum()
+            values.append(value.detach())
         generated.append(prediction.detach())
         committed = prediction.detach() if committed is None else committed
         shown = held if rng.random() < 0.5 else actions
-        with torch.set_grad_enabled(through_context):
+        with torch.set_grad_enabled(graded and through_context):
             predict(committed, sigma=0.0, action_BFA=shown, cache=kv, write=True)
     return surrogate / len(values), torch.stack(values).mean(), torch.cat(generated, 1)
 

@@ -19,7 +19,7 @@ class Recipe:
         adversary: with a value above 0 every step trains on the model's own rollouts, and a discriminator's gradient
             is added, so many times as long as the regression's (see `holdover.world.adversary`);
             ``own_context_from`` has no bearing then.
-        rollout: at most so many windows of own making in such a rollout.
+        rollout, graded: such a rollout has at most so many windows; the last so many of them are learned from.
         judge_rate: learning rate of the discriminator (AdamW).
         muon_rate, adam_rate: peak learning rates of the linear layers' matrices (Muon) and of all else (AdamW).
         muon_weight_decay: of the matrices, against outlier channels.
@@ -36,7 +36,8 @@ class Recipe:
     context_noise: float = 0.15
     l1: float = 1.0
     adversary: float = 0.0
-    rollout: int = 4
+    rollout: int = 8
+    graded: int = 2
     judge_rate: float = 0.0005
     muon_rate: float = 0.02
     adam_rate: float = 0.001
@@ -65,11 +66,11 @@ class Recipe:
 RECIPES = {
     "base": Recipe(),
     "sharpen": Recipe(
-        steps=650,
+        steps=560,
         own_context_from=0.0,
-        adversary=2.0,
-        muon_rate=0.008,
-        adam_rate=0.0005,
+        adversary=1.0,
+        muon_rate=0.006,
+        adam_rate=0.0004,
         decay=0.5,
         ema=0.99,
         seed=1,
