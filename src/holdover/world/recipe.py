@@ -62,7 +62,8 @@ class Recipe:
         return min(1.0, (step + 1) / self.warmup, remaining)
 
 
-#: The two recipes of the shipped checkpoint: `base` from random weights, then `sharpen` from what that made.
+#: `base`, of the shipped checkpoint, from random weights; and `sharpen`, which goes on from such a checkpoint and is not
+#: yet worth shipping (benchmarks/LOG.md).
 RECIPES = {
     "base": Recipe(),
     "sharpen": Recipe(
