@@ -24,7 +24,7 @@ ALLOWED = {
 }
 
 #: Rooms that `import holdover` brings in, and what they may need.
-CORE_ROOMS = ("engine", "policies")
+CORE_ROOMS = ("engine", "policies", "hosts")
 CORE_PACKAGES = {"torch", "numpy", "safetensors"}
 
 
@@ -74,7 +74,7 @@ import holdover
 assert before == (torch.get_num_threads(), torch.is_grad_enabled(), torch.random.get_rng_state().tolist())
 assert threading.active_count() == 1
 loaded = {name.split(".")[1] for name in sys.modules if name.startswith("holdover.")}
-assert loaded == {"engine", "policies"}, loaded
+assert loaded == {"engine", "policies", "hosts"}, loaded
 assert "torch._dynamo" not in sys.modules
 """
 

@@ -5,12 +5,13 @@ with holdover.attach(model, holdover.xcache()) as cache:
         velocity = model(...)
 """
 
-from holdover.engine.attach import Cache, attach
+from holdover.engine.attach import Cache
 from holdover.engine.contract import Audit
 from holdover.engine.slots import Slot, ViewGroup
 from holdover.engine.snapshot import Snapshot
 from holdover.engine.step import Step
 from holdover.engine.trace import Stats
+from holdover.hosts.attach import attach
 from holdover.policies.fixed_interval import fixed_interval
 from holdover.policies.never import never
 from holdover.policies.policy import Policy

@@ -1,0 +1,35 @@
+"""Known models, found by the name of their class."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from holdover.hosts.diffusers import DIFFUSERS
+from holdover.hosts.host import Host
+from holdover.hosts.self_forcing import SELF_FORCING
+
+#: Wrappers that change nothing but the name: ``torch.compile``, data parallelism.
+WRAPPERS = ("_orig_mod", "module")
+
+
+def hosts() -> tuple[Host, ...]:
+    """Every known model."""
+    return (*DIFFUSERS, *SELF_FORCING)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within wrappers that change nothing."""
+    for name in WRAPPERS:
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return unwrapped(inner)
+    return model
+
+
+def find(model: nn.Module) -> Host | None:
+    """What is known of a model's class, or of the nearest class that it derives from."""
+    for cls in type(model).__mro__:
+        for host in hosts():
+            if host.model == cls.__name__ and host.tells(model):
+                return host
+    return None
