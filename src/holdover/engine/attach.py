@@ -37,9 +37,9 @@ def attach(
         model: the transformer; every forward of it now happens within ``with cache.step(...)``.
         policy: a caching method, such as ``holdover.xcache()``.
         slots: its blocks, in the order in which it runs them: module names, modules, or `Slot`s where the hidden state
-            is not the first argument. None asks ``model.holdover_slots()``, or takes
-            the model itself for a policy of that level. A block returns its hidden state, or a
-            tuple that begins with it; when it is reused, the other items are those it returned when last computed.
+            is not the first argument. None asks ``model.holdover_slots()`` for those of the policy's level, blocks or
+            what lies within them, or takes the model itself for a policy of that level. A block returns its hidden
+            state, or a tuple with it; when it is reused, the other items are those it returned when last computed.
         view_groups: how the tokens of a hidden state ``[B, L, C]`` are laid out per latent frame. None asks
             ``model.holdover_view_groups()``; without either, tokens are taken as a plain sequence. A function of the
             model and the arguments of its forward is asked at every pass.

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from holdover.engine.slots import Level, Span, ViewGroup
+from holdover.engine.slots import Kind, Level, Span, ViewGroup
 from holdover.engine.state import FullGeneration, Held
 from holdover.engine.step import Step
 
@@ -28,7 +28,7 @@ class Call:
 
     Attributes:
         step: where the pass stands.
-        span: the blocks in question, of ``blocks`` in all.
+        span: the blocks in question, of ``blocks`` in all; ``kind`` is what the first of them is.
         generation: distinct chunks of the stream before this one, since its reset.
         full: the latest generation of this branch that was computed in full, before this one; None if there is none.
         x: the hidden state that enters the span, ``[B, ..., C]``.
@@ -37,12 +37,14 @@ class Call:
         tap: a tensor that the span's first slot declares by name, such as its timestep-modulated input.
         peer: what is remembered of the span that begins at a block, this pass included; or of that span in another
             guidance branch, up to its latest pass.
+        compute: what the span's first block gives for another hidden state, its other arguments unchanged.
         signal: the policy's signal of this call, once read.
     """
 
     step: Step
     span: Span
     blocks: int
+    kind: Kind
     generation: int
     full: FullGeneration | None
     x: Tensor
@@ -50,6 +52,7 @@ class Call:
     held: Held | None
     tap: Callable[[str], Tensor]
     peer: Peer
+    compute: Callable[[Tensor], Tensor]
     signal: Tensor | None = None
 
 

@@ -135,8 +135,12 @@ class Pass:
                 taps[name] = self._per_row(block.tap(name, args, kwargs))
             return taps[name][row]
 
+        def compute(hidden: Tensor) -> Tensor:
+            other_args, other_kwargs = block.replace(args, kwargs, hidden)
+            return block.split(block.compute(*other_args, **other_kwargs))[0]
+
         calls = [
-            row.call(span, part, entry, partial(tap, row=n))
+            row.call(span, part, entry, partial(tap, row=n), compute)
             for n, (row, part, entry) in enumerate(zip(self._rows, parts, entries, strict=True))
         ]
         rows = [(row, call, row.judge(call, reading)) for row, call in zip(self._rows, calls, strict=True)]
@@ -197,8 +201,8 @@ class Pass:
         if block.index == current.span.last:
             for n, (at, y) in enumerate(zip(computed, self._per_row(hidden), strict=True)):
                 row, call, _ = current.rows[at]
-                extras = {b: self._extras_of(n, len(computed), block, items) for b, items in current.extras.items()}
-                row.remember(call, y, extras)
+                rest = {b: self._extras_of(n, len(computed), block, items) for b, items in current.extras.items()}
+                row.remember(call, y, rest)
         return output
 
     def _reuse(

@@ -94,11 +94,19 @@ class Row:
         self.reuses = self.stream.reuses
         self.audit_errors: list[float] = []
 
-    def call(self, span: Span, x: Tensor, entry: Tensor, tap: Callable[[str], Tensor]) -> Call:
+    def call(
+        self,
+        span: Span,
+        x: Tensor,
+        entry: Tensor,
+        tap: Callable[[str], Tensor],
+        compute: Callable[[Tensor], Tensor],
+    ) -> Call:
         return Call(
             step=self.step,
             span=span,
             blocks=len(self.runtime.blocks),
+            kind=self.runtime.blocks[span.first].slot.kind,
             generation=self.ordinal,
             full=self.stream.full.get(self.step.branch),
             x=x,
@@ -106,6 +114,7 @@ class Row:
             held=self._known(span.first),
             tap=tap,
             peer=self._known,
+            compute=compute,
         )
 
     def judge(self, call: Call, reading: Reading | None) -> Verdict:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-#: What slots are: the blocks of the backbone, or the model as a whole, whose hidden state is the noisy input.
-Level = Literal["block", "model"]
+#: What slots are: the blocks of the backbone, what lies within them, or the model as a whole, whose hidden state is the
+#: noisy input.
+Level = Literal["block", "sublayer", "model"]
+
+#: What a slot is: a block; or attention within it, over space (or space and time at once), over time, or to another
+#: sequence; or an MLP, which works on each token by itself and takes nothing else with a row per token.
+Kind = Literal["block", "spatial", "temporal", "cross", "mlp"]
 
 #: The keyword that carries the hidden state where a forward's signature does not tell.
 HIDDEN_STATES = "hidden_states"
@@ -46,6 +51,7 @@ class Slot:
     Attributes:
         block: the module, or its name as `named_modules` gives it.
         hidden: the argument with the hidden state: its position, or its keyword.
+        kind: what it is. A model may declare its blocks and what lies within them; a policy takes those of its level.
         returns: where in the tuple that the block returns the hidden state stands.
         beside: what a reused block returns beside its hidden state, as a function of the block and the arguments of its
             forward; by default what it returned when last computed. For what must not come twice, such as an update of
@@ -62,12 +68,17 @@ class Slot:
 
     block: nn.Module | str
     hidden: int | str = 0
+    kind: Kind = "block"
     returns: int = 0
     beside: Callable[..., tuple[Any, ...]] | None = None
     kv_update: Callable[..., bool] | None = None
     writes_kv: bool = False
     taps: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict, hash=False)
     rows: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind={self.kind!r} of a slot is not one of {', '.join(get_args(Kind))}")
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,13 @@ def find_blocks(
                 f"{type(model).__name__} does not declare its blocks; name them: "
                 f"attach(model, policy, slots=[f'blocks.{{i}}' for i in range(...)])"
             )
-        slots = declare()
+        declared = [given if isinstance(given, Slot) else Slot(given) for given in declare()]
+        slots = [slot for slot in declared if (slot.kind == "block") == (level == "block")]
+        if not slots:
+            raise ValueError(
+                f"{type(model).__name__} declares no slots of level {level!r}, which this policy asks for; name them: "
+                f"attach(model, policy, slots=[holdover.Slot(module, kind=...), ...])"
+            )
     if not slots:
         raise ValueError("slots is empty; name at least one block")
     by_name = dict(model.named_modules(remove_duplicate=False))
