@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,6 +64,13 @@ def amdahl_bound(block_share: float, skip: float) -> float:
     return 1 / remaining
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
 class BlockClock:
     """Seconds spent in the blocks of denoising passes."""
 
@@ -74,6 +82,7 @@ class BlockClock:
 def clock_blocks(model: WorldModel) -> Iterator[BlockClock]:
     """Time the blocks of a model's denoising passes while the context is open; KV updates are left out."""
     clock, entered, denoising = BlockClock(), 0.0, True
+    device = next(model.parameters()).device
 
     def enter_pass(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal denoising
@@ -81,11 +90,11 @@ def clock_blocks(model: WorldModel) -> Iterator[BlockClock]:
 
     def enter(_module: Any, _args: Any) -> None:
         nonlocal entered
-        entered = perf_counter()
+        entered = now(device)
 
     def leave(_module: Any, _args: Any, _output: Any) -> None:
         if denoising:
-            clock.seconds += perf_counter() - entered
+            clock.seconds += now(device) - entered
 
     hooks = [model.register_forward_pre_hook(enter_pass, with_kwargs=True)]
     for block in model.blocks:

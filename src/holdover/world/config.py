@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -77,6 +78,17 @@ class WorldConfig:
         fields = json.loads(text)
         cameras = tuple(Camera(**{**c, "position": tuple(c["position"])}) for c in fields.pop("cameras"))
         return cls(cameras=cameras, **fields)
+
+
+#: Sizes by name. `small` is the shipped checkpoint's. `xworld-5b` has X-World's number of blocks and of tokens (one for
+#: 16 by 16 pixels of its cameras, which are eight times as wide) and about its five billion weights. `base` and
+#: `xworld-5b` have never been trained; they are there to be timed.
+CONFIGS: Mapping[str, WorldConfig] = {
+    "tiny": WorldConfig(channels=64, depth=12, heads=2, patch=16),
+    "small": WorldConfig(),
+    "base": WorldConfig(channels=768, depth=30, heads=12, patch=4),
+    "xworld-5b": WorldConfig(channels=3072, depth=30, heads=24, mlp_ratio=6, patch=2),
+}
 
 
 def ray_directions(config: WorldConfig) -> NDArray[np.float32]:

@@ -62,8 +62,8 @@ class Recipe:
         return min(1.0, (step + 1) / self.warmup, remaining)
 
 
-#: `base`, of the shipped checkpoint, from random weights; and `sharpen`, which goes on from such a checkpoint and is not
-#: yet worth shipping (benchmarks/LOG.md).
+#: `base`, of the shipped checkpoint, from random weights; and `sharpen`, which goes on from such a checkpoint, with
+#: results that are not yet worth shipping (benchmarks/LOG.md).
 RECIPES = {
     "base": Recipe(),
     "sharpen": Recipe(
