@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +75,39 @@ def demo(
 
 
 @app.command()
+def calibrate(
+    factory: Annotated[
+        str | None,
+        typer.Argument(
+            help="package.module:function, which returns a model and its loop: a function of the attached cache that "
+            "runs some generations. By default the world model."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The file for what was measured.")] = Path("calibration.json"),
+    degree: Annotated[int, typer.Option(help="Of TeaCache's polynomial.")] = 4,
+    branch: Annotated[str, typer.Option(help="The guidance branch to measure.")] = "",
+    steps: Annotated[int, typer.Option(help="Of the world model, per generation.")] = 35,
+    generations: Annotated[int, typer.Option(help="Of the world model.")] = 4,
+    model: Model = None,
+    clips: Clips = None,
+    seed: Seed = 0,
+) -> None:
+    """Fit TeaCache's polynomial and measure MagCache's ratios, as options for these methods in JSON."""
+    with _plain_errors():
+        from holdover.bench.calibrate import from_factory, run_calibration, world_loop
+
+        if factory is not None:
+            sys.path.insert(0, str(Path.cwd()))
+            calibrated, loop = from_factory(factory)
+        else:
+            world_model, _ = _load(model)
+            calibrated = world_model
+            loop = world_loop(world_model, steps=steps, generations=generations, seed=seed, clips=clips)
+        figures = run_calibration(calibrated, loop, out, degree=degree, branch=branch)
+        typer.echo(json.dumps(figures))
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Explain this method and its options.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the documentation.")] = False,
@@ -91,6 +124,48 @@ def methods(
             typer.echo(method_markdown())
         else:
             Console().print(method_table())
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="What holdover demo or holdover.bench.record wrote.")],
+) -> None:
+    """Write a run's comparison page, index.html; exit code 1 if files of the run are damaged."""
+    with _plain_errors():
+        from holdover.report.page import build_page
+
+        page, problems = build_page(run_dir)
+        typer.echo(f"page: {page}")
+        _complain(problems)
+
+
+@app.command()
+def trace(
+    run_dir: Annotated[Path, typer.Argument(help="What holdover demo or holdover.bench.record wrote.")],
+    scenario: Annotated[str | None, typer.Option(help="Only this scenario.")] = None,
+    rollout: Annotated[str | None, typer.Option(help="Only the rollout of this name.")] = None,
+    generation: Annotated[int | None, typer.Option(help="Show every decision of this generation.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a .parquet or .csv table, or a .json trace for Perfetto.")
+    ] = None,
+) -> None:
+    """Show what was computed and what reused, block by block, and why; exit code 1 if files are damaged."""
+    with _plain_errors():
+        from rich.console import Console
+
+        from holdover.report.run_read import read_run
+        from holdover.report.trace import export, print_generation, print_ribbons
+
+        rollouts, problems = read_run(run_dir)
+        chosen = [r for r in rollouts if scenario in (None, r.about.scenario) and rollout in (None, r.about.name)]
+        if out is not None:
+            export(chosen, out)
+            typer.echo(f"trace: {out}")
+        elif generation is not None:
+            print_generation(chosen, generation, Console())
+        else:
+            print_ribbons(chosen, Console())
+        _complain(problems)
 
 
 @world.command()
@@ -188,6 +263,28 @@ def overhead(
 
 
 @bench.command()
+def scale(
+    out: Benchmarks = Path("benchmarks"),
+    size: Annotated[str, typer.Option(help="tiny, small, base or xworld-5b; the weights are random.")] = "small",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed cycles of every run.")] = 5,
+    seed: Seed = 0,
+) -> None:
+    """DiT time under given shares of skipped blocks, at sizes up to X-World's, against the bound."""
+    with _plain_errors():
+        _keep_memory()
+        from holdover.bench.scale import run_scale
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_scale(
+                out, size=size, device=device, compiled=compiled, repeats=repeats, seed=seed, progress=progress
+            )
+        _show(out / f"{figures['name']}.md", figures)
+
+
+@bench.command()
 def reaction(
     out: Benchmarks = Path("benchmarks"),
     model: Model = None,
@@ -235,6 +332,14 @@ def _plain_errors() -> Iterator[None]:
 def _fail(message: str) -> None:
     typer.echo(f"holdover: {' '.join(message.split())}", err=True)
     raise typer.Exit(2) from None
+
+
+def _complain(problems: Sequence[str]) -> None:
+    """Name the damaged files of a run on stderr; the exit code is then 1."""
+    for problem in problems:
+        typer.echo(f"holdover: {problem}", err=True)
+    if problems:
+        raise typer.Exit(1)
 
 
 def _show(card: Path, figures: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 import holdover
 from holdover.bench.demo import DemoOptions, run_demo, steady_skip_ceiling
 from holdover.report.progress import bar
+from holdover.report.run_read import read_run
 from holdover.rollout.driver import ClosedLoop
 from holdover.rollout.scenarios import load_scenario
 from holdover.world.latents import unpatchify
@@ -110,17 +112,39 @@ def test_curves_add_up_to_the_skip(report: dict[str, Any]) -> None:
             assert [row[0] for row in figures["cosine_by_step_and_block"]] == [None] * 4
 
 
-def test_the_page_shows_every_scenario_and_its_files_exist(out: Path, report: dict[str, Any]) -> None:
+def test_the_page_shows_every_scenario_and_its_files_exist(out: Path) -> None:
     html = (out / "index.html").read_text()
     for scenario in SCENARIOS:
         assert f'<h2 id="{scenario}">' in html
-    named: list[str] = re.findall(r'(?:src|href)="([^"#]+)"', html)
-    assert len([name for name in named if name.endswith(".mp4")]) == 4
-    assert len([name for name in named if name.endswith(".png")]) == 6
+    named: list[str] = re.findall(r'(?:src|href)="([^"#:]+)"', html)
+    assert len([name for name in named if name.endswith("video.mp4")]) >= 6
+    assert len({name for name in named if name.endswith(".png")}) == 13
     for name in named:
         assert (out / name).stat().st_size > 0, name
-    assert not list(out.glob(".partial*"))
+    assert not list(out.rglob(".partial*"))
     assert "51.37" in html  # the published figure beside one's own
+
+
+def test_what_is_recorded_is_what_was_driven(out: Path, report: dict[str, Any], model: WorldModel, clips: Path) -> None:
+    rollouts, problems = read_run(out)
+    assert problems == []
+    of = {(r.about.scenario, r.about.name): r for r in rollouts}
+    cached = of["urban", "xcache"]
+    assert cached.decisions is not None
+    assert cached.generations is not None
+    assert cached.errors is not None
+    figures = policy_of(report, "urban", "xcache")
+    assert Counter(d.reason for d in cached.decisions) == figures["reasons"]
+    assert cached.generations[-1].bytes_held == figures["bytes_held"]
+    scenario = load_scenario("urban", model.config, clips=clips, generations=GENERATIONS)
+    assert [g.action for g in cached.generations] == [tuple(action) for action in scenario.actions.tolist()]
+    for name, errors in cached.errors.items():
+        shown = figures["stitched"] if name == "stitched" else figures["cameras"][name]
+        assert 10 * np.log10(255**2 / errors.mean()) == pytest.approx(shown["psnr_db"]), name
+    reactive = of["urban", "xcache_reactive"].about
+    assert ("urban", reactive.reference) in of
+    assert of["urban", "full"].decisions is None
+    assert of["urban", "full"].errors is None
 
 
 def test_the_ceiling_of_the_shipped_cadence(model: WorldModel) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,21 @@ import pytest
 
 from holdover.engine.trace import Decision
 from holdover.report import tables
+from holdover.report.canvas import arrange
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
 from holdover.report.files import whole, write_json, write_text
-from holdover.report.plots import plot_block_skip, plot_cosine_maps, plot_psnr_over_time, plot_training
+from holdover.report.plots import (
+    plot_block_skip,
+    plot_cosine_maps,
+    plot_front,
+    plot_generations,
+    plot_psnr,
+    plot_reactions,
+    plot_training,
+)
 from holdover.report.published import X_CACHE
-from holdover.report.video import write_side_by_side
+from holdover.report.video import GROUP, frame_rate, write_video
+from holdover.world.cameras import RIG, stitch
 
 
 def decision(block: int, *, index: int = 0, computed: bool = True, reason: str = "cosine", **changes: Any) -> Decision:
@@ -121,32 +133,63 @@ def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["figure.json"]
 
 
-def test_a_video_plays_in_a_browser_and_shows_left_and_right(tmp_path: Path) -> None:
-    red, blue = np.zeros((2, 5, 16, 24, 3), np.uint8)
-    red[..., 0], blue[..., 2] = 220, 220
-    write_side_by_side(tmp_path / "pair.mp4", [red, blue], fps=12, scale=2)
-    with av.open(str(tmp_path / "pair.mp4")) as container:
+def test_a_video_has_every_frame_in_its_place_and_its_colours(tmp_path: Path) -> None:
+    colours = [(220, 30, 30), (30, 200, 60), (40, 60, 210), (128, 128, 128), (250, 250, 250), (5, 5, 5), (200, 160, 20)]
+    pictures = [np.full((32, 48, 3), colour, np.uint8) for colour in colours]
+    write_video(tmp_path / "video.mp4", iter(pictures), fps=12)
+    with av.open(str(tmp_path / "video.mp4")) as container:
         stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-        assert stream.codec_context.name == "h264"
-        assert stream.codec_context.pix_fmt == "yuv420p"
-        assert stream.average_rate == 12
-    assert len(frames) == 5
-    assert frames[0].shape == (32, 112, 3)
-    assert frames[2][16, 24, 0] > 180 > 60 > frames[2][16, 24, 2]
-    assert frames[2][16, 88, 2] > 180 > 60 > frames[2][16, 88, 0]
-    with pytest.raises(ValueError, match="one shape"):
-        write_side_by_side(tmp_path / "pair.mp4", [red, blue[:, :8]], fps=12)
+        frames = list(container.decode(stream))
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 12)
+        assert [round(frame.time * 12) for frame in frames] == list(range(len(colours)))
+        for frame, colour in zip(frames, colours, strict=True):
+            shown = frame.to_ndarray(format="rgb24")[16, 24]
+            assert np.abs(shown.astype(int) - colour).max() <= 4
+    write_video(tmp_path / "still.mp4", [pictures[0]] * (2 * GROUP + 1), fps=12)
+    with av.open(str(tmp_path / "still.mp4")) as container:
+        keys = [t for t, frame in enumerate(container.decode(video=0)) if frame.key_frame]
+        assert keys == [0, GROUP, 2 * GROUP]  # from each of which a browser decodes, to seek
+    with pytest.raises(ValueError, match="no picture"):
+        write_video(tmp_path / "none.mp4", [], fps=12)
+    assert not (tmp_path / "none.mp4").exists()
+    for fps in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="frame rate"):
+            frame_rate(fps)
+    assert frame_rate(30000 / 1001) == Fraction(30000, 1001)
+
+
+def test_the_canvas_of_the_rig_is_the_stitched_view() -> None:
+    rng = np.random.default_rng(0)
+    frames = {c.name: rng.integers(0, 255, (c.height, c.width, 3), np.uint8) for c in RIG}
+    canvas = arrange({c.name: (c.width, c.height) for c in RIG})
+    assert (canvas.compose(frames) == stitch(frames)).all()
+
+
+def test_other_cameras_stand_in_rows_without_overlap() -> None:
+    sizes = {"a": (31, 20), "b": (20, 11), "front_wide": (5, 5)}
+    canvas = arrange(sizes)
+    assert (canvas.width % 2, canvas.height % 2) == (0, 0)
+    pictures = {name: np.full((h, w, 3), i + 1, np.uint8) for i, (name, (w, h)) in enumerate(sizes.items())}
+    whole_canvas = canvas.compose(pictures)
+    for i, (name, (w, h)) in enumerate(sizes.items()):
+        assert (whole_canvas[..., 0] == i + 1).sum() == w * h
+        left, top, width, height = canvas.rects[name]
+        assert (whole_canvas[top : top + height, left : left + width] == i + 1).all()
 
 
 def test_plots_are_pictures(tmp_path: Path) -> None:
     nan = np.nan
     plot_block_skip(tmp_path / "skip.png", {"a": np.array([0, 0.7, 0.7]), "b": np.array([0, 0.5, nan])})
     plot_cosine_maps(tmp_path / "maps.png", {"a": np.array([[nan, 0.99], [nan, 0.98]]), "b": np.full((2, 2), nan)})
-    plot_psnr_over_time(tmp_path / "psnr.png", {"a": np.array([60.0, np.inf, 55, nan])}, seconds=1.0)
+    values = np.array([60.0, np.inf, 55, nan])
+    plot_psnr(tmp_path / "psnr.png", {"a": {"front": values, "stitched": values}, "b": {"front": values}}, fps=12)
+    plot_generations(tmp_path / "time.png", {"a": values, "b": values}, label="ms", bounds={"a": values})
+    plot_reactions(tmp_path / "reaction.png", {"a": {"brake": [0.1, None, 1.0]}, "b": {"steer": [1.0]}})
+    plot_front(tmp_path / "front.png", {"a": [("urban", 2.0, 45.0)]})
     log = [{"step": i, "loss": 1 / (i + 1)} for i in range(120)]
     log[50] |= {"heldout_psnr_db": [14.0, 15.0]}
     log[119] |= {"heldout_psnr_db": [18.0, 20.0]}
     plot_training(tmp_path / "curve.png", log)
-    for name in ("skip", "maps", "psnr", "curve"):
+    for name in ("skip", "maps", "psnr", "time", "reaction", "front", "curve"):
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,5 @@
+"""Measuring, and recording one's own runs."""
+
+from holdover.bench.recording import Recording, record
+
+__all__ = ["Recording", "record"]

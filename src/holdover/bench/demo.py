@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from rich.progress import Progress, TaskID
 
 from holdover.bench.lanes import Arm, Lane, Race
-from holdover.bench.measure import INTERVAL, Metrics, describe, describe_full, environment
+from holdover.bench.measure import Metrics, describe, describe_full, environment
 from holdover.bench.reaction import drive, moments
+from holdover.bench.recording import command_line
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import cadence_block_share
 from holdover.policies.registry import policy
 from holdover.report.files import write_json
-from holdover.report.page import write_page
-from holdover.report.plots import plot_block_skip, plot_cosine_maps, plot_psnr_over_time
-from holdover.report.video import write_side_by_side
+from holdover.report.page import build_page
+from holdover.report.run_dir import Generation, Rollout, write_rollout
 from holdover.rollout.driver import LoopConfig
 from holdover.rollout.scenarios import NAMES, STEADY, Scenario, load_scenario
-from holdover.world.cameras import FPS, stitch
+from holdover.world.cameras import FPS
 from holdover.world.transformer import WorldModel
 
 #: What `run_demo` compares; the names are those of the policies.
@@ -66,7 +66,7 @@ def run_demo(
     checkpoint: Path | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Run the demo and write its files to ``out``: report.json, index.html, videos and plots.
+    """Run the demo and write its files to ``out``: report.json, the rollouts (`holdover.report.run_dir`), the page.
 
     Args:
         model: the world model; is copied, not changed.
@@ -92,12 +92,15 @@ def run_demo(
     share = cadence_block_share(model, scenarios[0], LoopConfig())
     progress.advance(total)
     metrics = Metrics(every=options.every, distance=distance, block_shares={"window": share})
+    about = {**environment(checkpoint), "block_share": share}
+    for name in NAMES:
+        shutil.rmtree(out / name, ignore_errors=True)
     entries = []
     for scenario in scenarios:
-        entries.append(_run_scenario(model, scenario, out, options, metrics, progress, total))
+        entries.append(_run_scenario(model, scenario, out, options, metrics, about, progress, total))
     report = {
         "scenarios": entries,
-        "environment": {**environment(checkpoint), "block_share": share},
+        "environment": about,
         "settings": {
             "generations": options.generations,
             "seed": options.seed,
@@ -109,7 +112,8 @@ def run_demo(
         "seconds": round(perf_counter() - started, 1),
     }
     write_json(out / "report.json", report)
-    write_page(out, report)
+    progress.update(total, description="drawing the page")
+    build_page(out)
     return report
 
 
@@ -125,6 +129,7 @@ def _run_scenario(
     out: Path,
     options: DemoOptions,
     metrics: Metrics,
+    about: Mapping[str, Any],
     progress: Progress,
     total: TaskID,
 ) -> dict[str, Any]:
@@ -132,39 +137,86 @@ def _run_scenario(
     at = moments(scenario.actions, model.config.window, MOMENTS)
     progress.update(total, description=f"{scenario.name}: driving")
     with Race(model, scenario, arms, seed=options.seed) as race:
-        reactions = drive(race, scenario.actions, at=at, advance=lambda: progress.advance(total))
+        held = {arm.name: list[int]() for arm in arms}
+
+        def advance() -> None:
+            progress.advance(total)
+            for name, lane in race.lanes.items():
+                stats = lane.stats()
+                held[name].append(stats.bytes_held if stats else 0)
+
+        reactions = drive(race, scenario.actions, at=at, advance=advance)
         progress.update(total, description=f"{scenario.name}: comparing")
-        entry: dict[str, Any] = {
-            "name": scenario.name,
-            "split": scenario.name.removesuffix(STEADY),
-            "frames": options.generations * model.config.frames_per_latent,
-            "actions": scenario.actions.tolist(),
-            "reaction_measured_at": at,
-            "policies": [describe_full(race.base(arms[0].name), scenario, metrics)],
-        }
+        full = race.base(arms[0].name)
+        policies = [describe_full(full, scenario, metrics)]
+        writer = _Writer(out, scenario, options.seed, about)
+        writer.write(full, "full", policies[0])
         for arm in arms:
-            figures = describe(race, arm.name, scenario, metrics, reactions[arm.name])
-            figures["video"] = _video(out, scenario.name, race.reference(arm.name), race.lanes[arm.name])
-            entry["policies"].append(figures)
-        entry["plots"] = _plots(out, entry)
+            reference, name = race.reference(arm.name), "full"
+            if reference.loop is not full.loop:
+                name = f"full-as-{arm.name}"
+                writer.write(reference, name, {})
+            policies.append(describe(race, arm.name, scenario, metrics, reactions[arm.name]))
+            writer.write(race.lanes[arm.name], arm.name, policies[-1], reference, name, held[arm.name])
     progress.advance(total)
-    return entry
+    return {
+        "name": scenario.name,
+        "split": scenario.name.removesuffix(STEADY),
+        "frames": options.generations * model.config.frames_per_latent,
+        "actions": scenario.actions.tolist(),
+        "reaction_measured_at": at,
+        "policies": policies,
+    }
 
 
-def _video(out: Path, scenario: str, full: Lane, cached: Lane) -> str:
-    name = f"{scenario}-{cached.arm.name}.mp4"
-    write_side_by_side(out / name, [stitch(full.video()), stitch(cached.video())], fps=FPS)
-    return name
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the rollouts of one scenario."""
 
+    out: Path
+    scenario: Scenario
+    seed: int
+    about: Mapping[str, Any]
+    command: str = field(default_factory=command_line)
 
-def _plots(out: Path, entry: dict[str, Any]) -> dict[str, str]:
-    """Draw a scenario's figures; returns their file names."""
-    cached = {p["name"]: p for p in entry["policies"] if p["policy"]}
-    files = {kind: f"{entry['name']}-{kind}.png" for kind in ("block-skip", "cosine-map", "psnr")}
-    plot_block_skip(out / files["block-skip"], {n: np.array(p["skip_by_block"], float) for n, p in cached.items()})
-    plot_cosine_maps(
-        out / files["cosine-map"], {n: np.array(p["cosine_by_step_and_block"], float) for n, p in cached.items()}
-    )
-    by_second = {n: np.array(p["psnr_db_by_second"], float) for n, p in cached.items()}
-    plot_psnr_over_time(out / files["psnr"], by_second, seconds=INTERVAL / FPS)
-    return files
+    def write(
+        self,
+        lane: Lane,
+        name: str,
+        figures: Mapping[str, Any],
+        reference: Lane | None = None,
+        reference_name: str | None = None,
+        held: Sequence[int] = (),
+    ) -> None:
+        cached = lane.arm.policy is not None
+        generations = [
+            Generation(
+                chunk=g,
+                frames=lane.loop.model.config.frames_per_latent,
+                seconds=lane.end_to_end_seconds[g],
+                dit_seconds=lane.dit_seconds[g],
+                bytes_held=held[g] if held else None,
+                action=tuple(action),
+            )
+            for g, action in enumerate(self.scenario.actions.tolist())
+        ]
+        rollout = Rollout(
+            scenario=self.scenario.name,
+            name=name,
+            fps=FPS,
+            policy=repr(lane.arm.policy) if cached else None,
+            reference=reference_name,
+            block_share=self.about["block_share"] if cached else None,
+            figures=figures,
+            command=self.command,
+            seed=self.seed,
+            environment=self.about,
+        )
+        write_rollout(
+            self.out,
+            rollout,
+            lane.video(),
+            generations=generations,
+            decisions=lane.decisions() if cached else (),
+            reference=reference.video() if reference else None,
+        )

@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdover.engine.trace import WARM_UP, Decision
+
+#: What a block's call counts as, for its colour; "computed" for every reason that is not here.
+REUSED, ANCHOR, PROTECTED, WARMING, COMPUTED = "reused", "anchor", "protected", "warm-up", "computed"
+CATEGORIES = (COMPUTED, REUSED, ANCHOR, PROTECTED, WARMING)
+_OF_REASON = {
+    "anchor": ANCHOR,
+    "kv cycle": PROTECTED,
+    "kv update": PROTECTED,
+    "prefill": PROTECTED,
+    WARM_UP: WARMING,
+    "first": WARMING,
+}
+_PASS = {"kv_update": "KV update", "prefill": "prefill"}
+
+
+def category(decision: Decision) -> str:
+    """One of `CATEGORIES`."""
+    return _OF_REASON.get(decision.reason, COMPUTED) if decision.computed else REUSED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ribbon:
+    """Decisions by generation, pass and block.
+
+    Attributes:
+        passes: what the passes of a generation are called, such as "step 0" or "KV update".
+        blocks: how many.
+        cells: per chunk, ``(pass, block) -> decision``.
+    """
+
+    passes: tuple[str, ...]
+    blocks: int
+    cells: Mapping[int, Mapping[tuple[int, int], Decision]]
+
+
+def ribbon(decisions: Sequence[Decision]) -> Ribbon:
+    """Lay decisions out as steps x blocks of each generation; passes that are no steps come last."""
+    order = sorted({(d.role != "denoise", d.role, d.branch, d.index) for d in decisions})
+    place = {key[1:]: row for row, key in enumerate(order)}
+    cells: dict[int, dict[tuple[int, int], Decision]] = {}
+    for d in decisions:
+        cells.setdefault(d.chunk, {})[place[d.role, d.branch, d.index], d.block] = d
+    return Ribbon(
+        passes=tuple(
+            " · ".join(filter(None, (branch, _PASS.get(role, f"step {index}")))) for _, role, branch, index in order
+        ),
+        blocks=max((d.block + 1 for d in decisions), default=0),
+        cells=cells,
+    )
+
+
+def skip_rate(decisions: Iterable[Decision]) -> float | None:
+    """The share of denoising block calls after warm-up that was reused; None without any."""
+    counted = [d.computed for d in decisions if d.role == "denoise" and d.reason != WARM_UP]
+    return counted.count(False) / len(counted) if counted else None
 
 
 def skip_by_block(decisions: Iterable[Decision], blocks: int) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ def method_rows() -> Iterator[tuple[str, ...]]:
         yield (
             name,
             "generations" if policy.lifetime == "stream" else "steps",
-            "the whole model" if policy.level == "model" else repr(policy.spans),
+            {"model": "the whole model", "sublayer": "attention and MLPs"}.get(policy.level, repr(policy.spans)),
             repr(policy.signal) if policy.signal else "–",
             repr(policy.gate),
             repr(policy.predictor) if policy.predictor else "–",

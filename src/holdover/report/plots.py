@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from holdover.report.files import whole
 
 INK = "#7d8590"
-COLOURS = ("#2f81f7", "#e3742f", "#3fa34d", "#a371f7", "#c9445e", "#9a8c2c")
+COLOURS = ("#2f81f7", "#e3742f", "#3fa34d", "#a371f7", "#c9445e", "#9a8c2c", "#1b9aaa", "#d16ba5")
 
 
 def plot_block_skip(path: Path, curves: Mapping[str, NDArray[np.float64]]) -> None:
@@ -50,20 +50,79 @@ def plot_cosine_maps(path: Path, maps: Mapping[str, NDArray[np.float64]]) -> Non
     _save(path, figure)
 
 
-def plot_psnr_over_time(path: Path, curves: Mapping[str, NDArray[np.float64]], *, seconds: float) -> None:
-    """Draw PSNR in dB over time.
+def plot_psnr(path: Path, curves: Mapping[str, Mapping[str, NDArray[np.float64]]], *, fps: float) -> None:
+    """Draw PSNR in dB of each frame ``[T]`` over time, per run one panel and per view of it one line.
 
-    Args:
-        path: ends in ``.png``.
-        curves: per run one value per interval; those of equal pictures (infinite or NaN) are left out.
-        seconds: the length of an interval.
+    Frames of equal pictures (infinite or NaN) are left out; the last view is drawn in bold.
     """
+    figure = Figure(figsize=(6.4, 0.8 + 2.2 * len(curves)), layout="constrained")
+    panels = figure.subplots(len(curves), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (name, views) in zip(panels, curves.items(), strict=True):
+        for colour, (view, values) in zip(_colours(len(views)), views.items(), strict=True):
+            last = view == list(views)[-1]
+            decibels = np.where(np.isfinite(values), values, np.nan)
+            style = {"color": INK, "linewidth": 1.8} if last else {"color": colour, "linewidth": 0.8}
+            axes.plot(np.arange(len(values)) / fps, decibels, label=view, **style)
+        axes.set_title(name, fontsize=9, color=INK)
+        axes.set(ylabel="PSNR, dB")
+        _dress(axes)
+    panels[-1].set(xlabel="seconds")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
+    _save(path, figure)
+
+
+def plot_generations(
+    path: Path,
+    curves: Mapping[str, NDArray[np.float64]],
+    *,
+    label: str,
+    bounds: Mapping[str, NDArray[np.float64]] | None = None,
+) -> None:
+    """Draw a quantity per generation ``[G]``, one line per run; dotted, the bound of the run of that name."""
     figure, axes = _figure(6.4, 3.0)
     for colour, (name, values) in zip(_colours(len(curves)), curves.items(), strict=True):
-        decibels = np.where(np.isfinite(values), values, np.nan)
-        axes.plot((np.arange(len(decibels)) + 0.5) * seconds, decibels, "o-", color=colour, markersize=3, label=name)
-    axes.set(xlabel="seconds", ylabel="PSNR against full compute, dB")
+        axes.plot(values, color=colour, linewidth=1.2, label=name)
+        if bounds and name in bounds:
+            axes.plot(bounds[name], ":", color=colour, linewidth=1.2, label=f"{name}, bound")
+    axes.set(xlabel="generation", ylabel=label)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(path, figure, axes, legend=bool(curves))
+
+
+def plot_reactions(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    """Draw response ratios: per run and event one value for each generation from the event on; 1 is right."""
+    events = list(dict.fromkeys(event for by_event in curves.values() for event in by_event))
+    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(events), squeeze=False, sharey=True)[0]
+    for axes, event in zip(panels, events, strict=True):
+        axes.axhline(1.0, color=INK, linestyle=":", linewidth=1)
+        for colour, (name, by_event) in zip(_colours(len(curves)), curves.items(), strict=True):
+            ratios = [np.nan if ratio is None else ratio for ratio in by_event.get(event, ())]
+            axes.plot(ratios, "o-", color=colour, markersize=5, label=name)
+        axes.set_title(event.replace("_", " "), fontsize=9, color=INK)
+        axes.set(xlabel="generations later", ylim=(min(-0.1, axes.get_ylim()[0]), max(1.3, axes.get_ylim()[1])))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _dress(axes)
+    panels[0].set(ylabel="response ratio")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
+    _save(path, figure)
+
+
+def plot_front(path: Path, points: Mapping[str, Sequence[tuple[str, float, float]]]) -> None:
+    """Draw speed against fidelity: per run ``(scenario, speed-up, PSNR in dB)``, up and to the right is better."""
+    figure, axes = _figure(6.4, 3.6)
+    for colour, (name, found) in zip(_colours(len(points)), points.items(), strict=True):
+        axes.plot([p[1] for p in found], [p[2] for p in found], "o", color=colour, markersize=6, label=name)
+        for scenario, speedup, decibels in found:
+            axes.annotate(
+                scenario, (speedup, decibels), xytext=(5, 3), textcoords="offset points", fontsize=7, color=INK
+            )
+    axes.set(xlabel="speed-up", ylabel="PSNR against full compute, dB")
+    axes.margins(0.15)
+    _finish(path, figure, axes, legend=bool(points))
 
 
 def plot_training(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
@@ -108,11 +167,15 @@ def _tint(axes: Axes) -> None:
         spine.set_color(INK)
 
 
-def _finish(path: Path, figure: Figure, axes: Axes, *, legend: bool) -> None:
+def _dress(axes: Axes) -> None:
     _tint(axes)
     axes.grid(color=INK, alpha=0.2, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_facecolor("none")
+
+
+def _finish(path: Path, figure: Figure, axes: Axes, *, legend: bool) -> None:
+    _dress(axes)
     if legend:
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     _save(path, figure)
@@ -121,4 +184,4 @@ def _finish(path: Path, figure: Figure, axes: Axes, *, legend: bool) -> None:
 def _save(path: Path, figure: Figure) -> None:
     figure.patch.set_alpha(0.0)
     with whole(path) as partial:
-        figure.savefig(partial, dpi=160)
+        figure.savefig(partial, dpi=130)

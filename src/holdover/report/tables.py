@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -53,25 +53,31 @@ def scientific(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def row(scenario: str, policy: dict[str, Any]) -> tuple[str, ...]:
-    """One policy of a demo report in the order of `COLUMNS`."""
-    stitched, reaction = policy["stitched"], policy["reaction"]
+def row(scenario: str, policy: Mapping[str, Any]) -> tuple[str, ...]:
+    """One policy of a report, or a recorded rollout's figures, in the order of `COLUMNS`; unmeasured is a dash."""
+    stitched, reaction = policy["stitched"], policy.get("reaction", {})
     cached = policy["policy"] is not None
-    return (
+    cells = (
         scenario,
         policy["name"],
         decibels(stitched["psnr_db"]) if cached else "reference",
-        f"{stitched['ssim']:.4f}" if cached else "",
-        scientific(stitched["lpips"]) if cached else "",
-        percent(policy["skip"]) if cached else "",
-        f"{policy['dit_ms_per_generation']:.0f}",
-        f"{policy['end_to_end_ms_per_generation']:.0f}",
-        f"{policy['speedup']:.2f}×" if cached else "",
-        f"{policy['speedup_bound']:.2f}×" if cached else "",
-        f"{policy['bytes_held'] / 2**20:.1f}" if cached else "",
-        ratio(reaction["brake"]) if cached else "",
-        ratio(reaction["steer"]) if cached else "",
+        _or_dash(stitched["ssim"], "{:.4f}"),
+        scientific(stitched["lpips"]),
+        percent(policy.get("skip")),
+        _or_dash(policy.get("dit_ms_per_generation"), "{:.0f}"),
+        _or_dash(policy.get("end_to_end_ms_per_generation"), "{:.0f}"),
+        _or_dash(policy.get("speedup"), "{:.2f}×"),
+        _or_dash(policy.get("speedup_bound"), "{:.2f}×"),
+        _or_dash(policy.get("bytes_held", 0) / 2**20, "{:.1f}"),
+        ratio(reaction.get("brake")),
+        ratio(reaction.get("steer")),
     )
+    times = COLUMNS.index("DiT ms"), COLUMNS.index("whole ms")
+    return cells if cached else tuple(cell if i < 3 or i in times else "" for i, cell in enumerate(cells))
+
+
+def _or_dash(value: float | None, pattern: str) -> str:
+    return "–" if value is None else pattern.format(value)
 
 
 def published_row(published: Published) -> tuple[str, ...]:

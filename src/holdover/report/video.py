@@ -1,44 +1,57 @@
-"""Side-by-side videos that browsers play."""
+"""Videos that browsers play, and seek to any frame."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 from holdover.report.files import whole
 
-_GAP = 8  # pixels between the pictures, before scaling
+#: A key frame every so many frames: seeking decodes no more than these.
+GROUP = 6
+_OPTIONS = {"crf": "14", "preset": "veryfast", "g": str(GROUP), "bf": "0"}
+_BT709 = 1
 
 
-def write_side_by_side(path: Path, videos: Sequence[NDArray[np.uint8]], *, fps: int, scale: int = 2) -> None:
-    """Write videos next to each other, left to right, as H.264 in MP4 (yuv420p).
-
-    Args:
-        path: ends in ``.mp4``.
-        videos: ``uint8 [T, height, width, 3]`` each, of one shape.
-        fps: frames per second.
-        scale: by how much the picture is enlarged (Lanczos).
+def frame_rate(fps: float) -> Fraction:
+    """Frames per second as a ratio that a container can hold.
 
     Raises:
-        ValueError: the videos differ in shape.
+        ValueError: it is not a positive number.
     """
-    shapes = {video.shape for video in videos}
-    if len(shapes) != 1:
-        raise ValueError(f"videos of shapes {sorted(shapes)} do not stand side by side; give one or more of one shape")
-    frames, height, width, _ = shapes.pop()
-    gap = np.zeros((height, _GAP, 3), dtype=np.uint8)
-    # yuv420p halves the chroma, so both sides must be even.
-    size = {"width": scale * (len(videos) * (width + _GAP) - _GAP) // 2 * 2, "height": scale * height // 2 * 2}
+    if not 0 < fps < 1000:
+        raise ValueError(f"fps={fps} is not a frame rate; give frames per second")
+    return Fraction(fps).limit_denominator(1001)
+
+
+def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], *, fps: float) -> None:
+    """Write pictures ``[height, width, 3]`` of one even size as H.264 in MP4 (yuv420p, BT.709, constant frame rate).
+
+    Raises:
+        ValueError: there is no picture.
+    """
+    stream = None
     with whole(path) as partial, av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18", "preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = size["width"], size["height"], "yuv420p"
-        for t in range(frames):
-            row = [part for video in videos for part in (gap, video[t])][1:]
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.concatenate(row, axis=1)), format="rgb24")
-            container.mux(stream.encode(picture.reformat(**size, format="yuv420p", interpolation="LANCZOS")))
+        for picture in pictures:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=frame_rate(fps), options=_OPTIONS)
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                # Told, so that no browser has to guess which matrix turns it back into RGB.
+                context = stream.codec_context
+                context.colorspace = context.color_primaries = context.color_trc = _BT709
+                context.color_range = ColorRange.MPEG
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            frame.colorspace = _BT709
+            container.mux(stream.encode(frame))
+        if stream is None:
+            raise ValueError(f"{path} would have no picture; give at least one")
         container.mux(stream.encode())

@@ -1,0 +1,158 @@
+"""The decisions of a run: in the terminal, as a table, and as a trace for Perfetto or chrome://tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.csv
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from holdover.engine.trace import Decision
+from holdover.report.decisions import CATEGORIES, category, ribbon, skip_rate
+from holdover.report.files import whole, write_json
+from holdover.report.run_dir import Generation, decision_table, write_table
+from holdover.report.run_read import Recorded
+from holdover.report.tables import percent
+
+_arrow: Any = pyarrow
+_csv: Any = pyarrow.csv
+
+SUFFIXES = (".parquet", ".csv", ".json")
+STYLES = {"computed": "dark_orange3", "reused": "green", "anchor": "grey50", "protected": "blue", "warm-up": "magenta"}
+#: Names of chrome://tracing's palette; Perfetto colours a slice by its name, which is its reason.
+_CHROME = {
+    "computed": "bad",
+    "reused": "good",
+    "anchor": "grey",
+    "protected": "vsync_highlight_color",
+    "warm-up": "yellow",
+}
+#: On the trace's clock a reused block takes this share of a computed one: enough to be seen.
+_REUSED_WIDTH = 0.1
+
+
+def print_ribbons(rollouts: Sequence[Recorded], console: Console) -> None:
+    """Print every generation of every rollout: one coloured block for each block of each step."""
+    legend = Text("  ".join(CATEGORIES))
+    for name, style in STYLES.items():
+        legend.highlight_words([name], f"bold {style}")
+    console.print(legend)
+    for rollout in _decided(rollouts):
+        decisions = rollout.decisions or ()
+        console.print(f"\n{rollout.about.scenario} / {rollout.about.name}: {percent(skip_rate(decisions))} skipped")
+        laid = ribbon(decisions)
+        wide = len(laid.passes) * (laid.blocks + 1) + 12 > console.width
+        for chunk, cells in laid.cells.items():
+            line = Text(f"{chunk:5} ")
+            for row in range(len(laid.passes)):
+                line.append("\n      " if wide and row else " ")
+                for block in range(laid.blocks):
+                    decision = cells.get((row, block))
+                    line.append("■" if decision else " ", STYLES[category(decision)] if decision else "")
+            console.print(line, soft_wrap=True)
+
+
+def print_generation(rollouts: Sequence[Recorded], chunk: int, console: Console) -> None:
+    """Print every decision of one generation with its reason and scores.
+
+    Raises:
+        ValueError: no rollout has such a generation.
+    """
+    found = [(r, [d for d in r.decisions or () if d.chunk == chunk]) for r in _decided(rollouts)]
+    if not any(decisions for _, decisions in found):
+        raise ValueError(f"generation={chunk}: no decision was recorded for it; leave it out to see those there are")
+    for rollout, decisions in found:
+        scores = sorted({name for d in decisions for name in d.scores})
+        table = Table("role", "branch", "step", "block", "reason", *scores, title_justify="left")
+        table.title = f"{rollout.about.scenario} / {rollout.about.name}, generation {chunk}"
+        for d in decisions:
+            values = (f"{d.scores[name]:.6g}" if name in d.scores else "" for name in scores)
+            reason = Text(d.reason, STYLES[category(d)])
+            table.add_row(d.role, d.branch, str(d.index), str(d.block), reason, *values)
+        console.print(table)
+
+
+def export(rollouts: Sequence[Recorded], path: Path) -> None:
+    """Write the decisions to a file: ``.parquet`` or ``.csv``, a row each, or ``.json``, a Chrome trace.
+
+    Raises:
+        ValueError: the suffix is another.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}; name the format by the suffix")
+    decided = list(_decided(rollouts))
+    if path.suffix == ".json":
+        write_json(path, {"traceEvents": list(_events(decided)), "displayTimeUnit": "ms"})
+        return
+    tables = []
+    for rollout in decided:
+        table = decision_table(rollout.decisions or ())
+        for column, value in (("rollout", rollout.about.name), ("scenario", rollout.about.scenario)):
+            table = table.add_column(0, column, [[value] * len(table)])
+        tables.append(table)
+    joined = _arrow.concat_tables(tables, promote_options="default")
+    if path.suffix == ".parquet":
+        write_table(path, joined)
+    else:
+        with whole(path) as partial:
+            _csv.write_csv(joined, partial)
+
+
+def _decided(rollouts: Sequence[Recorded]) -> Iterator[Recorded]:
+    """Rollouts with decisions.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [rollout for rollout in rollouts if rollout.decisions]
+    if not found:
+        raise ValueError("no rollout with decisions; full compute takes none")
+    yield from found
+
+
+def _events(rollouts: Sequence[Recorded]) -> Iterator[dict[str, Any]]:
+    """Chrome trace events: each rollout a process; a generation holds its passes, a pass its blocks.
+
+    Generations begin and end when they did. Within one, nobody measured single blocks: computed ones share its time
+    equally, reused ones are drawn a tenth as long.
+    """
+    for pid, rollout in enumerate(rollouts):
+        name = f"{rollout.about.scenario} / {rollout.about.name}"
+        yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
+        by_chunk: dict[int, list[Decision]] = {}
+        for decision in rollout.decisions or ():
+            by_chunk.setdefault(decision.chunk, []).append(decision)
+        known = {generation.chunk: generation for generation in rollout.generations or ()}
+        start = 0.0
+        for chunk, decisions in by_chunk.items():
+            generation = known.get(chunk, Generation(chunk=chunk, frames=0, seconds=1e-3 * len(decisions)))
+            length = 1e6 * generation.seconds
+            args = {"action": list(generation.action or ()), "skip": skip_rate(decisions)}
+            yield _slice(pid, f"generation {chunk}", start, length, args)
+            yield from _passes(pid, decisions, start, length)
+            start += length
+
+
+def _passes(pid: int, decisions: Sequence[Decision], start: float, length: float) -> Iterator[dict[str, Any]]:
+    weights = [1.0 if d.computed else _REUSED_WIDTH for d in decisions]
+    unit = length / sum(weights)
+    passes: dict[tuple[str, str, int], list[tuple[Decision, float]]] = {}
+    for decision, weight in zip(decisions, weights, strict=True):
+        passes.setdefault((decision.role, decision.branch, decision.index), []).append((decision, weight * unit))
+    for (role, branch, index), blocks in passes.items():
+        name = f"step {index}" if role == "denoise" else role.replace("_", " ")
+        yield _slice(pid, f"{branch} {name}".strip(), start, sum(width for _, width in blocks), {})
+        for decision, width in blocks:
+            args = {"block": decision.block, "slot": decision.slot, **decision.scores}
+            yield {**_slice(pid, decision.reason, start, width, args), "cname": _CHROME[category(decision)]}
+            start += width
+
+
+def _slice(pid: int, name: str, start: float, length: float, args: dict[str, Any]) -> dict[str, Any]:
+    """A complete event; times in microseconds."""
+    return {"ph": "X", "name": name, "cat": "cache", "pid": pid, "tid": 0, "ts": start, "dur": length, "args": args}
