@@ -10,7 +10,7 @@ Shape suffixes as in `holdover.world.transformer`, and S for the denoising passe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -349,9 +349,8 @@ def _forward(
     steps = [
         {"stream": loop.stream, "chunk": loop.generation, **each} for loop, each in zip(loops, fields, strict=True)
     ]
-    if first.cache is None:
-        within = nullcontext()
-    else:
+    within: AbstractContextManager[None] = nullcontext()
+    if first.cache is not None:
         within = first.cache.step(**steps[0]) if alone else first.cache.step(rows=[Step(**step) for step in steps])
     with within:
         started = perf_counter()

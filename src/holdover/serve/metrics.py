@@ -1,0 +1,40 @@
+"""What Prometheus reads at ``/metrics``."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
+
+
+class Metrics:
+    """The figures of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        self.first_frame = Histogram(
+            "holdover_first_frame_seconds",
+            "From a session's creation to its first frames.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.generation = Histogram(
+            "holdover_generation_seconds", "Of a batch of generations.", buckets=_SECONDS, registry=registry
+        )
+        self.latency = Histogram(
+            "holdover_action_to_frame_seconds",
+            "From an action's arrival to its frames.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.misses = Counter("holdover_deadline_misses", "Generations made after their deadline.", registry=registry)
+        self.failures = Counter("holdover_failed_generations", "Generations that raised.", registry=registry)
+        self.calls = Counter("holdover_block_calls", "Calls of the model's blocks.", ["outcome"], registry=registry)
+        self.batch = Histogram(
+            "holdover_batch_sessions", "Sessions of a batch.", buckets=(1, 2, 4, 8, 16, 32), registry=registry
+        )
+        self.sessions = Gauge("holdover_sessions", "Sessions.", ["state"], registry=registry)
+        self.bytes = Gauge("holdover_bytes", "Bytes of sessions and snapshots in memory.", registry=registry)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)

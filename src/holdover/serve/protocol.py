@@ -1,0 +1,198 @@
+"""What goes over the wire: msgpack messages of the stream, JSON bodies of the REST calls."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from holdover.engine.trace import Decision
+
+#: How a frame is coded: ``webp`` is lossless here, ``jpeg`` small.
+ImageFormat = Literal["jpeg", "webp"]
+#: ``lockstep``: an action makes a generation. ``realtime``: one is made every period while someone reads, under the
+#: newest action.
+Mode = Literal["lockstep", "realtime"]
+
+#: Bytes of a message from a client; nothing it may say is longer.
+MAX_MESSAGE = 16 * 1024
+_MAX_SEQUENCE = 2**53
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ActionMessage(Message):
+    """The newest command. Of several that arrive before a generation begins, the newest wins."""
+
+    type: Literal["action"]
+    seq: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE, description="Grows with every action; others are ignored.")]
+    action: Annotated[
+        list[Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]],
+        Field(min_length=1, max_length=64, description="Normalised: for driving, speed and curvature."),
+    ]
+
+
+class AckMessage(Message):
+    """The client has this generation and all before it. At most a few may be unacknowledged: then the video waits."""
+
+    type: Literal["ack"]
+    generation: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE)]
+
+
+class PolicyMessage(Message):
+    """Go on under another policy, from the next generation on."""
+
+    type: Literal["policy"]
+    policy: Annotated[str, Field(max_length=64)]
+
+
+class Hello(Message):
+    """The first message of a connection."""
+
+    type: Literal["hello"] = "hello"
+    session: str
+    resumes_at: Annotated[int, Field(description="The first generation that will come.")]
+    seq: Annotated[int, Field(description="The newest action sequence number seen, -1 for none.")]
+    policy: str
+    policies: list[str]
+    cameras: dict[str, tuple[int, int]]
+    fps: int
+    frames: Annotated[int, Field(description="Video frames of a generation.")]
+    action_dims: int
+
+
+class GenerationMessage(Message):
+    """One generation."""
+
+    type: Literal["generation"] = "generation"
+    index: int
+    seq: Annotated[int, Field(description="The action it was made under.")]
+    policy: str
+    format: ImageFormat
+    frames: Annotated[dict[str, list[bytes]], Field(description="Per camera its coded frames.")]
+    decisions: Annotated[Decisions, Field(description="Why each block of each pass was computed, or that it was not.")]
+    milliseconds: float
+    latency_ms: Annotated[float, Field(description="From the action's arrival.")]
+    late: Annotated[bool, Field(description="Made after its deadline, one period after the action or the last one.")]
+    batch: Annotated[int, Field(description="Sessions made together.")]
+
+
+class Decisions(Message):
+    """``grid[pass][block]`` counts into ``reasons``; KV updates, always computed, are left out."""
+
+    reasons: list[str]
+    grid: list[list[int]]
+
+
+class ErrorMessage(Message):
+    """Something was refused or failed; the session is as it was."""
+
+    type: Literal["error"] = "error"
+    code: Literal["invalid", "stale", "failed"]
+    detail: str
+
+
+GenerationMessage.model_rebuild()
+
+ClientMessage = Annotated[ActionMessage | AckMessage | PolicyMessage, Field(discriminator="type")]
+ServerMessage = Annotated[Hello | GenerationMessage | ErrorMessage, Field(discriminator="type")]
+_CLIENT: TypeAdapter[ActionMessage | AckMessage | PolicyMessage] = TypeAdapter(ClientMessage)
+
+
+def pack(message: Message) -> bytes:
+    packed: bytes = msgpack.packb(message.model_dump())
+    return packed
+
+
+def parse(data: bytes) -> ActionMessage | AckMessage | PolicyMessage:
+    """A client's message.
+
+    Raises:
+        ValueError: it is not msgpack, or not a message of the protocol; says in one line what is wrong.
+    """
+    if len(data) > MAX_MESSAGE:
+        raise ValueError(f"a message of {len(data)} bytes: at most {MAX_MESSAGE} are read")
+    try:
+        fields = msgpack.unpackb(
+            data, max_array_len=64, max_map_len=8, max_str_len=64, max_bin_len=0, max_ext_len=0, strict_map_key=True
+        )
+    except Exception as error:  # msgpack raises a dozen kinds, RecursionError and UnicodeDecodeError among them
+        raise ValueError(f"not msgpack of this protocol: {type(error).__name__}") from None
+    try:
+        return _CLIENT.validate_python(fields)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'message'}: {e['msg']}" for e in error.errors())[:500]
+        ) from None
+
+
+def encode_frames(frames: Mapping[str, NDArray[np.uint8]], form: ImageFormat) -> dict[str, list[bytes]]:
+    """Per camera every frame of ``uint8 [T, height, width, 3]``, coded."""
+    return {camera: [_coded(frame, form) for frame in video] for camera, video in frames.items()}
+
+
+def _coded(frame: NDArray[np.uint8], form: ImageFormat) -> bytes:
+    buffer, options = io.BytesIO(), {"lossless": True, "method": 0} if form == "webp" else {"quality": 90}
+    Image.fromarray(frame).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def decision_grid(decisions: Sequence[Decision]) -> Decisions:
+    """The denoising passes' decisions as a grid."""
+    reasons: dict[str, int] = {}
+    grid: dict[int, dict[int, int]] = {}
+    for d in decisions:
+        if d.role == "denoise":
+            grid.setdefault(d.index, {})[d.block] = reasons.setdefault(d.reason, len(reasons))
+    return Decisions(reasons=list(reasons), grid=[[row[b] for b in sorted(row)] for _, row in sorted(grid.items())])
+
+
+class NewSession(BaseModel):
+    """What to drive."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scenario: Annotated[str | None, Field(max_length=64, description="By default the first that there is.")] = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    policy: Annotated[str | None, Field(max_length=64, description="By default the first that there is.")] = None
+    format: ImageFormat = "jpeg"
+    mode: Mode = "lockstep"
+
+
+class SessionInfo(BaseModel):
+    """A session."""
+
+    id: str
+    scenario: str
+    seed: int
+    policy: str
+    format: ImageFormat
+    mode: Mode
+    generation: Annotated[int, Field(description="The number of the next generation.")]
+    seconds: Annotated[float, Field(description="Of video so far.")]
+    connected: bool
+    parked: Annotated[bool, Field(description="On disk until it is wanted again.")]
+    bytes: int
+
+
+class SnapshotInfo(BaseModel):
+    """A snapshot."""
+
+    id: str
+    session: str
+    generation: int
+    bytes: int
+
+
+class Detail(BaseModel):
+    """Why a call was refused."""
+
+    detail: str

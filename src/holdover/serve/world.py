@@ -1,0 +1,189 @@
+"""One world model behind many sessions: each under a policy of its own, many of them in one forward pass."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdover.engine.attach import Cache, attach
+from holdover.engine.contract import Policy
+from holdover.engine.slots import find_blocks
+from holdover.engine.snapshot import model_digest
+from holdover.engine.trace import Decision
+from holdover.policies.registry import policy as policy_by_name
+from holdover.rollout.driver import LoopConfig, advance, batches
+from holdover.rollout.scenarios import KINDS, load_scenario
+from holdover.world.latents import unpatchify
+from holdover.world.transformer import WorldModel
+
+if TYPE_CHECKING:
+    from holdover.serve.session import WorldSession
+
+#: The policies a world offers unless told otherwise; the first is the default, because it heeds every action.
+POLICIES = ("xcache_reactive", "xcache", "never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a video begins: clean latents ``[1, F, N, P]``, whole windows, and their actions ``[1, F, A]``."""
+
+    latents: Tensor
+    actions: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a session made of one action.
+
+    Attributes:
+        index: the number of the generation, from 0 at the reset.
+        frames: per camera ``uint8 [T, height, width, 3]``.
+        decisions: of every block of its passes.
+        exact: whether every block was computed.
+        seconds: of the batch it was made in.
+        batch: sessions in that batch.
+    """
+
+    index: int
+    frames: Mapping[str, NDArray[np.uint8]]
+    decisions: Sequence[Decision]
+    exact: bool
+    seconds: float
+    batch: int
+
+
+class World:
+    """A world model that sessions share. For use by one thread.
+
+    Args:
+        model: in evaluation mode; it is not changed, copies that share its weights are.
+        starts: by name what sessions may begin with, on the model's device.
+        policies: by name what sessions may run under, the first by default.
+        loop: how generations follow each other.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        starts: Mapping[str, Start],
+        *,
+        policies: Mapping[str, Policy] | None = None,
+        loop: LoopConfig | None = None,
+    ) -> None:
+        if not starts:
+            raise ValueError("starts is empty; give a world at least one scenario to start from")
+        if policies is not None and not policies:
+            raise ValueError("policies is empty; give at least one, such as {'never': holdover.never()}")
+        self.model, self.starts = model, dict(starts)
+        self.policies = dict(policies or {name: policy_by_name(name) for name in POLICIES})
+        self.loop = loop or LoopConfig(commit="last_full")
+        self.digest = model_digest(find_blocks(model, [model]))
+        self._lanes: dict[str, tuple[WorldModel, Cache]] = {}
+        self._freed: list[int] = []
+        self._numbers = itertools.count()
+
+    @property
+    def default_policy(self) -> str:
+        return next(iter(self.policies))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head.weight.device
+
+    def lane(self, policy: str) -> tuple[WorldModel, Cache]:
+        """The model under a policy, and its cache.
+
+        Raises:
+            ValueError: the world does not offer this policy.
+        """
+        if policy not in self.policies:
+            raise ValueError(f"policy {policy!r} is not one of {', '.join(self.policies)}")
+        if policy not in self._lanes:
+            weights = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+            twin = copy.deepcopy(self.model, weights)
+            self._lanes[policy] = twin, attach(twin, self.policies[policy])
+        return self._lanes[policy]
+
+    def stream(self) -> str:
+        """A name for a session's streams: the lowest free one, so that what is counted per name stays bounded."""
+        return str(heapq.heappop(self._freed) if self._freed else next(self._numbers))
+
+    def free(self, stream: str) -> None:
+        heapq.heappush(self._freed, int(stream))
+
+    def advance(
+        self, sessions: Sequence[WorldSession], actions: Sequence[Sequence[float] | Tensor]
+    ) -> list[Generation | Exception]:
+        """One generation of every session, as many of them in one forward pass as go together.
+
+        Each completes, or leaves its session as it was and gives its error; one that fails does not stop the others.
+
+        Raises:
+            ValueError: an action is not the numbers the model takes; nothing has been generated then.
+        """
+        commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
+        results: dict[int, Generation | Exception] = {}
+        for members in batches([session.loop for session in sessions]):
+            made = self._advance([sessions[n] for n in members], [commands[n] for n in members])
+            results |= zip(members, made, strict=True)
+        return [results[n] for n in range(len(sessions))]
+
+    def _advance(self, sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[Generation | Exception]:
+        cache, started = self.lane(sessions[0].policy)[1], perf_counter()
+        kept = [session.keep() for session in sessions]
+        try:
+            pieces = advance([session.loop for session in sessions], commands)
+            frames = [list(self._frames(piece.latents)) for piece in pieces]
+        except BaseException as error:
+            for session, state in zip(sessions, kept, strict=True):
+                session.put_back(state)
+            cache.trace.clear()
+            if not isinstance(error, Exception):
+                raise
+            if len(sessions) == 1:
+                return [error]
+            # Whose fault it was is not known: each for itself.
+            return [self._advance([one], [command])[0] for one, command in zip(sessions, commands, strict=True)]
+        decisions: dict[str, list[Decision]] = {}
+        for decision in cache.trace:
+            decisions.setdefault(decision.stream, []).append(decision)
+        cache.trace.clear()
+        seconds = perf_counter() - started
+        results: list[Generation | Exception] = []
+        for session, piece, views in zip(sessions, pieces, frames, strict=True):
+            session.commit()
+            results.append(
+                Generation(
+                    index=session.generation - 1,
+                    frames=dict(views),
+                    decisions=decisions.get(session.loop.stream, []),
+                    exact=piece.exact,
+                    seconds=seconds,
+                    batch=len(sessions),
+                )
+            )
+        return results
+
+    def _frames(self, latents: Tensor) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        for camera, video in unpatchify(latents, self.model.config).items():
+            yield camera, video[0].cpu().numpy()
+
+
+def load_starts(model: WorldModel, scenarios: Sequence[str] = KINDS) -> dict[str, Start]:
+    """The starts of the shipped clips, for a model of the shipped cameras."""
+    device = model.head.weight.device
+    starts = {}
+    for name in scenarios:
+        scenario = load_scenario(f"{name}-steady", model.config, generations=1)
+        starts[name] = Start(latents=scenario.start.to(device), actions=scenario.start_actions.to(device))
+    return starts
