@@ -34,6 +34,12 @@ _EXTRAS = {
     "skimage": "report",
     "matplotlib": "report",
     "jinja2": "report",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "websockets": "serve",
+    "msgpack": "serve",
+    "PIL": "serve",
+    "prometheus_client": "serve",
 }
 
 Model = Annotated[Path | None, typer.Option(help="A checkpoint. By default the shipped one.")]
@@ -105,6 +111,39 @@ def calibrate(
             loop = world_loop(world_model, steps=steps, generations=generations, seed=seed, clips=clips)
         figures = run_calibration(calibrated, loop, out, degree=degree, branch=branch)
         typer.echo(json.dumps(figures))
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Where to listen; other than localhost it takes --tokens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    tokens: Annotated[Path | None, typer.Option(help="A file of bearer tokens, one a line.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="To offer, the first by default; may be repeated.")] = None,
+    folder: Annotated[Path, typer.Option(help="For sessions nobody watches, and snapshots.")] = Path("runs/serve"),
+    sessions: Annotated[int, typer.Option(help="At most, of all users.")] = 64,
+    max_bytes: Annotated[int, typer.Option(help="Of sessions and snapshots in memory.")] = 4 * 2**30,
+    durable: Annotated[bool, typer.Option(help="Write each session after every generation.")] = False,
+    model: Model = None,
+) -> None:
+    """Serve the world model: sessions over HTTP and WebSocket, and a page to drive on."""
+    with _plain_errors():
+        import holdover
+        from holdover.serve.access import read_tokens
+        from holdover.serve.seats import Limits
+        from holdover.serve.server import serve as run
+        from holdover.serve.world import World, load_starts
+
+        loaded = _load(model)[0]
+        chosen = {name: holdover.policy(name) for name in policy} if policy else None
+        run(
+            World(loaded, load_starts(loaded), policies=chosen),
+            host=host,
+            port=port,
+            tokens=read_tokens(tokens) if tokens else None,
+            limits=Limits(sessions=sessions, max_bytes=max_bytes),
+            folder=folder,
+            durable=durable,
+        )
 
 
 @app.command()
