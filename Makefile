@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test simulator clean
+.PHONY: install demo test browser simulator clean
 
 install: .venv/.installed
 
@@ -21,6 +21,12 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Only needed to test pages in a browser: Chromium, and what drives it. Without it these tests are skipped.
+browser: install
+	command -v chromium > /dev/null || { apt-get update --quiet --quiet && \
+		apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 
 # Only needed to record new clips: Panda3D and an OpenGL driver that renders without a screen.
 simulator: install
