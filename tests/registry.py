@@ -8,20 +8,25 @@ from typing import Any
 
 import holdover
 from tests.naive.bwcache import BWCache
+from tests.naive.deepcache import DeepCache
 from tests.naive.delta_dit import DeltaDiT
 from tests.naive.dicache import DiCache
 from tests.naive.easycache import EasyCache
+from tests.naive.fastercache import FasterCache
 from tests.naive.fbcache import FBCache
 from tests.naive.fixed_interval import FixedInterval
+from tests.naive.flowcache import FlowCache
 from tests.naive.magcache import MagCache
 from tests.naive.never import Never
+from tests.naive.pab import PAB
 from tests.naive.taylorseer import TaylorSeer
 from tests.naive.teacache import TeaCache
+from tests.naive.toca import ToCa
 from tests.naive.worldcache_htc import WorldCacheHTC
 from tests.naive.worldcache_pcd import WorldCachePCD
 from tests.naive.xcache import XCache
 from tests.naive.xcache_reactive import XCacheReactive
-from tests.toy import BLOCKS, FEW, GROUPS, MANY, ToyLoop
+from tests.toy import BLOCKS, FEW, GROUPS, MANY, StaggeredLoop, ToyLoop
 
 TOY_GROUPS = [(group.views, group.height, group.width) for group in GROUPS]
 
@@ -35,13 +40,17 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     sigmas: tuple[float, ...] = FEW
     known: dict[str, Any] = field(default_factory=dict)
+    branches: tuple[str, ...] = ("",)
+    loops: type[ToyLoop] = ToyLoop
+    #: How far outputs may be from the twin's, relative and absolute, where the two do not add in the same order.
+    tolerance: float = 0.0
 
     def policy(self) -> holdover.Policy:
         return holdover.policy(self.name, **self.options)
 
     def loop(self, **fields: Any) -> ToyLoop:
         """What it runs in: methods that look from step to step need more than a few."""
-        return ToyLoop(sigmas=self.sigmas, **fields)
+        return self.loops(**{"sigmas": self.sigmas, "branches": self.branches} | fields)
 
     def naive(self) -> Any:
         return self.twin(**self.known, **self.options)
@@ -57,8 +66,8 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Name and options, but for calibrated numbers, one per step."""
-        shown = {key: value for key, value in self.options.items() if key != "ratios"}
+        """Name and options, but for calibrated numbers, one per step, and token grids."""
+        shown = {key: value for key, value in self.options.items() if key not in ("ratios", "grids")}
         return "-".join([self.name, *(f"{key}={value}" for key, value in shown.items())])
 
 
@@ -83,6 +92,20 @@ def pcd(**options: Any) -> Case:
     return Case("worldcache_pcd", WorldCachePCD, options, MANY, {"blocks": BLOCKS, "groups": TOY_GROUPS})
 
 
+def flow(**options: Any) -> Case:
+    """FlowCache is for chunks in flight at staggered noise levels."""
+    return replace(many("flowcache", FlowCache, **options), loops=StaggeredLoop)
+
+
+def faster(**options: Any) -> Case:
+    case = many("fastercache", FasterCache, grids=GROUPS, **options)
+    return replace(case, branches=("cond", "uncond"), tolerance=1e-5)
+
+
+def toca(**options: Any) -> Case:
+    return replace(many("toca", ToCa, **options), tolerance=1e-5)
+
+
 #: What calibration gives for a model that keeps to MagCache's law: ratios fall slowly, at the end steeply.
 RATIOS = tuple(1 - 0.008 - 0.1 * (n / 23) ** 8 for n in range(24))
 
@@ -102,6 +125,11 @@ DEFAULTS = [
     many("easycache", EasyCache, threshold=0.06),  # of 0.025, the default, a step of the toy is on the very edge
     many("bwcache", BWCache),
     many("magcache", MagCache, ratios=RATIOS),
+    flow(threshold=0.1),  # of 0.01, the default, the toy moves more in any step
+    faster(),
+    many("pab", PAB),
+    toca(),
+    many("deepcache", DeepCache),
 ]
 
 #: Options under which the gate never opens.
@@ -120,6 +148,11 @@ CLOSED = [
     many("easycache", EasyCache, threshold=0.0),
     many("bwcache", BWCache, threshold=0.0),
     many("magcache", MagCache, ratios=RATIOS, threshold=0.0),
+    flow(threshold=0.0),
+    faster(retain=1.0),
+    many("pab", PAB, start=1.0, stop=1.0),
+    toca(retain=1.0),
+    many("deepcache", DeepCache, retain=1.0),
 ]
 
 #: Every option away from its default.
@@ -159,4 +192,13 @@ VARIED = [
     many("bwcache", BWCache, run=0.2),
     many("magcache", MagCache, ratios=RATIOS, threshold=0.2, max_skips=2, retain=1, protection="generation"),
     many("magcache", MagCache, ratios=(1.02,) * 24, max_skips=9),
+    flow(threshold=0.3, retain=0.2, protection="generation"),
+    replace(flow(threshold=0.2, retain=3), loops=ToyLoop),
+    faster(every=3, low=0.8, high=1.5, switch=0.7, retain=2, protection="generation"),
+    replace(faster(every=2, branch="a", guide="b"), branches=("b", "a")),
+    many("pab", PAB, spatial=1, temporal=3, cross=2, start=0.3, stop=1.0, protection="generation"),
+    many("pab", PAB, start=0.0),
+    toca(every=3, fresh=0.3, age=2.0, retain=0.2, protection="generation"),
+    toca(every=6, fresh=0.02, age=0.0),
+    many("deepcache", DeepCache, every=2, shallow=0, retain=3, protection="generation"),
 ]

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdover import Slot, ViewGroup
+from holdover.engine.slots import Kind
 
 GROUPS = (ViewGroup("front", 1, 4, 6), ViewGroup("side", 2, 3, 4))
 PER_FRAME = sum(group.tokens for group in GROUPS)
 WINDOW, DIM, CHANNELS, BLOCKS = 4, 32, 6, 4
+#: What the blocks' attention is declared to be.
+KINDS: tuple[Kind, ...] = ("spatial", "temporal", "cross", "spatial")
 #: Of a few-step and of a multi-step sampler.
 FEW = (1.0, 0.9375, 0.8333, 0.625)
 MANY = tuple(1 - n / 24 for n in range(24))
@@ -25,24 +28,32 @@ Runner = Callable[[dict[str, Any], Callable[..., Tensor]], Tensor]
 KV = dict[int, tuple[Tensor, Tensor]]
 
 
-class ToyBlock(nn.Module):
+class ToyAttention(nn.Module):
     def __init__(self, index: int) -> None:
         super().__init__()
         self.index = index
         self.qkv = nn.Linear(DIM, 3 * DIM)
         self.out = nn.Linear(DIM, DIM)
-        self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
 
-    def forward(self, hidden_states: Tensor, modulation: Tensor, kv: KV | None = None, write: bool = False) -> Tensor:
-        x = self.modulated(hidden_states, modulation)
+    def forward(self, x: Tensor, kv: KV | None = None, write: bool = False) -> Tensor:
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, DIM // 2).permute(2, 0, 3, 1, 4)
         own = k, v
         if kv is not None and self.index in kv:
             k, v = torch.cat([kv[self.index][0], k], 2), torch.cat([kv[self.index][1], v], 2)
         if kv is not None and write:
             kv[self.index] = own
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        y = hidden_states + self.out(attended)
+        attended: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return attended
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.attention = ToyAttention(index)
+        self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+
+    def forward(self, hidden_states: Tensor, modulation: Tensor, kv: KV | None = None, write: bool = False) -> Tensor:
+        y = hidden_states + self.attention(self.modulated(hidden_states, modulation), kv, write=write)
         return y + self.mlp(F.layer_norm(y, (DIM,)))
 
     def modulated(self, hidden_states: Tensor, modulation: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -64,6 +75,14 @@ class Compute:
 
     def modulated(self, x: Tensor) -> Tensor:
         return self.block.modulated(x, self.modulation)
+
+    def attention(self, x: Tensor) -> Tensor:
+        attended: Tensor = self.block.attention(x, self.kv, write=self.write)
+        return attended
+
+    def mlp(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block.mlp(x)
+        return y
 
 
 class ToyModel(nn.Module):
@@ -103,7 +122,10 @@ class ToyModel(nn.Module):
         return torch.tanh(self.head(h))
 
     def holdover_slots(self) -> list[Slot]:
-        return [Slot(f"blocks.{index}", taps={"modulated": ToyBlock.modulated}) for index in range(BLOCKS)]
+        slots = [Slot(f"blocks.{index}", taps={"modulated": ToyBlock.modulated}) for index in range(BLOCKS)]
+        for index, kind in enumerate(KINDS):
+            slots += [Slot(f"blocks.{index}.attention", kind=kind), Slot(f"blocks.{index}.mlp", kind="mlp")]
+        return slots
 
     def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
         return GROUPS
@@ -143,33 +165,50 @@ class ToyLoop:
         for index, sigma in enumerate(self.sigmas):
             clean[:, : known.shape[1]] = known
             noisy = (1 - sigma) * clean + sigma * self.noise[min(index, len(self.noise) - 1)]
-            outputs = []
-            for n, branch in enumerate(self.branches):
-                fields = {
-                    "stream": self.stream,
-                    "branch": branch,
-                    "chunk": self.generation,
-                    "index": index,
-                    "num_steps": len(self.sigmas),
-                    "sigma": sigma,
-                    "action": action,
-                    "condition": condition,
-                    "commits": position == 0,
-                }
-                outputs.append(self._run(model, runner, fields, noisy, n, sigma, command, condition))
-            clean = outputs[0] if len(outputs) == 1 else outputs[1] + 1.5 * (outputs[0] - outputs[1])
+            clean = self._denoise(model, runner, self.generation, index, noisy, action, condition)
         if position == 0:
             self.committed, self.committed_action = clean.clone(), command
         self.emitted.append(clean[:, position * PER_FRAME : (position + 1) * PER_FRAME].clone())
         if position == WINDOW - 1:
             assert self.committed is not None
             assert self.committed_action is not None
-            for n, branch in enumerate(self.branches):
-                fields = {"stream": self.stream, "branch": branch, "chunk": self.generation, "role": "kv_update"}
-                arguments = (self.committed, n, 0.0, self.committed_action, condition)
-                self._run(model, runner, fields, *arguments, write=True)
+            self._commit(model, runner, self.generation, self.committed, self.committed_action, condition)
         self.generation += 1
         return self.emitted[-1]
+
+    def _denoise(
+        self,
+        model: ToyModel,
+        runner: Runner,
+        chunk: int,
+        index: int,
+        noisy: Tensor,
+        action: tuple[float, float],
+        condition: float,
+    ) -> Tensor:
+        """One step, all branches: the clean latents."""
+        sigma, outputs = self.sigmas[index], []
+        for n, branch in enumerate(self.branches):
+            fields = {
+                "stream": self.stream,
+                "branch": branch,
+                "chunk": chunk,
+                "index": index,
+                "num_steps": len(self.sigmas),
+                "sigma": sigma,
+                "action": action,
+                "condition": condition,
+                "commits": chunk % WINDOW == 0,
+            }
+            outputs.append(self._run(model, runner, fields, noisy, n, sigma, torch.tensor([action]), condition))
+        return outputs[0] if len(outputs) == 1 else outputs[1] + 1.5 * (outputs[0] - outputs[1])
+
+    def _commit(
+        self, model: ToyModel, runner: Runner, chunk: int, clean: Tensor, action: Tensor, condition: float
+    ) -> None:
+        for n, branch in enumerate(self.branches):
+            fields = {"stream": self.stream, "branch": branch, "chunk": chunk, "role": "kv_update"}
+            self._run(model, runner, fields, clean, n, 0.0, action, condition, write=True)
 
     def _run(
         self,
@@ -186,6 +225,47 @@ class ToyLoop:
         kv = self.kv.setdefault(self.branches[branch], {})
         arguments = {"sigma": sigma, "action": action, "condition": condition - branch, "kv": kv, "write": write}
         return runner(fields, lambda model=model, **more: model(x, **arguments, **more))
+
+
+@dataclass
+class Flight:
+    """A chunk in flight."""
+
+    noise: Tensor
+    clean: Tensor
+    action: tuple[float, float]
+    index: int = 0
+
+
+@dataclass
+class StaggeredLoop(ToyLoop):
+    """One stream with three chunks of one frame in flight, a third of their steps apart, which take turns.
+
+    Each generation opens one and brings the oldest to its end; every fourth is committed then.
+    """
+
+    sigmas: tuple[float, ...] = MANY
+    flights: dict[int, Flight] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def step(self, model: ToyModel, action: tuple[float, float], runner: Runner, condition: float = 0.0) -> Tensor:
+        """Open a chunk and go on with all; the oldest as it is then, ``[1, PER_FRAME, CHANNELS]``."""
+        source = torch.Generator().manual_seed(1000 * self.seed + self.generation)
+        noise = torch.randn(1, PER_FRAME, CHANNELS, generator=source)
+        self.flights[self.generation] = Flight(noise, torch.zeros_like(noise), action)
+        self.generation += 1
+        for _ in range(len(self.sigmas) // 3):
+            for chunk, flight in self.flights.items():
+                sigma = self.sigmas[flight.index]
+                noisy = (1 - sigma) * flight.clean + sigma * flight.noise
+                flight.clean = self._denoise(model, runner, chunk, flight.index, noisy, flight.action, condition)
+                flight.index += 1
+        chunk, oldest = next(iter(self.flights.items()))
+        if oldest.index == len(self.sigmas):
+            del self.flights[chunk]
+            if chunk % WINDOW == 0:
+                self._commit(model, runner, chunk, oldest.clean, torch.tensor([oldest.action]), condition)
+        return oldest.clean
 
 
 def plain(fields: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:

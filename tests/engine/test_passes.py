@@ -381,3 +381,31 @@ def test_a_policy_that_is_asked_or_never_would_does_not_warn(policy: holdover.Po
     with holdover.attach(model, policy) as cache:
         for chunk in range(30):
             run(cache, model, ones(), chunk, commits=chunk != 5)
+
+
+#: Reuses a generation's first output at each of its further passes.
+FIRST_OUTPUT = holdover.policy("taylorseer", every=99, order=0)
+
+
+def test_generations_in_flight_keep_what_they_hold_until_they_are_over() -> None:
+    model = Stack(Scale())
+    with holdover.attach(model, FIRST_OUTPUT) as cache:
+        for index in range(3):
+            for chunk in (0, 1):
+                out = run(cache, model, ones(10 * chunk + index), chunk, index=index, num_steps=3)
+                assert torch.equal(out, 2 * ones(10 * chunk))
+        both = cache.nbytes
+        run(cache, model, ones(), 2, num_steps=3)  # the others are over, and give up what they held
+        assert cache.nbytes == both // 2
+        assert [key.generation for key in cache._runtime.streams["default"].held] == [2]
+
+
+def test_a_generation_that_is_given_up_is_freed_once_another_could_have_been_done() -> None:
+    model = Stack(Scale())
+    with holdover.attach(model, FIRST_OUTPUT) as cache:
+        held = []
+        for chunk in range(5):
+            for index in range(2):  # of three: none is ever over
+                run(cache, model, ones(), chunk, index=index, num_steps=3)
+            held.append([key.generation for key in cache._runtime.streams["default"].held])
+        assert held == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]

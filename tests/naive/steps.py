@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch.nn.functional as F
+
+from tests.toy import KINDS
+
 
 class StepTwin(ABC):
-    """``memory[branch]`` begins empty with every generation; ``decide`` and ``answer`` are the method.
+    """``memory[branch, chunk]`` begins empty; ``decide`` and ``answer`` are the method.
 
     A pass is answered block by block: ``block(number, x, compute)`` returns what the block gives.
     """
@@ -17,27 +21,32 @@ class StepTwin(ABC):
 
     def __init__(self, *, blocks: int, protection: str = "pass") -> None:
         self.blocks, self.protection = blocks, protection
-        self.memory: dict[str, dict[str, Any]] = {}
-        self.chunk: dict[str, int] = {}
+        self.memory: dict[tuple[str, int], dict[Any, Any]] = {}
         self.condition: dict[str, Any] = {}
-        self.renewed: set[Any] = set()
+        #: How often a branch's condition had changed: by now, and when a chunk of it began.
+        self.changes: dict[str, int] = {}
+        self.begun: dict[tuple[str, int], int] = {}
         self.decisions: list[dict[str, Any]] = []
         self.now: dict[str, Any] = {}
 
     def runner(self, fields: dict[str, Any], run: Any) -> Any:
         if fields.get("role") == "kv_update":
-            return run(apply=lambda number, x, compute: self.note(number, "kv update", compute(x)))
-        branch = fields["branch"]
-        if self.chunk.get(branch) != fields["chunk"]:
-            self.chunk[branch], self.memory[branch] = fields["chunk"], {}
+            return run(apply=self.update)
+        branch, chunk = fields["branch"], (fields["branch"], fields["chunk"])
+        self.begun.setdefault(chunk, self.changes.setdefault(branch, 0))
         if self.condition.setdefault(branch, fields["condition"]) != fields["condition"]:
             self.condition[branch] = fields["condition"]
-            self.renewed.add((fields["chunk"], branch))
-        self.now = {"fields": fields, "memory": self.memory[branch]}
+            self.changes[branch] += 1
+        renewed = self.changes[branch] > self.begun[chunk]
+        self.now = {"fields": fields, "memory": self.memory.setdefault(chunk, {}), "renewed": renewed}
         return run(apply=self.block)
 
     @abstractmethod
     def block(self, number: int, x: Any, compute: Any) -> Any: ...
+
+    def update(self, number: int, x: Any, compute: Any) -> Any:
+        """A block of the pass that writes the KV cache."""
+        return self.note(number, "kv update", compute(x))
 
     def forced(self) -> str | None:
         """Why this pass is computed whatever the method thinks."""
@@ -50,7 +59,7 @@ class StepTwin(ABC):
             return "retained"
         if self.computes_last and index == steps - 1:
             return "last step"
-        if (fields["chunk"], fields["branch"]) in self.renewed:
+        if self.now["renewed"]:
             return "condition"
         return None if memory else "first"
 
@@ -58,6 +67,21 @@ class StepTwin(ABC):
         decision = {"block": number, "computed": reason != "reuse", "reason": reason, "scores": scores or {}}
         self.decisions.append(decision)
         return y
+
+
+class SublayerTwin(StepTwin):
+    """Answers attention and MLP of a block one by one: ``part(slot, kind, x, compute)`` returns what the slot gives."""
+
+    def block(self, number: int, x: Any, compute: Any) -> Any:
+        y = x + self.part(2 * number, KINDS[number], compute.modulated(x), compute.attention)
+        return y + self.part(2 * number + 1, "mlp", F.layer_norm(y, y.shape[-1:]), compute.mlp)
+
+    def update(self, number: int, x: Any, compute: Any) -> Any:
+        self.note(2 * number, "kv update", None)
+        return self.note(2 * number + 1, "kv update", compute(x))
+
+    @abstractmethod
+    def part(self, slot: int, kind: str, x: Any, compute: Any) -> Any: ...
 
 
 class TailTwin(StepTwin):

@@ -34,7 +34,8 @@ def call(**fields: Any) -> Call:
     held = fields.pop("held", {})
     given: dict[str, Any] = {"span": Span(2, 2), "blocks": 6, "generation": 5, "full": None, "x": torch.zeros(1, 1, 1)}
     given |= {name: fields.pop(name) for name in list(fields) if name in given}
-    given |= {"entry": fields.pop("entry", given["x"]), "tap": lambda name: given["x"], "peer": lambda block: None}
+    given |= {"entry": fields.pop("entry", given["x"]), "tap": lambda name: given["x"]}
+    given |= {"peer": lambda block, branch=None: None, "compute": lambda x: x, "kind": fields.pop("kind", "block")}
     kind: dict[str, Any] = {"shape": torch.Size([1, 1, 1]), "dtype": torch.float32, "device": torch.device("cpu")}
     kind |= {"out_dtype": torch.float32, "generation": 4, "epoch": 0, "action": None}
     entry = None if held is None else Held(**{**kind, **held})

@@ -182,7 +182,7 @@ def test_tokens_move_within_their_own_view() -> None:
     moved = warp.along(warp.picture(then), now)(residual)
     assert torch.equal(moved[:, :64], residual[:, :64])
     assert not torch.equal(moved[:, 64:], residual[:, 64:])
-    with pytest.raises(ValueError, match="warp: 79 tokens are not whole frames of the 40"):
+    with pytest.raises(ValueError, match="79 tokens are not whole frames of the 40"):
         warp.along(warp.picture(then[:, :79]), now[:, :79])
 
 

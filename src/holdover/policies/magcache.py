@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from holdover.engine.snapshot import Snapshot
-from holdover.policies.parts.guards import Always, Protection, for_steps
+from holdover.policies.parts.guards import AnyOf, Protection, for_steps
 from holdover.policies.parts.magnitude import MagnitudeError, MeasureMagnitudes
 from holdover.policies.parts.predictors import Residual
 from holdover.policies.parts.spans import ProbeAndTail
@@ -58,7 +58,7 @@ def measure_magnitudes() -> Policy:
     return Policy(
         name="measure_magnitudes",
         spans=ProbeAndTail(0),
-        guard=Always("never"),
+        guard=AnyOf(()),
         gate=MeasureMagnitudes(),
         predictor=Residual(),
         lifetime="generation",

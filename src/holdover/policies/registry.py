@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from holdover.policies.bwcache import bwcache
+from holdover.policies.deepcache import deepcache
 from holdover.policies.delta_dit import delta_dit
 from holdover.policies.dicache import dicache
 from holdover.policies.easycache import easycache
+from holdover.policies.fastercache import fastercache
 from holdover.policies.fbcache import fbcache
 from holdover.policies.fixed_interval import fixed_interval
+from holdover.policies.flowcache import flowcache
 from holdover.policies.magcache import magcache
 from holdover.policies.never import never
+from holdover.policies.pab import pab
 from holdover.policies.policy import Policy
 from holdover.policies.taylorseer import taylorseer
 from holdover.policies.teacache import teacache
+from holdover.policies.toca import toca
 from holdover.policies.worldcache_htc import worldcache_htc
 from holdover.policies.worldcache_pcd import worldcache_pcd
 from holdover.policies.xcache import xcache
@@ -40,6 +45,11 @@ _METHODS: dict[str, Callable[..., Policy]] = {
         easycache,
         bwcache,
         magcache,
+        flowcache,
+        fastercache,
+        pab,
+        toca,
+        deepcache,
     )
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,27 +13,25 @@ from torch import Tensor
 from holdover.engine.contract import Call, Verdict
 from holdover.policies.parts.gates import Gate, at_least_zero
 from holdover.policies.parts.history import before
-from holdover.policies.parts.predictors import Predictor
+from holdover.policies.parts.predictors import Repeat
 from holdover.policies.parts.signals import relative
 
 
 @dataclass(frozen=True)
-class Output(Predictor):
-    """Repeats what a span gave when last computed, whatever enters.
+class Output(Repeat):
+    """Repeats what a span gave, and holds, as its signal, ``mean|y - y'|`` and ``mean|y'|``.
 
-    Beside it, as the span's signal, ``mean|y - y'|`` and ``mean|y'|``, with ``y'`` what it had given the time before.
+    ``y'`` is what it had given the time before.
     """
 
+    adds: ClassVar[bool] = True
+
     def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors, held = {"output": y.clone()}, before(call)
+        tensors, held = super().remember(call, y, spare), before(call)
         if held is not None:
             then = held.tensors["output"].float()
             tensors["signal"] = torch.stack([(y.float() - then).abs().mean(), then.abs().mean()])
         return tensors
-
-    def predict(self, call: Call) -> Tensor:
-        assert call.held is not None
-        return call.held.tensors["output"].clone()  # the model may write into what it is given
 
 
 @dataclass(frozen=True)

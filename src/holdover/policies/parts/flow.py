@@ -1,6 +1,6 @@
 """Moving what is held along with the picture: optical flow over a token grid.
 
-Shape suffixes: B batch, F latent frames, L tokens, M pictures (batch, frame and view), H rows, W columns, C channels.
+Shape suffixes: B batch, L tokens, M pictures (batch, frame and view), H rows, W columns, C channels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdover.engine.slots import ViewGroup
+from holdover.policies.parts.pictures import check_grids, join, split
 
 #: Tokens per side of the window in which Lucas and Kanade take the flow to be one, at half resolution.
 WINDOW = 5
@@ -34,8 +35,7 @@ class Warp:
     groups: tuple[ViewGroup, ...]
 
     def __post_init__(self) -> None:
-        if not all(isinstance(group, ViewGroup) for group in self.groups):
-            raise ValueError(f"warp={self.groups!r} holds what is no token grid; give holdover.ViewGroup objects")
+        check_grids("warp", self.groups)
 
     def picture(self, x: Tensor) -> Tensor:
         """What the flow is read from, ``[B, L]``."""
@@ -50,29 +50,17 @@ class Warp:
         now_BL = self.picture(x)
         flows = [
             lucas_kanade(then_MHW1[..., 0], now_MHW1[..., 0])
-            for then_MHW1, now_MHW1 in zip(self._split(then_BL[..., None]), self._split(now_BL[..., None]), strict=True)
+            for then_MHW1, now_MHW1 in zip(
+                split(then_BL[..., None], self.groups), split(now_BL[..., None], self.groups), strict=True
+            )
         ]
 
         def move(tokens: Tensor) -> Tensor:
-            pieces = self._split(tokens.reshape(*now_BL.shape, -1))
+            pieces = split(tokens.reshape(*now_BL.shape, -1), self.groups)
             moved = [sample(piece, flow) for piece, flow in zip(pieces, flows, strict=True)]
-            return self._join(moved, now_BL.shape[0]).reshape(tokens.shape).to(tokens.dtype)
+            return join(moved, self.groups, now_BL.shape[0]).reshape(tokens.shape).to(tokens.dtype)
 
         return move
-
-    def _split(self, x_BLC: Tensor) -> list[Tensor]:
-        """Per group ``[M, H, W, C]``."""
-        b, length, c = x_BLC.shape
-        per_frame = sum(group.tokens for group in self.groups)
-        if length % per_frame:
-            raise ValueError(f"warp: {length} tokens are not whole frames of the {per_frame} tokens of its grids")
-        x_BFNC = x_BLC.reshape(b, length // per_frame, per_frame, c)
-        parts = torch.split(x_BFNC, [group.tokens for group in self.groups], 2)
-        return [part.reshape(-1, g.height, g.width, c) for part, g in zip(parts, self.groups, strict=True)]
-
-    def _join(self, parts: list[Tensor], b: int) -> Tensor:
-        joined = [p.reshape(b, -1, g.tokens, p.shape[-1]) for p, g in zip(parts, self.groups, strict=True)]
-        return torch.cat(joined, 2).flatten(1, 2)
 
 
 def lucas_kanade(then_MHW: Tensor, now_MHW: Tensor) -> Tensor:

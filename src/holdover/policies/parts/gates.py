@@ -34,6 +34,14 @@ class Open(Gate):
         return Verdict(None)
 
 
+@dataclass(frozen=True)
+class Never(Gate):
+    """Computes everything that no guard does, for policies that only measure."""
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        return Verdict("never")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DualMetric(Gate):
     """X-Cache's gate: cosine against a threshold that follows it, and the largest deviation (arXiv 2604.20289).

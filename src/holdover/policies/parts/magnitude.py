@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from holdover.engine.contract import Call, Verdict
-from holdover.policies.parts.gates import Gate, Open, at_least_zero
+from holdover.policies.parts.gates import Gate, Never, at_least_zero
 from holdover.policies.parts.history import before
 
 #: Keeps the ratio finite for tokens to which a span added nothing.
@@ -60,7 +60,7 @@ class MagnitudeError(Gate):
 
 
 @dataclass(frozen=True)
-class MeasureMagnitudes(Open):
+class MeasureMagnitudes(Never):
     """Keeps, by pass index, the mean over the tokens of ``|r| / |r'|``, the residual's norm over the pass before's."""
 
     def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:

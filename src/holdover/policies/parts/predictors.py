@@ -48,6 +48,20 @@ class Residual(Predictor):
         return call.x + call.held.tensors["residual"]
 
 
+@dataclass(frozen=True)
+class Repeat(Predictor):
+    """Repeats what a span gave when it was last computed, whatever enters."""
+
+    adds: ClassVar[bool] = False
+
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"output": y.clone()}
+
+    def predict(self, call: Call) -> Tensor:
+        assert call.held is not None
+        return call.held.tensors["output"].clone()  # the model may write into what it is given
+
+
 def _takes(buffer: Tensor, x: Tensor, y: Tensor) -> bool:
     """Whether ``y - x`` can be written into a buffer."""
     if buffer.is_inference() and not torch.is_inference_mode_enabled():

@@ -39,6 +39,24 @@ class ProbeAndTail:
         return [*(Span(block, block, "probe") for block in range(self.probe)), Span(self.probe, blocks - 1)]
 
 
+@dataclass(frozen=True)
+class DeepPart:
+    """Of a U-Net's blocks the outer ones, ``shallow`` at either end, are always computed; the others are one span."""
+
+    shallow: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shallow, int) or self.shallow < 0:
+            raise ValueError(f"shallow={self.shallow!r}: give a whole number of blocks, 0 or more")
+
+    def __call__(self, blocks: int) -> Sequence[Span]:
+        first, last = self.shallow, blocks - 1 - self.shallow
+        if first > last:
+            raise ValueError(f"shallow={self.shallow} leaves none of the model's {blocks} blocks to hold over")
+        outer = [Span(block, block, "shallow") for block in (*range(first), *range(last + 1, blocks))]
+        return [*outer[:first], Span(first, last), *outer[first:]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneSpan:
     """All blocks as one, the anchors at either end left out."""
