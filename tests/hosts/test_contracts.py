@@ -1,0 +1,124 @@
+"""Chunk-causal models: noisy passes may be held over, what the clean pass writes is always computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import holdover
+from holdover.hosts.registry import find
+from tests.hosts.contracts import CHANNELS, CHUNK, COLUMNS, CONTRACTS, ROWS, Contract
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* could reuse nothing")
+each = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
+
+SIGMAS = (1.0, 0.8, 0.5, 0.25)
+SKIPPING = holdover.fixed_interval(every=3, front_anchors=0, warmup=1, protection="pass")
+
+
+def latents(seed: int, frames: int = CHUNK) -> Tensor:
+    return torch.randn(1, CHANNELS, frames, ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(held: Any) -> list[Tensor]:
+    """Everything a video holds, in order."""
+    if isinstance(held, dict):
+        return [tensor for key in sorted(held) for tensor in tensors(held[key])]
+    if isinstance(held, list):
+        return [tensor for item in held for tensor in tensors(item)]
+    return [held.clone() if isinstance(held, Tensor) else torch.tensor(held)]
+
+
+def generate(contract: Contract, model: Any, cache: holdover.Cache | None) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Chunks whose clean latents are given: what is held before and after each clean pass."""
+    state, seen = contract.state(), []
+    rolling = contract.name == "Rolling Forcing"
+    for chunk in range(contract.chunks):
+        noise = latents(chunk, 2 * CHUNK if rolling else CHUNK)
+        for index, sigma in enumerate(SIGMAS):
+            if cache is None:
+                contract.run(model, noise * sigma, sigma, chunk, state)
+            else:
+                with cache.step(chunk=chunk, index=index, num_steps=4, sigma=sigma):
+                    contract.run(model, noise * sigma, sigma, chunk, state)
+        before, clean = tensors(state), latents(100 + chunk)
+        if cache is None:
+            contract.run(model, clean, 0.0, chunk, state, clean=True)
+        else:
+            with cache.step(chunk=chunk, role="kv_update"):
+                contract.run(model, clean, 0.0, chunk, state, clean=True)
+        seen.append((before, tensors(state)))
+    return seen
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@each
+def test_a_model_is_known_by_what_its_blocks_take(contract: Contract) -> None:
+    host = find(contract.model())
+    assert host is not None
+    assert contract.name in host.family
+
+
+@each
+@torch.inference_mode()
+def test_after_the_clean_pass_the_kv_cache_is_that_of_full_compute(contract: Contract) -> None:
+    """A held-over block leaves K/V of an earlier pass behind; where latents agree, the clean pass mends them all."""
+    model = contract.model()
+    full = generate(contract, model, None)
+    with holdover.attach(model, SKIPPING) as cache:
+        cached = generate(contract, model, cache)
+    assert cache.stats().reused > cache.stats().computed / 2
+    stale = [not same(a, b) for (a, _), (b, _) in zip(full, cached, strict=True)]
+    assert any(stale) == contract.in_place
+    assert all(same(a, b) for (_, a), (_, b) in zip(full, cached, strict=True))
+
+
+@each
+def test_the_clean_pass_is_computed_whatever_is_held(contract: Contract) -> None:
+    model = contract.model()
+    with holdover.attach(model, SKIPPING) as cache:
+        generate(contract, model, cache)
+    writes = [d for d in cache.trace if d.role == "kv_update"]
+    assert len(writes) == contract.chunks * 4
+    assert all(d.computed for d in writes)
+
+
+@each
+def test_a_gate_that_never_opens_changes_no_bit(contract: Contract) -> None:
+    model = contract.model()
+    full = generate(contract, model, None)
+    with holdover.attach(model, holdover.xcache()) as cache:  # every chunk is committed: nothing may be skipped
+        cached = generate(contract, model, cache)
+    assert all(same(a, b) and same(c, d) for (a, c), (b, d) in zip(full, cached, strict=True))
+    assert cache.stats().reused == 0
+
+
+@pytest.mark.parametrize("name", ["Rolling Forcing", "HY-WorldPlay"])
+def test_a_write_that_is_called_denoising_is_refused(name: str) -> None:
+    contract = next(contract for contract in CONTRACTS if contract.name == name)
+    model = contract.model()
+    refused = pytest.raises(ValueError, match="writes the KV cache")
+    with holdover.attach(model, SKIPPING) as cache, refused, cache.step(chunk=0):
+        contract.run(model, latents(0), 0.0, 0, contract.state(), clean=True)
+
+
+def test_an_audit_is_refused_where_noisy_passes_write_in_place() -> None:
+    with pytest.raises(ValueError, match="writes keys and values in place"):
+        holdover.attach(CONTRACTS[0].model(), holdover.xcache(), audit=0.1)
+
+
+def test_a_block_of_another_version_is_an_explained_error() -> None:
+    class Other(torch.nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    model = CONTRACTS[0].model()
+    model.blocks[0] = Other()
+    with pytest.raises(ValueError, match=r"block 'blocks.0' of CausalWanModel takes no argument 'x'"):
+        holdover.attach(model, holdover.xcache())
