@@ -254,6 +254,36 @@ def train(
         typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
 
 
+@world.command("eval")
+def evaluate(
+    clips: Annotated[Path, typer.Option(help="Held-out clips to drive.")],
+    data: Annotated[Path, typer.Option(help="Other clips, from which to learn to read motion back.")],
+    out: Benchmarks = Path("benchmarks"),
+    model: Model = None,
+    per_scenario: Annotated[int, typer.Option(help="Clips of every scenario.")] = 2,
+    generations: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 48,
+    seed: Seed = 0,
+) -> None:
+    """The world model against the simulator: fidelity, drift, obedience, and whether its cameras agree."""
+    with _plain_errors():
+        _keep_memory()
+        from holdover.bench.evaluate import run_evaluation
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_evaluation(
+                _load(model)[0],
+                out,
+                clips=clips,
+                data=data,
+                per_scenario=per_scenario,
+                generations=generations,
+                seed=seed,
+                progress=progress,
+            )
+        _show(out / "world.md", figures)
+
+
 @bench.command()
 def ablation(
     out: Benchmarks = Path("benchmarks"),

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -54,6 +55,12 @@ class StLpips:
         if first.shape != second.shape or first.ndim != 4 or first.shape[-1] != 3:
             raise ValueError(f"videos of shapes {first.shape} and {second.shape}; give two of one shape [T, H, W, 3]")
         return [self._distance(torch.from_numpy(a), torch.from_numpy(b)) for a, b in zip(first, second, strict=True)]
+
+    @torch.inference_mode()
+    def embedding(self, video: NDArray[Any]) -> NDArray[np.float64]:
+        """The last stage's features of ``uint8 [T, height, width, 3]``, their mean over each frame: ``[T, 256]``."""
+        features: NDArray[np.float64] = self._features(torch.from_numpy(video))[-1].mean((2, 3)).double().numpy()
+        return features
 
     def _distance(self, first: Tensor, second: Tensor) -> float:
         if torch.equal(first, second):

@@ -91,19 +91,27 @@ CONFIGS: Mapping[str, WorldConfig] = {
 }
 
 
+def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
+    """Directions in ego coordinates through the centre of each square of ``every`` pixels: ``[rows, columns, 3]``.
+
+    They have length 1 along the viewing axis, not in all.
+    """
+    focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
+    right = (np.arange(camera.width // every) + 0.5) * every - camera.width / 2
+    down = (np.arange(camera.height // every) + 0.5) * every - camera.height / 2
+    v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
+    pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
+    forward = math.cos(pitch) - v * math.sin(pitch)
+    up = -math.sin(pitch) - v * math.cos(pitch)
+    x = forward * math.cos(yaw) + u * math.sin(yaw)
+    y = forward * math.sin(yaw) - u * math.cos(yaw)
+    return np.stack([x, y, up], -1)
+
+
 def ray_directions(config: WorldConfig) -> NDArray[np.float32]:
     """Azimuth and elevation in radians, ego coordinates, through the centre of each patch: ``[N, 2]``."""
     directions = []
     for camera in (camera for group in config.groups for camera in group):
-        rows, columns = config.grid(camera)
-        focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
-        right = (np.arange(columns) + 0.5) * config.patch - camera.width / 2
-        down = (np.arange(rows) + 0.5) * config.patch - camera.height / 2
-        v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
-        pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
-        forward = math.cos(pitch) - v * math.sin(pitch)
-        up = -math.sin(pitch) - v * math.cos(pitch)
-        x = forward * math.cos(yaw) + u * math.sin(yaw)
-        y = forward * math.sin(yaw) - u * math.cos(yaw)
+        x, y, up = np.moveaxis(camera_rays(camera, every=config.patch), -1, 0)
         directions.append(np.stack([np.arctan2(y, x), np.arctan2(up, np.hypot(x, y))], -1).reshape(-1, 2))
     return np.concatenate(directions).astype(np.float32)

@@ -1,0 +1,299 @@
+"""How good a world model is, cached or not: against the simulator, over time, and whether it does what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from holdover.bench.cards import about, write_card
+from holdover.bench.fidelity import compare, psnr
+from holdover.bench.measure import environment
+from holdover.bench.motion import agreement, camera_ahead, train_motion_reader, true_motion
+from holdover.bench.stlpips import StLpips
+from holdover.report.tables import markdown
+from holdover.rollout.driver import ClosedLoop, LoopConfig
+from holdover.world.cameras import FPS, Camera
+from holdover.world.clips import Clip, list_clips, read_clip
+from holdover.world.config import camera_rays
+from holdover.world.latents import patchify, unpatchify
+from holdover.world.transformer import WorldModel
+
+#: Seconds from the start over which a rollout is compared with the simulator.
+HORIZONS = (0.5, 1.0, 2.0, 4.0)
+#: Seconds between which the Fréchet distance is taken.
+SPANS = ((0, 2), (2, 5), (5, 10), (10, 16))
+#: Every so-manieth frame is looked at by SSIM, ST-LPIPS and the Fréchet distance.
+EVERY = 4
+#: Of the network that reads motion back.
+TRAINING_STEPS = 800
+#: Least share of a camera's pixels that another must see as well for the two to be compared.
+OVERLAP = 0.1
+
+Video = Mapping[str, NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a model made of a clip's actions, and what the simulator showed."""
+
+    scenario: str
+    made: Video
+    clip: Clip  # from the first frame that was generated
+
+
+def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, generations: int) -> Rollout:
+    """Drive a clip's own actions from its first two windows, everything computed."""
+    config = model.config
+    per, start = config.frames_per_latent, 2 * config.window
+    clip = read_clip(path, cameras=[camera.name for camera in config.cameras])
+    first = start * per
+    device = next(model.parameters()).device
+    latents = patchify({n: torch.from_numpy(v[:first])[None] for n, v in clip.frames.items()}, config).to(device)
+    whole = min(len(clip.actions) // per, start + generations)
+    actions = torch.from_numpy(clip.actions[: whole * per]).float().unflatten(0, (-1, per)).mean(1).to(device)
+    running = ClosedLoop(model, latents, actions[None, :start], config=loop, seed=seed)
+    pieces = [unpatchify(piece.latents, config) for piece in running.run(actions[start:])]
+    made = {name: torch.cat([piece[name][0] for piece in pieces]).cpu().numpy() for name in clip.frames}
+    part = slice(first, whole * per)
+    follows = Clip(
+        scenario=clip.scenario,
+        seed=clip.seed,
+        frames={name: video[part] for name, video in clip.frames.items()},
+        depth=None,
+        actions=clip.actions[part],
+        poses=clip.poses[part],
+        motion=clip.motion[part],
+    )
+    return Rollout(clip.scenario, made, follows)
+
+
+def run_evaluation(
+    model: WorldModel,
+    out: Path,
+    *,
+    clips: Path,
+    data: Path,
+    loop: LoopConfig | None = None,
+    name: str = "world",
+    per_scenario: int = 2,
+    generations: int = 48,
+    seed: int = 0,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Evaluate a world model in full compute; writes ``<name>.md`` and ``<name>.json``.
+
+    Args:
+        clips: held-out recordings, each long enough for two windows and the generations; longer by preference.
+        data: other recordings, on which the network that reads motion back is trained.
+        loop: the cadence.
+        per_scenario: clips to drive of every scenario.
+        generations: to drive of each clip, at most.
+
+    Raises:
+        ValueError: there are no clips.
+    """
+    chosen = _choose(clips, per_scenario)
+    task = progress.add_task("evaluating", total=len(chosen) + TRAINING_STEPS)
+    rollouts = []
+    for path in chosen:
+        progress.update(task, description=f"evaluating: {path.name}")
+        rollouts.append(roll_out(model, path, loop or LoopConfig(), seed=seed, generations=generations))
+        progress.advance(task)
+    progress.update(task, description="evaluating: learning to read motion")
+    ahead = camera_ahead(model.config.cameras)
+    reader = train_motion_reader(
+        [read_clip(path, cameras=[ahead]) for path in list_clips(data)],
+        ahead,
+        steps=TRAINING_STEPS,
+        seed=seed,
+        advance=lambda: progress.advance(task),
+    )
+    true = np.concatenate([true_motion(r.clip) for r in rollouts])
+    read = {
+        "generated": np.concatenate([reader.motion(r.made) for r in rollouts]),
+        "simulator": np.concatenate([reader.motion(r.clip.frames) for r in rollouts]),
+    }
+    distance = StLpips()
+    figures: dict[str, Any] = {
+        "clips": [path.name for path in chosen],
+        "horizons": {f"{seconds:g}": _fidelity(rollouts, seconds, distance) for seconds in HORIZONS},
+        "frechet": _drift(rollouts, distance),
+        "action": {
+            source: {"speed": agreement(m[:, 0], true[:, 0]), "yaw_rate": agreement(m[:, 1], true[:, 1])}
+            for source, m in read.items()
+        },
+        "cross_view": cross_view(rollouts, model.config.cameras),
+        "environment": environment(),
+    }
+    write_card(out, name, card(figures), figures)
+    return figures
+
+
+def _choose(clips: Path, per_scenario: int) -> list[Path]:
+    found = list_clips(clips)
+    kinds = sorted({path.name.rsplit("-", 1)[0] for path in found})
+    chosen = [path for kind in kinds for path in [p for p in found if p.name.startswith(f"{kind}-")][:per_scenario]]
+    if not chosen:
+        raise ValueError(f"{clips} holds no clips; record some with `holdover world record --out {clips}`")
+    return chosen
+
+
+def _fidelity(rollouts: Sequence[Rollout], seconds: float, distance: StLpips) -> dict[str, float]:
+    frames = slice(round(seconds * FPS))
+    parts = [
+        compare(
+            {n: v[frames] for n, v in r.made.items()},
+            {n: v[frames] for n, v in r.clip.frames.items()},
+            every=EVERY,
+            distance=distance,
+        )
+        for r in rollouts
+    ]
+    return {
+        "psnr_db": psnr(np.concatenate([p.errors["stitched"] for p in parts])),
+        "ssim": fmean(p.ssim["stitched"] for p in parts),
+        "lpips": fmean(p.lpips["stitched"] for p in parts),
+    }
+
+
+def _drift(rollouts: Sequence[Rollout], distance: StLpips) -> list[dict[str, Any]]:
+    """The Fréchet distance of generated pictures from the simulator's of the same seconds, beside that of two halves
+    of the simulator's own."""
+    rows = []
+    for begin, end in SPANS:
+        part = slice(begin * FPS, end * FPS, EVERY)
+        made = _embed([r.made for r in rollouts], part, distance)
+        true = _embed([r.clip.frames for r in rollouts], part, distance)
+        if len(made):
+            rows.append(
+                {
+                    "seconds": [begin, end],
+                    "pictures": len(made),
+                    "frechet": frechet(made, true),
+                    "simulator": frechet(true[::2], true[1::2]),
+                }
+            )
+    return rows
+
+
+def _embed(videos: Sequence[Video], part: slice, distance: StLpips) -> NDArray[np.float64]:
+    found = [distance.embedding(view[part]) for video in videos for view in video.values() if len(view[part])]
+    return np.concatenate(found) if found else np.zeros((0, 256))
+
+
+def frechet(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Fréchet distance of two sets of features ``[N, C]``, both taken as Gaussian (FID, Heusel et al., 1706.08500)."""
+    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    # The trace of the root of a product of covariances: its eigenvalues are real and not negative, but for rounding.
+    root = np.sqrt(np.linalg.eigvals(a @ b).real.clip(min=0)).sum()
+    return float(np.square(first.mean(0) - second.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * root)
+
+
+def cross_view(rollouts: Sequence[Rollout], cameras: Sequence[Camera]) -> list[dict[str, Any]]:
+    """PSNR in dB between neighbouring cameras where both look, generated and simulated.
+
+    Pixels are matched by direction, as if all were far away; where two cameras stand apart, near things do not match
+    in the simulator either.
+    """
+    rows = []
+    for one, other in combinations(cameras, 2):
+        where = matching_pixels(one, other)
+        seen = np.isfinite(where[..., 0])
+        if seen.mean() < OVERLAP:
+            continue
+        row: dict[str, Any] = {"cameras": [one.name, other.name], "share": float(seen.mean())}
+        for source in ("generated", "simulator"):
+            videos = [r.made if source == "generated" else r.clip.frames for r in rollouts]
+            errors = [_mismatch(video[one.name][::EVERY], video[other.name][::EVERY], where, seen) for video in videos]
+            row[source] = psnr(np.array(errors))
+        rows.append(row)
+    return rows
+
+
+def _mismatch(
+    one: NDArray[np.uint8], other: NDArray[np.uint8], where: NDArray[np.float64], seen: NDArray[np.bool_]
+) -> float:
+    """Mean squared difference of ``one`` and of ``other`` looked up where ``one`` looks, over the pixels both see."""
+    grid = torch.from_numpy(np.nan_to_num(where)).float().expand(len(other), -1, -1, -1)
+    looked = F.grid_sample(torch.from_numpy(other).permute(0, 3, 1, 2).float(), grid, align_corners=False)
+    return float(np.square(looked.permute(0, 2, 3, 1).double().numpy() - one)[:, seen].mean())
+
+
+def matching_pixels(one: Camera, other: Camera) -> NDArray[np.float64]:
+    """Where ``other`` sees each of ``one``'s directions, ``[H, W, 2]``; NaN where it does not.
+
+    Column and row, -1 and 1 being the borders of its picture, as `torch.nn.functional.grid_sample` counts.
+    """
+    x, y, z = np.moveaxis(camera_rays(one), -1, 0)
+    yaw, pitch = np.radians(other.yaw), np.radians(other.pitch)
+    ahead, left = x * np.cos(yaw) + y * np.sin(yaw), y * np.cos(yaw) - x * np.sin(yaw)
+    forward, up = ahead * np.cos(pitch) - z * np.sin(pitch), ahead * np.sin(pitch) + z * np.cos(pitch)
+    reach = np.tan(np.radians(other.fov) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        where = np.stack([-left / forward, -up / forward * other.width / other.height], -1) / reach
+    # Half a pixel from the border on, interpolation would mix in what lies outside.
+    inside = (np.abs(where) <= 1 - 1 / np.array([other.width, other.height])).all(-1) & (forward > 0)
+    return np.where(inside[..., None], where, np.nan)
+
+
+def card(figures: dict[str, Any]) -> str:
+    """The Markdown of an evaluation."""
+    horizons = [
+        (f"{seconds} s", f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['lpips']:.3f}")
+        for seconds, row in figures["horizons"].items()
+    ]
+    drift = [
+        (f"{a}–{b} s", str(row["pictures"]), f"{row['frechet']:.2f}", f"{row['simulator']:.2f}")
+        for row in figures["frechet"]
+        for a, b in [row["seconds"]]
+    ]
+    action = [
+        (quantity, *(_number(figures["action"][s][key][n]) for s in ("generated", "simulator") for n in _AGREEMENT))
+        for quantity, key in (("speed", "speed"), ("yaw rate", "yaw_rate"))
+    ]
+    views = [
+        (
+            " and ".join(row["cameras"]),
+            f"{100 * row['share']:.0f} %",
+            f"{row['generated']:.1f}",
+            f"{row['simulator']:.1f}",
+        )
+        for row in figures["cross_view"]
+    ]
+    return f"""# The world model against the simulator
+
+Everything computed, the actions of held-out clips ({", ".join(figures["clips"])}).
+
+Fidelity from the start to a horizon, stitched view:
+
+{markdown(("up to", "PSNR, dB", "SSIM", "ST-LPIPS"), horizons)}
+Drift: Fréchet distance (mean features of ST-LPIPS's AlexNet, all cameras) of generated pictures from the simulator's of
+the same seconds, beside that of two halves of the simulator's own:
+
+{markdown(("seconds", "pictures", "Fréchet distance", "simulator's own"), drift)}
+Action: speed and yaw rate that a network, trained on the simulator's pictures, reads back from the front cameras,
+against the motion that the commands gave in the simulator:
+
+{markdown(("what", "correlation", "slope", "simulator: correlation", "slope"), action)}
+Agreement of neighbouring cameras where both look, PSNR in dB of pixels matched by direction:
+
+{markdown(("cameras", "of the first", "generated", "simulator"), views)}
+{about(figures["environment"])}
+"""
+
+
+_AGREEMENT = ("correlation", "slope")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

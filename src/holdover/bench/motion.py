@@ -1,0 +1,116 @@
+"""Reading the ego's motion back from video: a small network trained on the simulator's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from holdover.world.cameras import FPS, Camera
+from holdover.world.clips import Clip
+from holdover.world.vehicles import MAX_SPEED
+
+#: Frames from the first picture to the second.
+GAP = 4
+#: What brings speed (m/s) and yaw rate (rad/s) to about one.
+SCALE = np.array([MAX_SPEED, 0.5])
+
+
+class MotionReader(nn.Module):
+    """Speed and yaw rate from two moments of a camera that looks ahead."""
+
+    def __init__(self, camera: str) -> None:
+        super().__init__()
+        self.camera = camera
+        layers: list[nn.Module] = []
+        channels = 6
+        for width in (32, 64, 96, 128):
+            layers += [nn.Conv2d(channels, width, 5, 2, 2), nn.GroupNorm(8, width), nn.GELU()]
+            channels = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d((4, 8)), nn.Flatten())
+        self.read = nn.Sequential(nn.Linear(channels * 4 * 8, 128), nn.GELU(), nn.Linear(128, 2))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """From ``[B, 6, height, width]`` in [-1, 1] to ``[B, 2]``, in units of `SCALE`."""
+        result: Tensor = self.read(self.features(pictures))
+        return result
+
+    @torch.inference_mode()
+    def motion(self, video: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.float64]:
+        """Speed (m/s) and yaw rate (rad/s) over every ``GAP`` frames of a video: ``[T // GAP - 1, 2]``."""
+        frames = video[self.camera]
+        starts = range(0, len(frames) - GAP, GAP)
+        motion: NDArray[np.float64] = self(torch.stack([_pictures(frames, t) for t in starts])).double().numpy() * SCALE
+        return motion
+
+
+def true_motion(clip: Clip) -> NDArray[np.float64]:
+    """What `MotionReader.motion` should read from a clip: mean speed and yaw rate from its poses."""
+    yaw, speed = np.unwrap(clip.poses[:, 2]), clip.motion[:, 0]
+    starts = range(0, len(yaw) - GAP, GAP)
+    return np.array([[speed[t + 1 : t + GAP + 1].mean(), (yaw[t + GAP] - yaw[t]) * FPS / GAP] for t in starts])
+
+
+def train_motion_reader(
+    clips: Sequence[Clip], camera: str, *, steps: int, batch: int = 32, seed: int = 0, advance: Any = lambda: None
+) -> MotionReader:
+    """Train on recorded clips.
+
+    Half of the batches are blurred, because generated video is, and half are mirrored, with their yaw rates.
+
+    Args:
+        clips: to learn from.
+        camera: which of theirs to look at.
+        advance: is called after every step.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    reader = MotionReader(camera)
+    optimiser = torch.optim.AdamW(reader.parameters(), lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    motions = [true_motion(clip) for clip in clips]
+    for _ in range(steps):
+        drawn = [(i := int(rng.integers(len(clips))), int(rng.integers(len(motions[i])))) for _ in range(batch)]
+        pictures = torch.stack([_pictures(clips[i].frames[camera], GAP * k) for i, k in drawn])
+        target = torch.from_numpy(np.stack([motions[i][k] for i, k in drawn]) / SCALE).float()
+        if rng.random() < 0.5:
+            factor = int(rng.choice([2, 4]))
+            pictures = F.interpolate(F.avg_pool2d(pictures, factor), scale_factor=factor, mode="bilinear")
+        if rng.random() < 0.5:
+            pictures, target = pictures.flip(-1), target * torch.tensor([1.0, -1.0])
+        loss = F.smooth_l1_loss(reader(pictures), target, beta=0.05)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        advance()
+    return reader.eval().requires_grad_(False)
+
+
+def agreement(read: NDArray[np.float64], true: NDArray[np.float64]) -> dict[str, float | None]:
+    """Pearson correlation of two series, and the slope of the first over the second (least squares).
+
+    None where a series is constant.
+    """
+    covariance = np.cov(true, read)
+    if 0 in np.diag(covariance):
+        return {"correlation": None, "slope": None}
+    return {
+        "correlation": float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])),
+        "slope": float(covariance[0, 1] / covariance[0, 0]),
+    }
+
+
+def camera_ahead(cameras: Sequence[Camera]) -> str:
+    """The name of the camera that looks ahead; the widest of several."""
+    return min(cameras, key=lambda camera: (abs(camera.yaw), -camera.fov)).name
+
+
+def _pictures(frames: NDArray[np.uint8], start: int) -> Tensor:
+    both = np.concatenate([frames[start], frames[start + GAP]], -1)
+    return torch.from_numpy(both).permute(2, 0, 1).float() / 127.5 - 1

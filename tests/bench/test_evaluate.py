@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.progress import Progress
+
+from holdover.bench.evaluate import Rollout, cross_view, frechet, matching_pixels, run_evaluation
+from holdover.bench.motion import GAP, agreement, train_motion_reader, true_motion
+from holdover.world.cameras import FPS, RIG, Camera
+from holdover.world.clips import Clip
+from holdover.world.config import camera_rays
+from holdover.world.transformer import WorldModel
+from tests.bench.small import write_clips
+
+
+def test_frechet_of_gaussians_that_differ_by_a_shift_and_a_scale() -> None:
+    """By hand: a shift by d gives d², a scale by s gives (1 - s)² times the trace of the covariance."""
+    first = np.random.default_rng(0).normal(size=(200, 5)) * [1, 2, 3, 4, 5]
+    first -= first.mean(0)
+    shift = np.array([1.0, 0.0, -2.0, 0.0, 0.5])
+    assert frechet(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet(first, first + shift) == pytest.approx(5.25, abs=1e-6)
+    assert frechet(first, 3 * first) == pytest.approx(4 * np.trace(np.cov(first, rowvar=False)))
+
+
+def test_matching_pixels_of_a_zoom() -> None:
+    """Two cameras that look the same way from one point: a pixel lies closer to the middle in the wider one."""
+    wide = Camera(name="w", group="g", width=80, height=40, fov=90, yaw=0, pitch=0, position=(0, 0, 0))
+    narrow = replace(wide, name="n", fov=2 * np.degrees(np.arctan(0.5)))
+    where = matching_pixels(narrow, wide)
+    x = (np.arange(80) + 0.5) / 40 - 1
+    y = (np.arange(40) + 0.5) / 20 - 1
+    np.testing.assert_allclose(where[..., 0], np.broadcast_to(x / 2, (40, 80)), atol=1e-12)
+    np.testing.assert_allclose(where[..., 1], np.broadcast_to(y[:, None] / 2, (40, 80)), atol=1e-12)
+    assert np.isfinite(matching_pixels(wide, narrow)[..., 0]).mean() == pytest.approx(0.25, abs=0.03)
+    assert not np.isfinite(matching_pixels(wide, replace(wide, yaw=180))).any()
+
+
+def panorama(camera: Camera) -> np.ndarray:
+    """Four frames of a world infinitely far away, whose colour is a smooth function of direction."""
+    x, y, z = np.moveaxis(camera_rays(camera), -1, 0)
+    azimuth, elevation = np.arctan2(y, x), np.arctan2(z, np.hypot(x, y))
+    colours = np.stack([np.sin(3 * azimuth), np.cos(2 * azimuth), np.sin(4 * elevation)], -1)
+    return np.repeat((127.5 + 120 * colours).round().astype(np.uint8)[None], 4, 0)
+
+
+def test_cameras_of_one_far_world_agree_and_mirrored_ones_do_not() -> None:
+    frames = {camera.name: panorama(camera) for camera in RIG}
+    clip = Clip("far", 0, frames, None, np.zeros((4, 2), np.float32), np.zeros((4, 3)), np.zeros((4, 2)))
+    mirrored = {name: video[:, :, ::-1].copy() if "left" in name else video for name, video in frames.items()}
+    rows = {tuple(row["cameras"]): row for row in cross_view([Rollout("far", mirrored, clip)], RIG)}
+    assert rows["front_wide", "front_narrow"]["share"] == pytest.approx(
+        np.tan(np.radians(25)) ** 2 / np.tan(np.radians(50)) ** 2, rel=0.15
+    )
+    assert ("front_wide", "rear") not in rows
+    assert all(row["simulator"] > 35 for row in rows.values())
+    assert rows["front_wide", "left_front"]["generated"] < 20
+    assert rows["front_wide", "right_front"]["generated"] == rows["front_wide", "right_front"]["simulator"]
+
+
+def drive(seed: int, frames: int = 41) -> Clip:
+    """A clip in which the ground slides by at a speed, and the horizon to the side at a yaw rate."""
+    rng = np.random.default_rng(seed)
+    speed, rate = rng.uniform(2, 20), rng.uniform(-0.5, 0.5)
+    time = np.arange(frames) / FPS
+    column, row = np.arange(32), np.arange(16)
+    moved = np.sin((column[None, None] + 10 * rate * time[:, None, None] + seed) * 0.8) * (row[:, None] < 8)
+    slid = np.sin((row[:, None] - 0.3 * speed * time[:, None, None]) * 0.8) * (row[:, None] >= 8)
+    grey = (127.5 + 100 * (moved + slid)).round().astype(np.uint8)
+    video = np.repeat(grey[..., None], 3, -1)
+    poses = np.stack([0 * time, 0 * time, rate * time], -1)
+    motion = np.stack([np.full(frames, speed), np.full(frames, rate / speed)], -1)
+    return Clip("toy", seed, {"front": video}, None, np.zeros((frames, 2), np.float32), poses, motion)
+
+
+def test_motion_is_that_of_the_poses() -> None:
+    clip = drive(3)
+    motion = true_motion(clip)
+    assert motion.shape == (40 // GAP, 2)
+    np.testing.assert_allclose(motion[:, 0], clip.motion[0, 0])
+    np.testing.assert_allclose(motion[:, 1], clip.motion[0, 0] * clip.motion[0, 1])
+
+
+def test_the_reader_learns_to_read_motion() -> None:
+    reader = train_motion_reader([drive(seed) for seed in range(40)], "front", steps=150, batch=16)
+    unseen = [drive(seed) for seed in range(100, 130)]
+    read = np.concatenate([reader.motion(clip.frames) for clip in unseen])
+    true = np.concatenate([true_motion(clip) for clip in unseen])
+    assert read.shape == true.shape
+    assert agreement(read[:, 1], true[:, 1])["correlation"] > 0.8
+
+
+def test_agreement_of_a_line() -> None:
+    true = np.array([0.0, 1.0, 2.0, 3.0])
+    assert agreement(0.5 * true + 7, true) == pytest.approx({"correlation": 1.0, "slope": 0.5})
+    assert agreement(-true, true) == pytest.approx({"correlation": -1.0, "slope": -1.0})
+    assert agreement(true, np.ones(4)) == {"correlation": None, "slope": None}
+
+
+def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdover.bench.evaluate.TRAINING_STEPS", 2)
+    clips = write_clips(tmp_path / "clips", 1 + 2 * (8 + 24))
+    with Progress(disable=True) as progress:
+        figures = run_evaluation(model, tmp_path, clips=clips, data=clips, progress=progress)
+    assert [name.split("-")[0] for name in figures["clips"]] == ["highway", "urban", "uturn"]
+    assert list(figures["horizons"]) == ["0.5", "1", "2", "4"]
+    assert figures["frechet"][0]["seconds"] == [0, 2]
+    assert json.loads((tmp_path / "world.json").read_text()) == figures
+    assert "| yaw rate |" in (tmp_path / "world.md").read_text()
