@@ -104,7 +104,7 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
         ("differ in length", plain, {**video, "rear": video["front"][:1]}, good),
         ("do not add up to 2 frames", plain, video, {"generations": []}),
         ("or neither", against, video, good),
-        ("differ in cameras", against, video, {**good, "reference": {"rear": video["front"]}}),
+        ("its reference 'b'", against, video, {**good, "reference": {"rear": video["front"]}}),
     ):
         with pytest.raises(ValueError, match=match):
             write_rollout(tmp_path, rollout, frames, **more)

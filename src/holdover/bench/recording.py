@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -25,11 +26,12 @@ from holdover.engine.step import ActionLike, Step
 from holdover.engine.trace import Decision
 from holdover.report.canvas import arrange
 from holdover.report.decisions import skip_rate
-from holdover.report.run_dir import STITCHED, Frames, Generation, Rollout, write_rollout
+from holdover.report.run_dir import STITCHED, Frames, Generation, Rollout, require_comparable, write_rollout
 from holdover.report.video import frame_rate
 
 #: SSIM, the slow one, looks at every so-manieth frame.
 EVERY = 12
+_SMALLEST = 11  # pixels
 
 
 def command_line() -> str:
@@ -123,9 +125,7 @@ class Recording:
         self._left = perf_counter()
         return self
 
-    def add(
-        self, frames: Mapping[str, NDArray[np.uint8]], *, action: ActionLike = None, seconds: float | None = None
-    ) -> None:
+    def add(self, frames: Frames, *, action: ActionLike = None, seconds: float | None = None) -> None:
         """Note one generation.
 
         Args:
@@ -164,8 +164,12 @@ class Recording:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             return
+        if not self.generations:
+            raise ValueError(f"recording {self.rollout.name!r} has no generation; call add(frames) in the loop")
         self._decisions += self._new_decisions()  # a KV update may follow the last frames
         frames, reference = self.video(), self._reference.video() if self._reference else None
+        if reference is not None:
+            require_comparable(self.rollout, frames, reference)
         write_rollout(
             self._run_dir,
             replace(self.rollout, figures=self._figures(frames, reference)),
@@ -175,21 +179,25 @@ class Recording:
             reference=reference,
         )
 
-    def _keep(self, frames: Mapping[str, NDArray[np.uint8]]) -> int:
+    def _keep(self, frames: Frames) -> int:
         """Append the frames to the reels; returns how many there were."""
-        if not self._reels:
-            self._reels = {n: _Reel(tempfile.TemporaryFile(), v.shape[1:]) for n, v in frames.items()}  # noqa: SIM115
+        lengths = {len(video) for video in frames.values()}
+        if len(lengths) != 1 or any(v.ndim != 4 or v.shape[3] != 3 or v.dtype != np.uint8 for v in frames.values()):
+            raise ValueError("frames are no videos; give uint8 [T, height, width, 3] per camera, of one length")
+        for name, video in frames.items():
+            if not self.generations and min(video.shape[1:3]) < _SMALLEST:
+                raise ValueError(f"camera {name!r} is smaller than {_SMALLEST} pixels, the window of SSIM")
+            if not self.generations:
+                file = tempfile.TemporaryFile()  # noqa: SIM115
+                weakref.finalize(self, file.close)
+                self._reels[name] = _Reel(file, video.shape[1:])
         known = {name: reel.shape for name, reel in self._reels.items()}
         if {name: video.shape[1:] for name, video in frames.items()} != known:
             raise ValueError(f"the cameras of this recording are {known}; give the same in every generation")
-        lengths = {len(video) for video in frames.values()}
-        if len(lengths) != 1 or any(video.ndim != 4 or video.dtype != np.uint8 for video in frames.values()):
-            raise ValueError("frames are no videos; give uint8 [T, height, width, 3] per camera, of one length")
-        (count,) = lengths
         for name, video in frames.items():
-            self._reels[name].file.write(np.ascontiguousarray(video).tobytes())
-            self._reels[name].count += count
-        return count
+            self._reels[name].file.write(np.ascontiguousarray(video).data)
+            self._reels[name].count += len(video)
+        return lengths.pop()
 
     def _new_decisions(self) -> list[Decision]:
         if self._cache is None:

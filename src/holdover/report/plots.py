@@ -102,8 +102,9 @@ def plot_reactions(path: Path, curves: Mapping[str, Mapping[str, Sequence[float 
             ratios = [np.nan if ratio is None else ratio for ratio in by_event.get(event, ())]
             axes.plot(ratios, "o-", color=colour, markersize=5, label=name)
         axes.set_title(event.replace("_", " "), fontsize=9, color=INK)
-        axes.set(xlabel="generations later", ylim=(min(-0.1, axes.get_ylim()[0]), max(1.3, axes.get_ylim()[1])))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        longest = max((len(by_event.get(event, ())) for by_event in curves.values()), default=1)
+        axes.set(xlabel="generations later", xlim=(-0.5, longest - 0.5), xticks=range(longest))
+        axes.set_ylim(min(-0.1, axes.get_ylim()[0]), max(1.3, axes.get_ylim()[1]))
         _dress(axes)
     panels[0].set(ylabel="response ratio")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -39,6 +39,7 @@ _parquet: Any = pyarrow.parquet
 
 FORMAT = 1
 GAIN = 8
+_DIFFERENCE_CRF = 24  # what coding loses here is `GAIN` times less in the difference
 STITCHED = "stitched"
 SUMS = "SHA256SUMS"
 SCORE = "score_"
@@ -133,10 +134,8 @@ def write_rollout(
     canvas, count = _measure(frames)
     if (rollout.reference is None) != (reference is None):
         raise ValueError(f"reference={rollout.reference!r}: give its name and its frames, or neither")
-    if reference is not None and {n: v.shape for n, v in frames.items()} != {n: v.shape for n, v in reference.items()}:
-        raise ValueError(
-            f"rollout {rollout.name!r} and its reference {rollout.reference!r} differ in cameras, sizes or length"
-        )
+    if reference is not None:
+        require_comparable(rollout, frames, reference)
     if sum(generation.frames for generation in generations) != count:
         raise ValueError(f"{len(generations)} generations do not add up to {count} frames")
     folder = run_dir / rollout.scenario / rollout.name
@@ -146,7 +145,8 @@ def write_rollout(
     write_video(folder / "video.mp4", pictures, fps=rollout.fps)
     if reference is not None:
         errors: dict[str, list[float]] = {name: [] for name in (*frames, STITCHED)}
-        write_video(folder / "difference.mp4", _differences(frames, reference, canvas, errors), fps=rollout.fps)
+        differences = _differences(frames, reference, canvas, errors)
+        write_video(folder / "difference.mp4", differences, fps=rollout.fps, crf=_DIFFERENCE_CRF)
         write_table(folder / "frames.parquet", _arrow.table(errors))
         files += ["difference.mp4", "frames.parquet"]
     if rollout.policy is not None:
@@ -159,6 +159,13 @@ def write_rollout(
     write_json(folder / "rollout.json", {"format": FORMAT, **asdict(rollout), **shape})
     write_text(folder / SUMS, "".join(f"{digest(folder / name)}  {name}\n" for name in ["rollout.json", *files]))
     return folder
+
+
+def require_comparable(rollout: Rollout, frames: Frames, reference: Frames) -> None:
+    """Raise a ValueError where a rollout's frames and its reference's differ in cameras, sizes or length."""
+    own, other = ({name: video.shape for name, video in of.items()} for of in (frames, reference))
+    if own != other:
+        raise ValueError(f"rollout {rollout.name!r} has frames {own}, its reference {rollout.reference!r} {other}")
 
 
 def decision_table(decisions: Sequence[Decision]) -> Any:

@@ -15,7 +15,7 @@ from holdover.report.files import whole
 
 #: A key frame every so many frames: seeking decodes no more than these.
 GROUP = 6
-_OPTIONS = {"crf": "14", "preset": "veryfast", "g": str(GROUP), "bf": "0"}
+_OPTIONS = {"preset": "veryfast", "g": str(GROUP), "bf": "0"}
 _BT709 = 1
 
 
@@ -30,8 +30,11 @@ def frame_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], *, fps: float) -> None:
+def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], *, fps: float, crf: int = 14) -> None:
     """Write pictures ``[height, width, 3]`` of one even size as H.264 in MP4 (yuv420p, BT.709, constant frame rate).
+
+    Args:
+        crf: how much is lost, in steps of the encoder's quantiser.
 
     Raises:
         ValueError: there is no picture.
@@ -40,7 +43,7 @@ def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], *, fps: float
     with whole(path) as partial, av.open(str(partial), "w", options={"movflags": "faststart"}) as container:
         for picture in pictures:
             if stream is None:
-                stream = container.add_stream("libx264", rate=frame_rate(fps), options=_OPTIONS)
+                stream = container.add_stream("libx264", rate=frame_rate(fps), options={**_OPTIONS, "crf": str(crf)})
                 stream.height, stream.width = picture.shape[:2]
                 stream.pix_fmt = "yuv420p"
                 # Told, so that no browser has to guess which matrix turns it back into RGB.
