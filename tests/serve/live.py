@@ -19,6 +19,7 @@ from holdover.serve.app import create_app
 from holdover.serve.hub import Hub
 from holdover.serve.protocol import MAX_MESSAGE
 from holdover.serve.seats import Limits
+from holdover.serve.world import World
 from tests.serve.small import small_world
 
 
@@ -72,8 +73,10 @@ class Stream:
 
 
 @contextmanager
-def running(folder: Path, *, tokens: tuple[str, ...] = (), durable: bool = False, **limits: Any) -> Iterator[Live]:
-    hub = Hub(small_world(), limits=Limits(**limits), folder=folder, durable=durable)
+def running(
+    folder: Path, *, world: World | None = None, tokens: tuple[str, ...] = (), durable: bool = False, **limits: Any
+) -> Iterator[Live]:
+    hub = Hub(world or small_world(), limits=Limits(**limits), folder=folder, durable=durable)
     config = uvicorn.Config(
         create_app(hub, Access(tokens)), port=0, log_level="warning", ws="websockets-sansio", ws_max_size=MAX_MESSAGE,
         timeout_graceful_shutdown=10,

@@ -71,6 +71,22 @@ def shipped_clips() -> Path:
     return folder
 
 
+def first_clip(folder: Path, kind: str, frames: int) -> Path:
+    """The first clip of a kind that has so many frames.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [clip for clip in list_clips(folder) if clip.name.startswith(f"{kind}-")]
+    if not found:
+        command = f"holdover world record --scenario {kind} --out {folder}"
+        raise ValueError(f"{folder} holds no {kind} clip; record one: {command}")
+    for clip in found:
+        if json.loads((clip / "clip.json").read_text())["frames"] >= frames:
+            return clip
+    raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer generations")
+
+
 def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, generations: int = 60) -> Scenario:
     """Load a scenario from the first clip of its kind.
 
@@ -91,7 +107,7 @@ def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, 
     kind, steady = name.removesuffix(STEADY), name.endswith(STEADY)
     start, per = 2 * config.window, config.frames_per_latent
     pieces = start if steady else start + generations
-    clip = _first_clip(folder, kind, pieces * per)
+    clip = first_clip(folder, kind, pieces * per)
     cameras = [camera.name for camera in config.cameras]
     recording = read_clip(clip, cameras=cameras, frames=None if steady else pieces * per)
     actions = _per_piece(recording.actions, per)
@@ -109,17 +125,6 @@ def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, 
 
 def _assets() -> Path:
     return Path(str(files("holdover.world") / "assets"))
-
-
-def _first_clip(folder: Path, kind: str, frames: int) -> Path:
-    found = [clip for clip in list_clips(folder) if clip.name.startswith(f"{kind}-")]
-    if not found:
-        command = f"holdover world record --scenario {kind} --out {folder}"
-        raise ValueError(f"{folder} holds no {kind} clip; record one: {command}")
-    for clip in found:
-        if json.loads((clip / "clip.json").read_text())["frames"] >= frames:
-            return clip
-    raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer generations")
 
 
 def _per_piece(actions: NDArray[Any], per: int) -> Tensor:

@@ -45,7 +45,7 @@ TAKEN_OVER, MISBEHAVED, RESTARTING = 4409, 1008, 1012
 
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _SECURITY = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgpack
 import numpy as np
@@ -13,6 +13,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from holdover.engine.trace import Decision
+
+_msgpack: Any = msgpack  # typed loosely: it ships no types
 
 #: How a frame is coded: ``webp`` is lossless here, ``jpeg`` small.
 ImageFormat = Literal["jpeg", "webp"]
@@ -108,7 +110,7 @@ _CLIENT: TypeAdapter[ActionMessage | AckMessage | PolicyMessage] = TypeAdapter(C
 
 
 def pack(message: Message) -> bytes:
-    packed: bytes = msgpack.packb(message.model_dump())
+    packed: bytes = _msgpack.packb(message.model_dump())
     return packed
 
 
@@ -121,7 +123,7 @@ def parse(data: bytes) -> ActionMessage | AckMessage | PolicyMessage:
     if len(data) > MAX_MESSAGE:
         raise ValueError(f"a message of {len(data)} bytes: at most {MAX_MESSAGE} are read")
     try:
-        fields = msgpack.unpackb(
+        fields = _msgpack.unpackb(
             data, max_array_len=64, max_map_len=8, max_str_len=64, max_bin_len=0, max_ext_len=0, strict_map_key=True
         )
     except Exception as error:  # msgpack raises a dozen kinds, RecursionError and UnicodeDecodeError among them

@@ -92,6 +92,10 @@ class World:
         self._freed: list[int] = []
         self._numbers = itertools.count()
 
+    def __deepcopy__(self, _: dict[int, object]) -> World:
+        """Itself: it is shared, and attached models cannot be copied apart from their caches."""
+        return self
+
     @property
     def default_policy(self) -> str:
         return next(iter(self.policies))

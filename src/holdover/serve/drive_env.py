@@ -1,0 +1,302 @@
+"""``gymnasium.make("holdover/Drive-v1")``: drive in the world model; importing this module registers it.
+
+What is seen is generated. Where the car is, is not: its pose follows from the commands by the kinematic bicycle of the
+data (`holdover.world.vehicles`), and it is held against the lanes of the scene in which the clip began. Reward and
+termination need no depth, so the model needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from holdover.rollout.scenarios import first_clip, shipped_clips, shipped_model
+from holdover.serve.session import WorldSession
+from holdover.serve.world import Generation, World, load_starts
+from holdover.world.cameras import FPS
+from holdover.world.clips import read_clip
+from holdover.world.scenes import build_scene
+from holdover.world.transformer import WorldModel
+from holdover.world.vehicles import MAX_SPEED, EgoState, denormalise_action, drive
+
+ID = "holdover/Drive-v1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Road:
+    """Where the lanes of a scene are, and where the car stands when the start of a clip is over.
+
+    Attributes:
+        points: of the middles of all lanes, ``[M, 2]`` metres, a metre apart or less.
+        headings: of the lanes there, ``[M]`` radians.
+        start: the car.
+    """
+
+    points: NDArray[np.float64]
+    headings: NDArray[np.float64]
+    start: EgoState
+
+    def beside(self, ego: EgoState) -> tuple[float, float]:
+        """Metres to the left of the nearest lane that leads the car's way, and radians to the left of its heading."""
+        turned = _wrapped(ego.yaw - self.headings)
+        along = np.abs(turned) < np.pi / 2
+        if not along.any():
+            return float("inf"), float("inf")
+        offsets = np.array([ego.x, ego.y]) - self.points[along]
+        nearest = int(np.argmin(np.hypot(*offsets.T)))
+        heading = self.headings[along][nearest]
+        left = offsets[nearest] @ np.array([-np.sin(heading), np.cos(heading)])
+        return float(left), float(turned[along][nearest])
+
+
+def road_of(scenario: str, frames: int) -> Road:
+    """The road of a scenario's shipped clip, ``frames`` video frames after its beginning."""
+    clip = read_clip(first_clip(shipped_clips(), scenario, frames), cameras=[], frames=frames)
+    lanes = build_scene(scenario, clip.seed).lanes
+    points, headings = [], []
+    for lane in lanes:
+        steps = np.arange(0.0, lane.arc[-1], 1.0)
+        xy = np.stack([np.interp(steps, lane.arc, lane.points[:, k]) for k in (0, 1)], -1)
+        ahead = np.stack([np.interp(steps + 0.5, lane.arc, lane.points[:, k]) for k in (0, 1)], -1)
+        behind = np.stack([np.interp(steps - 0.5, lane.arc, lane.points[:, k]) for k in (0, 1)], -1)
+        points.append(xy)
+        headings.append(np.arctan2(*(ahead - behind).T[::-1]))
+    (x, y, yaw), (speed, curvature) = clip.poses[-1], clip.motion[-1]
+    start = EgoState(x=float(x), y=float(y), yaw=float(yaw), speed=float(speed), curvature=float(curvature))
+    return Road(points=np.concatenate(points), headings=np.concatenate(headings), start=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What environments have in common: a world, and the road of each of its scenarios."""
+
+    world: World
+    roads: dict[str, Road]
+
+
+@cache
+def shipped_course() -> Course:
+    """The shipped model and clips; loaded once."""
+    model = WorldModel.load(shipped_model())
+    starts = load_starts(model)
+    frames = 2 * model.config.window * model.config.frames_per_latent
+    return Course(world=World(model, starts), roads={name: road_of(name, frames) for name in starts})
+
+
+class _Car:
+    """One car on its road: pose, reward, end."""
+
+    def __init__(self, course: Course, policy: str | None, max_offset: float) -> None:
+        self.course, self.max_offset = course, max_offset
+        self.session = WorldSession(course.world, policy=policy)
+
+    def reset(self, scenario: str, seed: int) -> dict[str, Any]:
+        self.session.reset(scenario, seed)
+        self.road = self.course.roads[scenario]
+        self.ego = self.road.start
+        return self._info()
+
+    def move(self, action: NDArray[np.float32]) -> tuple[float, bool, dict[str, Any]]:
+        """Along under a normalised action: reward, whether it left the road, what is known."""
+        speed, curvature = denormalise_action(action)
+        for _ in range(self.course.world.model.config.frames_per_latent):
+            self.ego = drive(self.ego, float(speed), float(curvature), dt=1 / FPS)
+        info = self._info()
+        off = not abs(info["offset"]) <= self.max_offset
+        progress = self.ego.speed * np.cos(info["heading_error"]) / MAX_SPEED if not off else 0.0
+        centred = 1 - (info["offset"] / self.max_offset) ** 2 if not off else 0.0
+        return (-1.0 if off else float(progress * centred)), off, info
+
+    def observe(self, frames: dict[str, NDArray[np.uint8]] | None, space: gymnasium.spaces.Dict) -> dict[str, Any]:
+        """The newest frame of each camera, black before the first, and the car's own speed and curvature."""
+        seen = {
+            name: frames[name][-1] if frames is not None else np.zeros(box.shape, np.uint8)
+            for name, box in space.spaces.items()
+            if name != "ego"
+        }
+        return {**seen, "ego": np.array([self.ego.speed, self.ego.curvature], np.float32)}
+
+    def _info(self) -> dict[str, Any]:
+        offset, heading_error = self.road.beside(self.ego)
+        return {"offset": offset, "heading_error": heading_error, "x": self.ego.x, "y": self.ego.y, "yaw": self.ego.yaw}
+
+
+def _spaces(course: Course, cameras: Sequence[str]) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
+    sizes = {c.name: (c.height, c.width, 3) for c in course.world.model.config.cameras}
+    unknown = [name for name in cameras if name not in sizes]
+    if unknown:
+        raise ValueError(f"camera {unknown[0]!r} is not one of {', '.join(sizes)}")
+    seen: dict[str, gymnasium.Space[Any]] = {
+        name: gymnasium.spaces.Box(0, 255, sizes[name], np.uint8) for name in (cameras or sizes)
+    }
+    limits = np.array([MAX_SPEED * 1.01, 0.5], np.float32)
+    seen["ego"] = gymnasium.spaces.Box(np.array([0.0, -0.5], np.float32), limits, dtype=np.float32)
+    action = gymnasium.spaces.Box(np.array([0.0, -1.0], np.float32), np.ones(2, np.float32), dtype=np.float32)
+    return gymnasium.spaces.Dict(seen), action
+
+
+def _chosen(course: Course, scenario: str | None, rng: np.random.Generator) -> tuple[str, int]:
+    if scenario is not None and scenario not in course.roads:
+        raise ValueError(f"scenario {scenario!r} is not one of {', '.join(course.roads)}")
+    return scenario or str(rng.choice(list(course.roads))), int(rng.integers(2**31))
+
+
+def _clipped(action: Any, space: gymnasium.spaces.Box) -> NDArray[np.float32]:
+    return np.clip(np.asarray(action, np.float32), space.low, space.high)
+
+
+class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
+    """Keep the lane, swiftly. One step is one generation, a third of a second of the shipped model.
+
+    The action is normalised: speed in [0, 1], curvature in [-1, 1]. The observation is the newest frame of each camera,
+    and ``ego``, speed in m/s and curvature in 1/m. The reward is speed along the lane as a share of the greatest, times
+    one less the squared offset as a share of ``max_offset``; leaving the lane ends the episode at -1.
+
+    Args:
+        scenario: to start in; by default each episode draws one.
+        cameras: to observe; by default all.
+        policy: of the world; by default the reactive one, so that a car that brakes is seen to.
+        max_offset: metres from the lane's middle at which it is left.
+        course: by default the shipped one.
+
+    Raises:
+        ValueError: there is no such scenario, camera or policy.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012
+
+    def __init__(
+        self,
+        scenario: str | None = None,
+        cameras: Sequence[str] = (),
+        policy: str | None = None,
+        max_offset: float = 1.75,
+        course: Course | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        self.course, self.scenario, self.render_mode = course or shipped_course(), scenario, render_mode
+        self.observation_space, self.action_space = _spaces(self.course, cameras)
+        _chosen(self.course, scenario, np.random.default_rng())
+        self._car = _Car(self.course, policy, max_offset)
+        self._frames: dict[str, NDArray[np.uint8]] | None = None
+        self._view = cameras[0] if cameras else self.course.world.model.config.cameras[0].name
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin an episode; the first pictures come with the first step."""
+        super().reset(seed=seed)
+        info = self._car.reset(*_chosen(self.course, self.scenario, self.np_random))
+        self._frames = None
+        return self._car.observe(None, self.observation_space), info
+
+    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """One generation under an action, clipped to its space."""
+        bounded = _clipped(action, self.action_space)
+        self._frames = dict(self._car.session.step(bounded.tolist()).frames)
+        reward, off, info = self._car.move(bounded)
+        return self._car.observe(self._frames, self.observation_space), reward, off, False, info
+
+    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+        """The newest frame of the first camera."""
+        if self.render_mode is None:
+            return None
+        seen: NDArray[np.uint8] = self._car.observe(self._frames, self.observation_space)[self._view]
+        return seen
+
+    def close(self) -> None:
+        self._car.session.close()
+
+
+class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float32], NDArray[np.float64]]):
+    """Many cars of one world: a step advances all in shared forward passes. Arguments as for `DriveEnv`.
+
+    A car that left its lane, or drove ``max_episode_steps``, begins anew in the next step, whose action it ignores.
+    """
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        scenario: str | None = None,
+        cameras: Sequence[str] = (),
+        policy: str | None = None,
+        max_offset: float = 1.75,
+        course: Course | None = None,
+        max_episode_steps: int | None = None,
+    ) -> None:
+        self.num_envs, self.course, self.scenario = num_envs, course or shipped_course(), scenario
+        self.max_episode_steps = max_episode_steps
+        self.single_observation_space, self.single_action_space = _spaces(self.course, cameras)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        _chosen(self.course, scenario, np.random.default_rng())
+        self._cars = [_Car(self.course, policy, max_offset) for _ in range(num_envs)]
+        self._over = np.zeros(num_envs, bool)
+        self._steps = np.zeros(num_envs, int)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed)
+        self._over[:] = False
+        infos = [self._begin(n) for n in range(self.num_envs)]
+        seen = [car.observe(None, self.single_observation_space) for car in self._cars]
+        return self._stacked(seen), self._merged(infos)
+
+    def step(
+        self, actions: NDArray[np.float32]
+    ) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        bounded = [_clipped(action, self.single_action_space) for action in actions]
+        going = [n for n in range(self.num_envs) if not self._over[n]]
+        made = self.course.world.advance([self._cars[n].session for n in going], [bounded[n].tolist() for n in going])
+        rewards, off = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+        seen: dict[int, dict[str, Any]] = {}
+        infos: dict[int, dict[str, Any]] = {}
+        for n, generation in zip(going, made, strict=True):
+            if not isinstance(generation, Generation):
+                raise generation
+            rewards[n], off[n], infos[n] = self._cars[n].move(bounded[n])
+            seen[n] = self._cars[n].observe(dict(generation.frames), self.single_observation_space)
+            self._steps[n] += 1
+        for n in np.flatnonzero(self._over):
+            infos[n] = self._begin(n)
+            seen[n] = self._cars[n].observe(None, self.single_observation_space)
+        limit = self.max_episode_steps
+        truncated = np.array([limit is not None and self._steps[n] >= limit for n in range(self.num_envs)]) & ~off
+        self._over = off | truncated
+        order = range(self.num_envs)
+        return self._stacked([seen[n] for n in order]), rewards, off, truncated, self._merged([infos[n] for n in order])
+
+    def close_extras(self, **_: Any) -> None:
+        for car in self._cars:
+            car.session.close()
+
+    def _begin(self, n: int) -> dict[str, Any]:
+        self._steps[n] = 0
+        return self._cars[n].reset(*_chosen(self.course, self.scenario, self.np_random))
+
+    def _stacked(self, seen: list[dict[str, Any]]) -> dict[str, Any]:
+        return {name: np.stack([each[name] for each in seen]) for name in seen[0]}
+
+    def _merged(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for n, info in enumerate(infos):
+            merged = self._add_info(merged, info, n)
+        return merged
+
+
+def _wrapped(angle: NDArray[np.float64]) -> NDArray[np.float64]:
+    wrapped: NDArray[np.float64] = (angle + np.pi) % (2 * np.pi) - np.pi
+    return wrapped
+
+
+gymnasium.register(ID, entry_point=DriveEnv, vector_entry_point=DriveVectorEnv, max_episode_steps=60)

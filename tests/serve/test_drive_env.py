@@ -1,0 +1,108 @@
+"""The environment: Gymnasium's own checker, the geometry against closed forms, the batch against single cars."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from holdover.serve.drive_env import Course, DriveEnv, DriveVectorEnv, Road, road_of
+from holdover.world.scenes import SCENARIOS
+from holdover.world.vehicles import EgoState, normalise_action
+from tests.serve.small import small_world
+
+
+def straight(start: EgoState) -> Road:
+    """One lane along x, and one back beside it."""
+    x = np.arange(-10.0, 200.0)
+    there, back = np.stack([x, 0 * x], -1), np.stack([x, 0 * x + 3.5], -1)
+    headings = np.concatenate([0 * x, 0 * x + math.pi])
+    return Road(points=np.concatenate([there, back]), headings=headings, start=start)
+
+
+@pytest.fixture
+def course() -> Course:
+    roads = {"town": straight(EgoState(speed=10.0)), "coast": straight(EgoState(y=0.5, speed=5.0))}
+    return Course(world=small_world(), roads=roads)
+
+
+def test_gymnasium_finds_no_fault(course: Course) -> None:
+    env = gymnasium.make("holdover/Drive-v1", course=course, render_mode="rgb_array")
+    check_env(env.unwrapped, skip_close_check=True)
+    assert env.observation_space["rear"].shape == (8, 16, 3)  # type: ignore[index]
+    env.close()
+
+
+def test_offsets_are_those_of_the_nearest_lane_that_leads_the_same_way() -> None:
+    road = straight(EgoState())
+    assert road.beside(EgoState(x=50.3, y=0.7, yaw=0.1)) == pytest.approx((0.7, 0.1))
+    assert road.beside(EgoState(x=50.3, y=2.9, yaw=0.0)) == pytest.approx((2.9, 0.0))  # the nearer lane leads back
+    assert road.beside(EgoState(x=50.3, y=2.9, yaw=math.pi + 0.2)) == pytest.approx((0.6, 0.2))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_shipped_clips_begin_in_a_lane(scenario: str) -> None:
+    offset, heading_error = (road := road_of(scenario, 32)).beside(road.start)
+    assert abs(offset) < 1.75
+    assert abs(heading_error) < 0.35
+
+
+def test_the_reward_is_progress_along_the_middle(course: Course) -> None:
+    env = DriveEnv(scenario="coast", course=course)
+    observation, info = env.reset(seed=1)
+    assert info["offset"] == pytest.approx(0.5)
+    observation, reward, terminated, truncated, info = env.step(normalise_action(5.0, 0.0))
+    assert (terminated, truncated) == (False, False)
+    assert info["x"] == pytest.approx(5.0 * 2 / 12)  # two frames of a twelfth of a second
+    assert reward == pytest.approx(5 / 30 * (1 - (0.5 / 1.75) ** 2), rel=1e-4)
+    assert observation["ego"] == pytest.approx([5.0, 0.0], abs=1e-4)
+    assert observation["front_wide"].any()
+    for _ in range(20):
+        _, reward, terminated, _, info = env.step(normalise_action(10.0, 0.1))
+        if terminated:
+            break
+    assert terminated
+    assert reward == -1
+    assert info["offset"] > 1.75
+
+
+def test_cars_of_a_batch_drive_as_they_would_alone(course: Course) -> None:
+    actions = [normalise_action([8.0, 20.0, 12.0], [0.0, 0.2, 0.02])] * 12
+    batch = DriveVectorEnv(num_envs=3, scenario="town", course=course, max_episode_steps=9)
+    together = [batch.reset(seed=5)[0]]
+    seeds = [car.session.seed for car in batch._cars]
+    rewards, ends = [], []
+    for action in actions:
+        seen, reward, terminated, truncated, _ = batch.step(action)
+        together.append(seen)
+        rewards.append(reward)
+        ends.append((terminated.tolist(), truncated.tolist()))
+    for n in range(3):
+        single = DriveEnv(scenario="town", course=course)
+        single.reset()
+        single._car.reset("town", seeds[n])
+        for step, action in enumerate(actions):
+            seen, reward, terminated, _, _ = single.step(action[n])
+            assert rewards[step][n] == pytest.approx(reward)
+            assert ends[step][0][n] == terminated
+            for name, value in seen.items():
+                assert np.abs(together[step + 1][name][n].astype(float) - value).mean() < 0.1  # of 255
+            if terminated or step == 8:
+                break
+        if not terminated:
+            assert ends[8][1][n]  # truncated after nine steps
+        else:
+            assert n == 1  # the one that steers hard
+            assert not together[step + 2]["front_wide"][n].any()  # and begins anew in the next step
+
+
+def test_mistakes_are_named(course: Course) -> None:
+    with pytest.raises(ValueError, match="'moon' is not one of town, coast"):
+        DriveEnv(scenario="moon", course=course)
+    with pytest.raises(ValueError, match="'roof' is not one of front_wide"):
+        DriveEnv(cameras=["roof"], course=course)
+    with pytest.raises(ValueError, match="'turbo' is not one of eager"):
+        DriveEnv(policy="turbo", course=course)

@@ -1,0 +1,67 @@
+"""A server that is killed outright loses at most the generation in flight."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+
+from tests.serve.live import Live
+from tests.serve.small import action
+from tests.serve.test_server import drive, near, solo
+
+SERVER = """
+import sys
+from pathlib import Path
+from holdover.serve.server import serve
+from tests.serve.small import small_world
+serve(small_world(), port=int(sys.argv[1]), folder=Path(sys.argv[2]), durable=True)
+"""
+
+
+def start(port: int, folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(port), str(folder)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200:
+                return process
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(f"the server did not start: {process.communicate()[1]}")
+
+
+def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    first = start(port, tmp_path)
+    live = Live(None, port, None)  # type: ignore[arg-type]
+    with live.http:
+        id = live.create(seed=8)
+        with live.stream(id) as stream:
+            made = drive(stream, 8, 0, 3)
+            stream.send(type="action", seq=3, action=action(3, 8))
+            first.kill()
+        first.communicate()
+    second = start(port, tmp_path)
+    live = Live(None, port, None)  # type: ignore[arg-type]
+    with live.http, live.stream(id, "?after=2") as stream:
+        if stream.hello["seq"] == 3:  # it had been made, and waits
+            made.append(stream.receive())
+            stream.send(type="ack", generation=3)
+        made += drive(stream, 8, len(made), 6 - len(made))
+    assert [each["index"] for each in made] == list(range(6))
+    assert all(near(*pair) for pair in zip(made, solo(8, 6), strict=True))
+    second.send_signal(signal.SIGTERM)
+    log = [json.loads(line) for line in second.communicate(timeout=120)[1].splitlines()]
+    assert "drained" in [line["event"] for line in log]
+    assert not any("traceback" in line for line in log)
