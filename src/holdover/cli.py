@@ -207,6 +207,31 @@ def trace(
         _complain(problems)
 
 
+@app.command()
+def models() -> None:
+    """List the models whose blocks are known, as the table of the documentation."""
+    from holdover.hosts.registry import models_markdown
+
+    typer.echo(models_markdown(), nl=False)
+
+
+@app.command()
+def inspect(
+    target: Annotated[
+        str, typer.Argument(help="module:factory, a function that returns a model, or it and arguments.")
+    ],
+    shape: Annotated[list[str] | None, typer.Option(help="An argument, random: name=1,16,3,32,32.")] = None,
+) -> None:
+    """Find the slots of a model that is not known yet: what to paste to attach to it."""
+    with _plain_errors():
+        from holdover.hosts.inspect import build, describe, examine, shapes
+        from holdover.policies.fixed_interval import fixed_interval
+
+        policy = fixed_interval(over="steps", every=2, front_anchors=0, warmup=0, protection="pass")
+        model, args, kwargs = build(target, shapes(shape or []))
+        typer.echo(describe(model, examine(model, args, kwargs, policy)))
+
+
 @world.command()
 def record(
     scenario: Annotated[str, typer.Option(help="urban, highway or uturn.")],

@@ -74,7 +74,7 @@ def _wan(model: str, family: str, **more: Any) -> Host:
 
 
 DIFFUSERS = (
-    _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video"),
+    _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", tested="pipeline"),
     _wan("WanVACETransformer3DModel", "Wan VACE"),
     _wan("ChronoEditTransformer3DModel", "ChronoEdit"),
     _wan("SkyReelsV2Transformer3DModel", "SkyReels-V2, diffusion forcing too"),
@@ -88,6 +88,7 @@ DIFFUSERS = (
         block_kv_update=far_block_writes,
         kv_update=far_writes,
         autoregressive=True,
+        tested="pipeline",
     ),
     Host(
         model="CosmosTransformer3DModel",
@@ -126,7 +127,7 @@ DIFFUSERS = (
         grid=packed,
         condition=("encoder_hidden_states", "audio_encoder_hidden_states"),
     ),
-    Host(model="CogVideoXTransformer3DModel", family="CogVideoX", grid=patches),
+    Host(model="CogVideoXTransformer3DModel", family="CogVideoX", grid=patches, tested="pipeline"),
     Host(model="MochiTransformer3DModel", family="Mochi", grid=patches),
     Host(model="AllegroTransformer3DModel", family="Allegro", grid=patches),
     Host(model="SanaVideoTransformer3DModel", family="SANA-Video", grid=patches),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -40,6 +40,8 @@ class Host:
         condition: the model's arguments with what steers the video but the action.
         action: the model's argument with the action, if it has one.
         tells: what sets it apart from other classes of the same name.
+        tested: on the ``class`` itself, in a ``pipeline`` too, or on a ``contract``: modules of our own that take,
+            return and write what its blocks do.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Host:
     condition: tuple[str, ...] = ("encoder_hidden_states",)
     action: str | None = None
     tells: Callable[[nn.Module], bool] = any_model
+    tested: Literal["class", "pipeline", "contract"] = "class"
 
     def slots(self, model: nn.Module) -> list[Slot]:
         """The model's blocks.

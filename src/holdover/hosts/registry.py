@@ -33,3 +33,29 @@ def find(model: nn.Module) -> Host | None:
             if host.model == cls.__name__ and host.tells(model):
                 return host
     return None
+
+
+def models_markdown() -> str:
+    """The table of docs/models.md."""
+    tested = {
+        "class": "the class, tiny",
+        "pipeline": "the class and a pipeline, tiny",
+        "contract": "a contract of its blocks",
+    }
+    lines = [
+        "| model | class | tokens | KV writes | batch | modulated input | tested |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for host in hosts():
+        told = "told by the pass" if host.kv_update else "told by the step" if host.autoregressive else "none"
+        cells = [
+            host.family,
+            f"`{host.model}`",
+            "on a grid" if host.grid else "a sequence",
+            told,
+            "row by row" if host.rows else "whole",
+            "yes" if "modulated" in host.taps else "no",
+            tested[host.tested],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -68,6 +68,7 @@ def _causal_wan(family: str, **more: Any) -> Host:
         writes_kv=True,
         autoregressive=True,
         condition=("context",),
+        tested="contract",
         **{**fields, **more},
     )
 
@@ -90,5 +91,6 @@ SELF_FORCING = (
         autoregressive=True,
         action="action",
         condition=("viewmats", "Ks"),
+        tested="contract",
     ),
 )
