@@ -182,7 +182,7 @@ def test_the_timeline_scrubs(player: Locator, page: Page) -> None:
 
 def test_modes_and_views(player: Locator, page: Page) -> None:
     show(player, 37)
-    page.keyboard.press("d")
+    page.keyboard.press("h")
     page.wait_for_function(
         "root => root.querySelector('.heat').width > 0 && !root.player.busy", arg=player.element_handle()
     )
@@ -227,7 +227,7 @@ def test_the_ribbon_is_the_trace(player: Locator, run: Path) -> None:
         for row, column, reason, letter, title in cells:
             decision: Decision | None = laid.cells[generation].get((row - 1, column - 1))
             assert reason == (decision.reason if decision else "")
-            letters = {"computed": "C", "reused": "", "anchor": "A", "protected": "K", "warm-up": "W"}
+            letters = {"computed": "C", "reused": "·", "anchor": "A", "protected": "K", "warm-up": "W"}
             assert letter == (letters[category(decision)] if decision else "")
             if decision and decision.scores:
                 for name, value in decision.scores.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ def trace(run: Path, *options: str, columns: int = 200) -> str:
     return result.output
 
 
-def test_the_terminal_shows_a_cell_for_every_decision(run: Path) -> None:
+def test_the_terminal_shows_a_letter_for_every_decision(run: Path) -> None:
+    letters = {"computed": "C", "reused": "·", "anchor": "A", "protected": "K", "warm-up": "W"}
     for columns in (200, 40):
         text = trace(run, "--scenario", "first", "--rollout", "xcache", columns=columns)
-        assert text.count("■") == len(DECISIONS)
+        shown = "".join(re.findall(r"[C·AKW]", text.partition("skipped\n")[2]))
+        assert shown == "".join(letters[category(d)] for d in DECISIONS)
     skipped = [d.computed for d in DECISIONS if d.role == "denoise" and d.reason != "warm-up"]
     assert f"first / xcache: {100 * skipped.count(False) / len(skipped):.1f} % skipped" in text
     assert "other" not in text

@@ -13,6 +13,8 @@ from holdover.engine.trace import WARM_UP, Decision
 #: What a block's call counts as, for its colour; "computed" for every reason that is not here.
 REUSED, ANCHOR, PROTECTED, WARMING, COMPUTED = "reused", "anchor", "protected", "warm-up", "computed"
 CATEGORIES = (COMPUTED, REUSED, ANCHOR, PROTECTED, WARMING)
+#: What stands for them where colour does not tell.
+LETTERS = {COMPUTED: "C", REUSED: "·", ANCHOR: "A", PROTECTED: "K", WARMING: "W"}
 _OF_REASON = {
     "anchor": ANCHOR,
     "kv cycle": PROTECTED,

@@ -12,19 +12,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from holdover.report import tables
-from holdover.report.decisions import CATEGORIES, category, ribbon, skip_rate
+from holdover.report.decisions import CATEGORIES, LETTERS, category, ribbon, skip_rate
 from holdover.report.files import write_text
 from holdover.report.run_dir import GAIN
 from holdover.report.run_plots import Plot, draw_run, draw_scenario
 from holdover.report.run_read import Recorded, read_run
 
-#: What the categories of a decision mean, and the letter that stands for them beside their colour.
+#: What the categories of a decision mean.
 LEGEND = {
-    "computed": ("C", "computed, because the gate or a guard asked for it"),
-    "reused": ("", "reused, not computed"),
-    "anchor": ("A", "anchor: a block that is always computed"),
-    "protected": ("K", "KV-protected: what enters the KV cache is computed"),
-    "warm-up": ("W", "warm-up: nothing is held yet"),
+    "computed": "computed, because the gate or a guard asked for it",
+    "reused": "reused, not computed",
+    "anchor": "anchor: a block that is always computed",
+    "protected": "KV-protected: what enters the KV cache is computed",
+    "warm-up": "warm-up: nothing is held yet",
 }
 _DIGITS = 6  # significant ones of a score
 
@@ -54,7 +54,7 @@ def build_page(run_dir: Path) -> tuple[Path, list[str]]:
             rows=tables.demo_rows(summary(rollouts)),
             plots=overall,
             scenarios=scenarios,
-            legend=LEGEND,
+            legend=[(LETTERS[name], LEGEND[name]) for name in CATEGORIES],
             made_by=_made_by(rollouts),
             data=_script_json({"gain": GAIN, "scenarios": [scenario["player"] for scenario in scenarios]}),
             report=(run_dir / "report.json").is_file(),
@@ -107,6 +107,7 @@ def _scenario(run_dir: Path, name: str, rollouts: Sequence[Recorded]) -> dict[st
         "frames": max(r.frames for r in rollouts),
         "fps": rollouts[0].about.fps,
         "plots": plots,
+        "simulated": any(r.about.figures.get("truth") for r in rollouts),
         "rollouts": [_shown(run_dir, r) for r in rollouts],
         "player": {"name": name, "rollouts": [_playable(run_dir, r) for r in rollouts]},
     }

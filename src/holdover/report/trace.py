@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdover.engine.trace import Decision
-from holdover.report.decisions import CATEGORIES, category, ribbon, skip_rate
+from holdover.report.decisions import CATEGORIES, LETTERS, category, ribbon, skip_rate
 from holdover.report.files import whole, write_json
 from holdover.report.run_dir import Generation, decision_table, write_table
 from holdover.report.run_read import Recorded
@@ -37,11 +37,8 @@ _REUSED_WIDTH = 0.1
 
 
 def print_ribbons(rollouts: Sequence[Recorded], console: Console) -> None:
-    """Print every generation of every rollout: one coloured block for each block of each step."""
-    legend = Text("  ".join(CATEGORIES))
-    for name, style in STYLES.items():
-        legend.highlight_words([name], f"bold {style}")
-    console.print(legend)
+    """Print every generation of every rollout: one coloured letter for each block of each step."""
+    console.print(*(Text(f"{LETTERS[name]} {name} ", STYLES[name]) for name in CATEGORIES))
     for rollout in _decided(rollouts):
         decisions = rollout.decisions or ()
         console.print(f"\n{rollout.about.scenario} / {rollout.about.name}: {percent(skip_rate(decisions))} skipped")
@@ -53,7 +50,8 @@ def print_ribbons(rollouts: Sequence[Recorded], console: Console) -> None:
                 line.append("\n      " if wide and row else " ")
                 for block in range(laid.blocks):
                     decision = cells.get((row, block))
-                    line.append("■" if decision else " ", STYLES[category(decision)] if decision else "")
+                    kind = category(decision) if decision else None
+                    line.append(LETTERS[kind] if kind else " ", STYLES[kind] if kind else "")
             console.print(line, soft_wrap=True)
 
 

@@ -4,7 +4,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const LETTERS = [...document.getElementById("player").content.querySelectorAll(".legend .cell")].map((c) => c.textContent.trim());
-const MODES = { curtain: "c", difference: "d", blink: "b", "side by side": "s" };
+const MODES = { curtain: "c", "heat map": "h", blink: "b", "side by side": "s" };
 const BLINK_MS = 500;
 
 class Film {
@@ -82,7 +82,7 @@ class Player {
   }
 
   shownFilms() {
-    if (this.mode === "difference") return [this.film(this.right, "difference")];
+    if (this.mode === "heat map") return [this.film(this.right, "difference")];
     return [this.film(this.left, "video"), this.film(this.right, "video")];
   }
 
@@ -113,8 +113,8 @@ class Player {
   }
 
   draw(films, frame) {
-    const canvases = this.mode === "difference" ? [".heat"] : [".under", ".over"];
-    const owners = this.mode === "difference" ? [this.right] : [this.left, this.right];
+    const canvases = this.mode === "heat map" ? [".heat"] : [".under", ".over"];
+    const owners = this.mode === "heat map" ? [this.right] : [this.left, this.right];
     canvases.forEach((name, i) => {
       const [x, y, width, height] = this.rect(owners[i]);
       const canvas = this.find(name);
@@ -149,19 +149,19 @@ class Player {
   }
 
   choose(mode) {
-    if (mode === "difference" && !this.right.difference) mode = "curtain";
+    if (mode === "heat map" && !this.right.difference) mode = "curtain";
     this.mode = mode;
     this.root.dataset.mode = mode;
     this.find(`.modes input[value="${mode}"]`).checked = true;
-    this.find('.modes input[value="difference"]').disabled = !this.right.difference;
-    this.find(".scale").hidden = mode !== "difference";
+    this.find('.modes input[value="heat map"]').disabled = !this.right.difference;
+    this.find(".scale").hidden = mode !== "heat map";
     this.find(".scale .top").textContent = `${Math.round(255 / DATA.gain)} of 255 and more`;
     clearInterval(this.blinking);
     this.root.classList.remove("blinked");
     if (mode === "blink") this.blinking = setInterval(() => this.root.classList.toggle("blinked"), BLINK_MS);
     const [, , width, height] = this.rect(this.right);
     this.find(".stage").style.setProperty("--aspect", width / height);
-    this.find(".tag.one").textContent = mode === "difference" ? `${this.right.name} − ${this.right.reference}` : this.left.name;
+    this.find(".tag.one").textContent = mode === "heat map" ? `${this.right.name} − ${this.right.reference}` : this.left.name;
     this.find(".tag.two").textContent = this.right.name;
     this.find(".time").max = this.last;
     this.generation = undefined;
