@@ -30,15 +30,14 @@ def transformer(name: str) -> Any:
     return next(tiny for tiny in TINY if tiny.name == name).make()
 
 
-def wan(**more: Any) -> Any:
+def wan(kind: Any = None) -> Any:
     import diffusers
 
-    pipe = diffusers.WanPipeline(
+    pipe = (kind or diffusers.WanPipeline)(
         **encoder(),
         vae=None,
         scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
         transformer=transformer("WanTransformer3DModel"),
-        **more,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
