@@ -16,7 +16,7 @@ from torch import Tensor
 
 import holdover
 from tests.registry import CLOSED, DEFAULTS, VARIED, Case
-from tests.toy import StaggeredLoop, ToyLoop, ToyModel, cached, drive, one_thread, plain
+from tests.toy import Runner, StaggeredLoop, ToyLoop, ToyModel, cached, chunks_apart, drive, one_thread, plain
 
 GENERATIONS = 20
 
@@ -134,23 +134,21 @@ def test_interleaved_streams_do_not_touch_each_other(case: Case, model: ToyModel
         assert decisions(cache, stream) == trace
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in DEFAULTS if case.policy().lifetime == "generation"], ids=lambda case: case.id
-)
+in_flight = [case for case in DEFAULTS if case.policy().lifetime == "generation"]
+
+
+@pytest.mark.parametrize("case", in_flight, ids=lambda case: case.id)
 def test_chunks_in_flight_do_not_touch_each_other(case: Case, model: ToyModel) -> None:
     """At staggered noise levels, taking turns, each decides as it would in a stream of its own."""
 
-    def play_staggered(cache: holdover.Cache, **stream: str) -> list[Tensor]:
-        def runner(fields: dict[str, Any], run: Any) -> Tensor:
-            return cached(cache)({**fields, "stream": f"{fields['chunk']}"} if stream else fields, run)
-
+    def play_staggered(runner: Runner) -> list[Tensor]:
         loop = StaggeredLoop(branches=case.branches)
         return [loop.step(model, action, runner) for action in drive(5)]
 
     with holdover.attach(model, case.policy()) as alone:
-        expected = play_staggered(alone, stream="own")
+        expected = play_staggered(chunks_apart(cached(alone)))
     with holdover.attach(model, case.policy()) as cache:
-        outputs = play_staggered(cache)
+        outputs = play_staggered(cached(cache))
         assert len({key.generation for key in cache._runtime.streams["default"].held}) == 3  # finished ones are freed
     assert same(outputs, expected)
     in_turn = sorted(decisions(cache), key=lambda decision: decision[1])

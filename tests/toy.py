@@ -283,6 +283,11 @@ def cached(cache: Any) -> Runner:
     return runner
 
 
+def chunks_apart(runner: Runner) -> Runner:
+    """Runs every pass in a stream of its chunk's own."""
+    return lambda fields, run: runner({**fields, "stream": str(fields["chunk"])}, run)
+
+
 def drive(generations: int, start: int = 0) -> Iterator[tuple[float, float]]:
     """Commanded speed and curvature: steady, a gentle turn, then a sudden stop in the middle of a cycle."""
     for n in range(start, start + generations):

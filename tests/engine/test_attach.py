@@ -336,3 +336,39 @@ def test_a_compiled_model_around_attached_blocks() -> None:
         assert [o[0, 0, 0] for o in twice(whole, cache, 1, 5, 7)] == [4, 5 + 1 + 2, 7 + 1 + 2]
     assert reasons(cache) == ["first"] * 2 + ["reuse"] * 4
     torch._dynamo.reset()
+
+
+class TwoMethods(nn.Module):
+    """``x -> 2x + 1``, in two steps that are no modules."""
+
+    def double(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def increase(self, x: Tensor) -> Tensor:
+        return x + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.increase(self.double(x))
+
+
+def test_a_slot_may_be_a_method_of_a_module() -> None:
+    model = Stack(TwoMethods(), TwoMethods())
+    before = [dict(module.__dict__) for module in model.modules()]
+    slots = [holdover.Slot(block, method=method) for block in model.blocks for method in ("double", "increase")]
+    # Of the first generation the residuals are 1, 1, 3 and 1.
+    with holdover.attach(model, EAGER, slots=slots) as cache:
+        for chunk, value in enumerate((1.0, 5.0)):
+            with cache.step(chunk=chunk, commits=False):
+                out = model(ones(value))
+            assert torch.equal(out, ones((7, 5 + 1 + 1 + 3 + 1)[chunk]))
+    assert [d.slot for d in cache.trace][:4] == [
+        f"blocks.{n}.{method}" for n in (0, 1) for method in ("double", "increase")
+    ]
+    assert [dict(module.__dict__) for module in model.modules()] == before
+    assert torch.equal(model(ones(5)), ones(23))
+    with pytest.raises(ValueError, match=r"slot 'blocks.0.double' lies within slot 'blocks.0'"):
+        holdover.attach(model, EAGER, slots=[model.blocks[0], slots[0]])
+    with pytest.raises(ValueError, match=r"slots names 'blocks.0.double' twice"):
+        holdover.attach(model, EAGER, slots=[slots[0], slots[0]])
+    with pytest.raises(ValueError, match="slot 0: TwoMethods has no method 'halve'"):
+        holdover.attach(model, EAGER, slots=[holdover.Slot(model.blocks[0], method="halve")])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import holdover
+from holdover.policies.registry import method
 from tests.engine.models import Scale, Stack, ones, reasons
 from tests.registry import CLOSED, DEFAULTS, VARIED, Case
 
@@ -167,3 +170,15 @@ def test_one_span_holds_one_residual() -> None:
     assert torch.equal(output, (ones(20) + 28) * 7)
     assert reasons(cache)[4:] == ["anchor", "reuse", "reuse", "anchor"]
     assert [block.calls for block in model.blocks] == [2, 1, 1, 2]
+
+
+def test_every_method_is_a_short_file_with_a_twin_and_a_row() -> None:
+    root = Path(__file__).parents[2]
+    rows = (root / "docs" / "methods.md").read_text()
+    assert len(holdover.policies()) >= 16
+    for name in holdover.policies():
+        source = Path(inspect.getfile(method(name)))
+        assert source.stem == name
+        assert len(source.read_text().splitlines()) <= 120, name
+        assert (root / "tests" / "naive" / f"{name}.py").is_file(), name
+        assert f"| `{name}(" in rows, name

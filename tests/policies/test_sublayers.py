@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import holdover
-from holdover import Slot
+from holdover import Slot, Step
+from tests.bench.small import world_model
 from tests.engine.models import Scale, Stack
 
 
@@ -115,3 +116,52 @@ def test_wrong_options_are_refused(name: str, options: dict[str, Any], message: 
 def test_a_deep_part_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="shallow=1 leaves none of the model's 2 blocks"):
         holdover.attach(Stack(Scale(), Scale()), holdover.policy("deepcache"))
+
+
+def test_streams_of_a_batch_choose_their_own_tokens() -> None:
+    inputs = [torch.stack([tokens(1, 5, 3)[0], tokens(4, 2, 9)[0]]) * (1 + index) for index in range(4)]
+    model = Counted()
+    options = {"every": 99, "fresh": 0.3, "age": 0.1}
+
+    def run(**attach: Any) -> list[Tensor]:
+        outputs = []
+        with holdover.attach(model, holdover.policy("toca", **options), slots=[Slot(model, kind="mlp")]) as cache:
+            for index, x in enumerate(inputs):
+                rows = [Step(chunk=0, index=index, num_steps=4, stream=name) for name in attach["streams"]]
+                with cache.step(rows=rows):
+                    outputs.append(model(x[attach["rows"]]))
+        return outputs
+
+    together = run(streams=["a", "b"], rows=slice(None))
+    apart = [run(streams=["a"], rows=slice(0, 1)), run(streams=["b"], rows=slice(1, 2))]
+    for both, first, second in zip(together, *apart, strict=True):
+        assert torch.equal(both, torch.cat([first, second]))
+
+
+@torch.no_grad()
+def test_attention_that_is_a_method_is_held_over_in_the_world_model() -> None:
+    model = world_model()
+    slots = [
+        Slot(block, method="attend_temporal", kind="temporal")
+        if block.temporal
+        else Slot(block, method="attend_cross", kind="spatial")
+        for block in model.blocks
+    ]
+    x = torch.randn(1, 4, model.config.tokens, model.config.patch_values, generator=torch.Generator().manual_seed(0))
+    action = torch.zeros(1, 4, model.config.action_dims)
+    expected = [model(x, sigma=sigma, action_BFA=action) for sigma in (1.0, 0.5)]
+    outputs = []
+    with holdover.attach(model, holdover.policy("pab", start=0.0, stop=1.0), slots=slots) as cache:
+        for index, sigma in enumerate((1.0, 0.5)):
+            with cache.step(chunk=0, index=index, num_steps=2, sigma=sigma):
+                outputs.append(model(x, sigma=sigma, action_BFA=action))
+    assert torch.equal(outputs[0], expected[0])
+    assert not torch.equal(outputs[1], expected[1])
+    # By hand: at the second step attention gives what it gave at the first.
+    given: dict[int, Tensor] = {}
+    for n, block in enumerate(model.blocks):
+        name = "attend_temporal" if block.temporal else "attend_cross"
+        attend = getattr(block, name)
+        setattr(block, name, lambda *args, n=n, attend=attend: given.setdefault(n, attend(*args)))
+    model(x, sigma=1.0, action_BFA=action)
+    assert torch.equal(outputs[1], model(x, sigma=0.5, action_BFA=action))

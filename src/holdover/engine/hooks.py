@@ -15,7 +15,8 @@ MARK = "_holdover"
 
 
 class Hook:
-    """One block's dispatcher: an instance attribute ``forward``, so that other instances of the class never see it.
+    """One slot's dispatcher: an instance attribute ``forward``, or named as another method, so that other instances of
+    the class never see it.
 
     If someone else has wrapped the dispatcher by the time it is removed, it stays inside that wrapper and passes calls
     through; once that wrapper is gone as well, the next call takes it out.
@@ -23,10 +24,11 @@ class Hook:
 
     def __init__(self, block: Block, dispatch: Callable[[Block, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         self._block, self._dispatch, self._live = block, dispatch, True
-        self._original = block.module.forward
-        self._previous = block.module.__dict__.get("forward")
+        self._method = block.slot.method
+        self._original = getattr(block.module, self._method)
+        self._previous = block.module.__dict__.get(self._method)
         #: What `Module.compile` leaves: it bypasses ``forward``, so it is set aside and called from here.
-        self._compiled = block.module._compiled_call_impl
+        self._compiled = block.module._compiled_call_impl if self._method == "forward" else None
         block.compute = self._original if self._compiled is None else self._compute_compiled
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +44,8 @@ class Hook:
     def remove(self) -> None:
         """Take the dispatcher out, or leave it as a pass-through where something else wraps it."""
         self._live = False
-        delattr(self._block.module, MARK)
+        if hasattr(self._block.module, MARK):  # another of its methods may have been a slot, and be gone already
+            delattr(self._block.module, MARK)
         self._withdraw()
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +55,7 @@ class Hook:
         return self._original(*args, **kwargs)
 
     def _insert(self) -> None:
-        self._block.module.forward = self._forward
+        setattr(self._block.module, self._method, self._forward)
         if self._compiled is not None:
             self._block.module._compiled_call_impl = None
 
@@ -60,12 +63,12 @@ class Hook:
         module = self._block.module
         if self._compiled is not None:
             module._compiled_call_impl = self._compiled
-        if module.__dict__.get("forward") is not self._forward:
+        if module.__dict__.get(self._method) is not self._forward:
             return
         if self._previous is None:
-            del module.forward
+            delattr(module, self._method)
         else:
-            module.forward = self._previous
+            setattr(module, self._method, self._previous)
 
     def _compute_compiled(self, *args: Any, **kwargs: Any) -> Any:
         """Run what `Module.compile` made, in the module as it was when that was made."""

@@ -52,6 +52,7 @@ class Slot:
         block: the module, or its name as `named_modules` gives it.
         hidden: the argument with the hidden state: its position, or its keyword.
         kind: what it is. A model may declare its blocks and what lies within them; a policy takes those of its level.
+        method: which of its methods the slot is, for attention, say, that is no module of its own.
         returns: where in the tuple that the block returns the hidden state stands.
         beside: what a reused block returns beside its hidden state, as a function of the block and the arguments of its
             forward; by default what it returned when last computed. For what must not come twice, such as an update of
@@ -69,6 +70,7 @@ class Slot:
     block: nn.Module | str
     hidden: int | str = 0
     kind: Kind = "block"
+    method: str = "forward"
     returns: int = 0
     beside: Callable[..., tuple[Any, ...]] | None = None
     kv_update: Callable[..., bool] | None = None
@@ -98,10 +100,10 @@ class Block:
 
     def __init__(self, index: int, name: str, module: nn.Module, slot: Slot) -> None:
         self.index, self.name, self.module, self.slot = index, name, module, slot
-        self.compute: Callable[..., Any] = module.forward
+        self.compute: Callable[..., Any] = getattr(module, slot.method)
         #: Whether the block overwrites its input; found out when it first runs.
         self.overwrites_input: bool | None = None
-        self._position, self._keyword = _argument(module, slot.hidden)
+        self._position, self._keyword = _argument(self.compute, slot.hidden)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The hidden state among a call's arguments."""
@@ -216,7 +218,10 @@ def find_blocks(
             module = slot.block
         if id(module) not in names:
             raise ValueError(f"slot {index}, {_describe(module)}, is not part of {type(model).__name__}")
-        blocks.append(Block(index, names[id(module)], module, slot))
+        if not callable(getattr(module, slot.method, None)):
+            raise ValueError(f"slot {index}: {type(module).__name__} has no method {slot.method!r}")
+        name = (names[id(module)], *([slot.method] if slot.method != "forward" else []))
+        blocks.append(Block(index, ".".join(filter(None, name)), module, slot))
     _refuse_overlap(blocks)
     return blocks
 
@@ -233,21 +238,25 @@ def find_view_groups(model: nn.Module, view_groups: Sequence[ViewGroup] | None) 
 
 
 def _refuse_overlap(blocks: Sequence[Block]) -> None:
-    owner: dict[int, Block] = {}
+    owners: dict[int, list[Block]] = {}
     for block in blocks:
-        if id(block.module) in owner:
+        own = owners.setdefault(id(block.module), [])
+        if any(other.slot.method == block.slot.method for other in own):
             raise ValueError(f"slots names {block.name!r} twice; each block has one slot")
-        owner[id(block.module)] = block
+        own.append(block)
     for block in blocks:
-        for inner in block.module.modules():
-            if inner is not block.module and id(inner) in owner:
-                raise ValueError(f"slot {owner[id(inner)].name!r} lies within slot {block.name!r}; name one of them")
+        if block.slot.method != "forward":
+            continue
+        for module in block.module.modules():
+            for inner in owners.get(id(module), ()):
+                if inner is not block:
+                    raise ValueError(f"slot {inner.name!r} lies within slot {block.name!r}; name one of them")
 
 
-def _argument(module: nn.Module, hidden: int | str) -> tuple[int | None, str]:
+def _argument(function: Callable[..., Any], hidden: int | str) -> tuple[int | None, str]:
     """Position and keyword of an argument, as far as the signature tells."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    parameters = [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds]
     if isinstance(hidden, int):
         if hidden < 0:
             raise ValueError(f"hidden={hidden} is not a position; count arguments from 0, without self")

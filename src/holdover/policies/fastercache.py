@@ -27,7 +27,8 @@ def fastercache(
 
     Added to that is the difference between the model's outputs for the two branches when both were last computed,
     weighted by frequency: its low frequencies, up to a fifth of the picture's shorter side, by ``low`` in the first
-    part of a generation, the others by ``high`` in the rest. The conditional branch comes first and is always computed.
+    part of a generation, the others by ``high`` in the rest. The conditional branch is always computed, in a pass that
+    comes first; as rows of one batch both are.
 
     Left open and chosen here: the steps 0, N, 2N, ... are computed; the weights do not grow with the steps since then,
     as they do in the released code; parts and shares are counted in steps. Attention is not held over, see `pab`.
