@@ -20,9 +20,11 @@ except ModuleNotFoundError:  # the core installs without a command line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 world = typer.Typer(no_args_is_help=True, help="Record clips and train world models.")
+fleet = typer.Typer(no_args_is_help=True, help="Evaluate many rollouts on a Ray cluster.")
 bench = typer.Typer(no_args_is_help=True, help="Measure: ablations, overhead, reactions.")
 app.add_typer(world, name="world")
 app.add_typer(bench, name="bench")
+app.add_typer(fleet, name="fleet")
 
 #: Which extra brings a module that may be missing.
 _EXTRAS = {
@@ -40,6 +42,9 @@ _EXTRAS = {
     "msgpack": "serve",
     "PIL": "serve",
     "prometheus_client": "serve",
+    "gymnasium": "env",
+    "ray": "fleet",
+    "yaml": "fleet",
 }
 
 Model = Annotated[Path | None, typer.Option(help="A checkpoint. By default the shipped one.")]
@@ -232,6 +237,42 @@ def inspect(
         typer.echo(describe(model, examine(model, args, kwargs, policy)))
 
 
+@fleet.command("run")
+def fleet_run(
+    plan: Annotated[Path, typer.Argument(help="A YAML file: scenarios, seeds, drivers, generations.")],
+    policy: Annotated[list[str] | None, typer.Option(help="May be repeated. By default xcache_reactive.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes, where the cluster is this machine.")] = 1,
+    out: Annotated[Path, typer.Option(help="The folder of the run; finished rollouts in it are kept.")] = Path(
+        "runs/fleet"
+    ),
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. By default one is started here.")] = None,
+) -> None:
+    """Drive every scenario, seed and driver of a plan under each policy; results come as Parquet."""
+    with _plain_errors():
+        from functools import partial
+
+        import holdover
+        from holdover.report.progress import bar
+        from holdover.serve.drive_env import shipped_course
+        from holdover.serve.fleet import read_plan, run_fleet
+
+        policies = tuple(policy or ["xcache_reactive"])
+        for name in policies:
+            holdover.policy(name)
+        rollouts = read_plan(plan, policies)
+        with bar() as progress:
+            task = progress.add_task("fleet", total=len(rollouts))
+            results = run_fleet(
+                rollouts,
+                out,
+                workers=workers,
+                course=partial(shipped_course, policies),
+                address=address,
+                progress=lambda done, _: progress.update(task, completed=done),
+            )
+        typer.echo(f"results: {results}")
+
+
 @world.command()
 def record(
     scenario: Annotated[str, typer.Option(help="urban, highway or uturn.")],
@@ -376,6 +417,22 @@ def scale(
                 out, size=size, device=device, compiled=compiled, repeats=repeats, seed=seed, progress=progress
             )
         _show(out / f"{figures['name']}.md", figures)
+
+
+@bench.command()
+def hosts(
+    out: Benchmarks = Path("benchmarks"),
+    passes: Annotated[int, typer.Option(help="Of each model under each library, five of warm-up included.")] = 60,
+    blocks: Annotated[int, typer.Option(help="Of each model; their weights are random.")] = 30,
+) -> None:
+    """FBCache beside diffusers' own hooks and cache-dit, on models of diffusers: what the machinery costs."""
+    with _plain_errors():
+        from holdover.bench.hosts import run_hosts
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_hosts(out, passes=passes, blocks=blocks, progress=progress)
+        _show(out / "hosts.md", figures)
 
 
 @bench.command()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
 import torch
 
 import holdover
+from holdover.serve.drive_env import Course, Road
 from holdover.serve.world import Start, World
+from holdover.world.vehicles import EgoState
 from tests.world.small import latents, small_model
 
 POLICIES = {
@@ -28,3 +35,26 @@ def action(n: int, seed: int = 0) -> list[float]:
     """The n-th action of a driver who holds each for a few generations."""
     drawn = torch.rand(2, generator=torch.Generator().manual_seed(1000 * seed + n // 3))
     return [float(value) for value in drawn]
+
+
+def straight(start: EgoState) -> Road:
+    """One lane along x, and one back beside it."""
+    x = np.arange(-10.0, 200.0)
+    there, back = np.stack([x, 0 * x], -1), np.stack([x, 0 * x + 3.5], -1)
+    headings = np.concatenate([0 * x, 0 * x + np.pi])
+    return Road(points=np.concatenate([there, back]), headings=headings, start=start)
+
+
+@cache
+def small_course() -> Course:
+    roads = {"town": straight(EgoState(speed=10.0)), "coast": straight(EgoState(y=0.5, speed=5.0))}
+    return Course(world=small_world(), roads=roads)
+
+
+def fatal_course() -> Course:
+    """Kills the first process that asks for it."""
+    marker = Path(os.environ["HOLDOVER_TEST_MARKER"])
+    if not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return small_course()

@@ -68,7 +68,7 @@ def wait_past(page: Page, generation: int) -> None:
 
 
 def test_driving_with_the_keyboard(page: Page, live: Live) -> None:
-    page.wait_for_selector("#scenario option")
+    page.wait_for_selector("#scenario option", state="attached")
     assert page.eval_on_selector_all("#policy option", "all => all.map(o => o.value)") == list(POLICIES)
     page.select_option("#scenario", "coast")
     page.click("#start")

@@ -7,7 +7,7 @@ termination need no depth, so the model needs none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,16 +17,19 @@ import numpy as np
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from holdover.policies.registry import policy as policy_by_name
 from holdover.rollout.scenarios import first_clip, shipped_clips, shipped_model
 from holdover.serve.session import WorldSession
-from holdover.serve.world import Generation, World, load_starts
+from holdover.serve.world import POLICIES, Generation, World, load_starts
 from holdover.world.cameras import FPS
 from holdover.world.clips import read_clip
 from holdover.world.scenes import build_scene
 from holdover.world.transformer import WorldModel
-from holdover.world.vehicles import MAX_SPEED, EgoState, denormalise_action, drive
+from holdover.world.vehicles import MAX_CURVATURE, MAX_SPEED, EgoState, denormalise_action, drive
 
 ID = "holdover/Drive-v1"
+#: Normalised speed and curvature.
+_LEAST, _MOST = np.array([0, -1], np.float32), np.array([1, 1], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +85,25 @@ class Course:
 
 
 @cache
-def shipped_course() -> Course:
-    """The shipped model and clips; loaded once."""
+def shipped_course(policies: tuple[str, ...] = POLICIES) -> Course:
+    """The shipped model and clips under these policies; loaded once."""
     model = WorldModel.load(shipped_model())
     starts = load_starts(model)
     frames = 2 * model.config.window * model.config.frames_per_latent
-    return Course(world=World(model, starts), roads={name: road_of(name, frames) for name in starts})
+    world = World(model, starts, policies={name: policy_by_name(name) for name in policies})
+    return Course(world=world, roads={name: road_of(name, frames) for name in starts})
 
 
 class _Car:
     """One car on its road: pose, reward, end."""
 
-    def __init__(self, course: Course, policy: str | None, max_offset: float) -> None:
+    def __init__(self, course: Course, cameras: Sequence[str], policy: str | None, max_offset: float) -> None:
         self.course, self.max_offset = course, max_offset
+        sizes = {c.name: (c.height, c.width, 3) for c in course.world.model.config.cameras}
+        unknown = [name for name in cameras if name not in sizes]
+        if unknown:
+            raise ValueError(f"camera {unknown[0]!r} is not one of {', '.join(sizes)}")
+        self.pictures = {name: sizes[name] for name in (cameras or sizes)}
         self.session = WorldSession(course.world, policy=policy)
 
     def reset(self, scenario: str, seed: int) -> dict[str, Any]:
@@ -114,32 +123,26 @@ class _Car:
         centred = 1 - (info["offset"] / self.max_offset) ** 2 if not off else 0.0
         return (-1.0 if off else float(progress * centred)), off, info
 
-    def observe(self, frames: dict[str, NDArray[np.uint8]] | None, space: gymnasium.spaces.Dict) -> dict[str, Any]:
+    def observe(self, frames: Mapping[str, NDArray[np.uint8]] | None) -> dict[str, Any]:
         """The newest frame of each camera, black before the first, and the car's own speed and curvature."""
-        seen = {
-            name: frames[name][-1] if frames is not None else np.zeros(box.shape, np.uint8)
-            for name, box in space.spaces.items()
-            if name != "ego"
+        seen: dict[str, Any] = {
+            name: np.zeros(shape, np.uint8) if frames is None else frames[name][-1]
+            for name, shape in self.pictures.items()
         }
         return {**seen, "ego": np.array([self.ego.speed, self.ego.curvature], np.float32)}
+
+    def spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
+        """What it observes, and what it may be told."""
+        seen: dict[str, gymnasium.Space[Any]] = {
+            name: gymnasium.spaces.Box(0, 255, shape, np.uint8) for name, shape in self.pictures.items()
+        }
+        most = np.array([MAX_SPEED, MAX_CURVATURE], np.float32) * np.float32(1.01)
+        seen["ego"] = gymnasium.spaces.Box(np.array([0, -1], np.float32) * most, most, dtype=np.float32)
+        return gymnasium.spaces.Dict(seen), gymnasium.spaces.Box(_LEAST, _MOST, dtype=np.float32)
 
     def _info(self) -> dict[str, Any]:
         offset, heading_error = self.road.beside(self.ego)
         return {"offset": offset, "heading_error": heading_error, "x": self.ego.x, "y": self.ego.y, "yaw": self.ego.yaw}
-
-
-def _spaces(course: Course, cameras: Sequence[str]) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
-    sizes = {c.name: (c.height, c.width, 3) for c in course.world.model.config.cameras}
-    unknown = [name for name in cameras if name not in sizes]
-    if unknown:
-        raise ValueError(f"camera {unknown[0]!r} is not one of {', '.join(sizes)}")
-    seen: dict[str, gymnasium.Space[Any]] = {
-        name: gymnasium.spaces.Box(0, 255, sizes[name], np.uint8) for name in (cameras or sizes)
-    }
-    limits = np.array([MAX_SPEED * 1.01, 0.5], np.float32)
-    seen["ego"] = gymnasium.spaces.Box(np.array([0.0, -0.5], np.float32), limits, dtype=np.float32)
-    action = gymnasium.spaces.Box(np.array([0.0, -1.0], np.float32), np.ones(2, np.float32), dtype=np.float32)
-    return gymnasium.spaces.Dict(seen), action
 
 
 def _chosen(course: Course, scenario: str | None, rng: np.random.Generator) -> tuple[str, int]:
@@ -148,8 +151,9 @@ def _chosen(course: Course, scenario: str | None, rng: np.random.Generator) -> t
     return scenario or str(rng.choice(list(course.roads))), int(rng.integers(2**31))
 
 
-def _clipped(action: Any, space: gymnasium.spaces.Box) -> NDArray[np.float32]:
-    return np.clip(np.asarray(action, np.float32), space.low, space.high)
+def _clipped(action: Any) -> NDArray[np.float32]:
+    bounded: NDArray[np.float32] = np.clip(np.asarray(action, np.float32), _LEAST, _MOST)
+    return bounded
 
 
 class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
@@ -165,6 +169,9 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         policy: of the world; by default the reactive one, so that a car that brakes is seen to.
         max_offset: metres from the lane's middle at which it is left.
         course: by default the shipped one.
+
+    Attributes:
+        newest: what the world made of the latest action; None at an episode's beginning.
 
     Raises:
         ValueError: there is no such scenario, camera or policy.
@@ -182,11 +189,10 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         render_mode: str | None = None,
     ) -> None:
         self.course, self.scenario, self.render_mode = course or shipped_course(), scenario, render_mode
-        self.observation_space, self.action_space = _spaces(self.course, cameras)
         _chosen(self.course, scenario, np.random.default_rng())
-        self._car = _Car(self.course, policy, max_offset)
-        self._frames: dict[str, NDArray[np.uint8]] | None = None
-        self._view = cameras[0] if cameras else self.course.world.model.config.cameras[0].name
+        self._car = _Car(self.course, cameras, policy, max_offset)
+        self.observation_space, self.action_space = self._car.spaces()
+        self.newest: Generation | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -194,28 +200,29 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """Begin an episode; the first pictures come with the first step."""
         super().reset(seed=seed)
         info = self._car.reset(*_chosen(self.course, self.scenario, self.np_random))
-        self._frames = None
-        return self._car.observe(None, self.observation_space), info
+        self.newest = None
+        return self._car.observe(None), info
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """One generation under an action, clipped to its space."""
-        bounded = _clipped(action, self.action_space)
-        self._frames = dict(self._car.session.step(bounded.tolist()).frames)
+        bounded = _clipped(action)
+        self.newest = self._car.session.step(bounded.tolist())
         reward, off, info = self._car.move(bounded)
-        return self._car.observe(self._frames, self.observation_space), reward, off, False, info
+        return self._car.observe(self.newest.frames), reward, off, False, info
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8] | None:
         """The newest frame of the first camera."""
         if self.render_mode is None:
             return None
-        seen: NDArray[np.uint8] = self._car.observe(self._frames, self.observation_space)[self._view]
-        return seen
+        observed = self._car.observe(self.newest.frames if self.newest else None)
+        first: NDArray[np.uint8] = observed[next(iter(self._car.pictures))]
+        return first
 
     def close(self) -> None:
         self._car.session.close()
 
 
-class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float32], NDArray[np.float64]]):
+class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float32], NDArray[Any]]):
     """Many cars of one world: a step advances all in shared forward passes. Arguments as for `DriveEnv`.
 
     A car that left its lane, or drove ``max_episode_steps``, begins anew in the next step, whose action it ignores.
@@ -235,11 +242,11 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
     ) -> None:
         self.num_envs, self.course, self.scenario = num_envs, course or shipped_course(), scenario
         self.max_episode_steps = max_episode_steps
-        self.single_observation_space, self.single_action_space = _spaces(self.course, cameras)
+        _chosen(self.course, scenario, np.random.default_rng())
+        self._cars = [_Car(self.course, cameras, policy, max_offset) for _ in range(num_envs)]
+        self.single_observation_space, self.single_action_space = self._cars[0].spaces()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        _chosen(self.course, scenario, np.random.default_rng())
-        self._cars = [_Car(self.course, policy, max_offset) for _ in range(num_envs)]
         self._over = np.zeros(num_envs, bool)
         self._steps = np.zeros(num_envs, int)
 
@@ -249,13 +256,13 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
         super().reset(seed=seed)
         self._over[:] = False
         infos = [self._begin(n) for n in range(self.num_envs)]
-        seen = [car.observe(None, self.single_observation_space) for car in self._cars]
+        seen = [car.observe(None) for car in self._cars]
         return self._stacked(seen), self._merged(infos)
 
     def step(
         self, actions: NDArray[np.float32]
-    ) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        bounded = [_clipped(action, self.single_action_space) for action in actions]
+    ) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        bounded = [_clipped(action) for action in actions]
         going = [n for n in range(self.num_envs) if not self._over[n]]
         made = self.course.world.advance([self._cars[n].session for n in going], [bounded[n].tolist() for n in going])
         rewards, off = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
@@ -265,11 +272,11 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
             if not isinstance(generation, Generation):
                 raise generation
             rewards[n], off[n], infos[n] = self._cars[n].move(bounded[n])
-            seen[n] = self._cars[n].observe(dict(generation.frames), self.single_observation_space)
+            seen[n] = self._cars[n].observe(generation.frames)
             self._steps[n] += 1
-        for n in np.flatnonzero(self._over):
+        for n in map(int, np.flatnonzero(self._over)):
             infos[n] = self._begin(n)
-            seen[n] = self._cars[n].observe(None, self.single_observation_space)
+            seen[n] = self._cars[n].observe(None)
         limit = self.max_episode_steps
         truncated = np.array([limit is not None and self._steps[n] >= limit for n in range(self.num_envs)]) & ~off
         self._over = off | truncated
@@ -299,4 +306,6 @@ def _wrapped(angle: NDArray[np.float64]) -> NDArray[np.float64]:
     return wrapped
 
 
-gymnasium.register(ID, entry_point=DriveEnv, vector_entry_point=DriveVectorEnv, max_episode_steps=60)
+gymnasium.register(
+    ID, entry_point=f"{__name__}:DriveEnv", vector_entry_point=f"{__name__}:DriveVectorEnv", max_episode_steps=60
+)

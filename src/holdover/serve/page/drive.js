@@ -107,6 +107,7 @@ function connect() {
   socket.binaryType = "arraybuffer";
   state.socket = socket;
   socket.onmessage = ({ data }) => {
+    if (state.socket !== socket) return; // of a drive that is over
     const message = msgpack.decode(data);
     if (message.type !== "hello") { receive(message, hello); return; }
     hello = message;
@@ -171,6 +172,7 @@ $("controls").addEventListener("submit", async (event) => {
   event.preventDefault();
   try {
     const old = state.session;
+    state.socket?.close();
     Object.assign(state, { session: null, socket: null, last: -1, seq: 0, speed: 8, curvature: 0 });
     if (old) await call("DELETE", `/v1/sessions/${old}`);
     const body = { scenario: $("scenario").value, policy: $("policy").value, mode: "realtime", seed: Date.now() % 1e6 };

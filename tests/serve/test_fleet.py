@@ -1,0 +1,76 @@
+"""The fleet on a Ray cluster of this machine: what is driven elsewhere is what is driven here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+
+pytest.importorskip("ray", reason="no Ray; pip install 'holdover[fleet]'")
+from holdover.serve.fleet import DRIVERS, Rollout, drive, keep_lane, read_plan, run_fleet
+from holdover.world.vehicles import EgoState
+from holdover.world.vehicles import drive as move
+from tests.serve.small import fatal_course, small_course, straight
+
+PLAN = "scenarios: [town, coast]\nseeds: [0, 1]\ndrivers: [keep_lane]\ngenerations: 4\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "scenarios.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_plan_is_every_combination(tmp_path: Path) -> None:
+    rollouts = read_plan(write(tmp_path, PLAN.replace("[keep_lane]", "[brake, straight_on]")), ["eager", "never"])
+    assert len(rollouts) == 2 * 2 * 2 * 2
+    assert len({rollout.key for rollout in rollouts}) == 16
+    assert rollouts[0] == Rollout(scenario="town", seed=0, driver="brake", policy="eager", generations=4)
+    for wrong, message in (
+        ("[1]", r"holds \[1\]"),
+        (PLAN + "more: 1", "more"),
+        (PLAN.replace("keep_lane", "fly"), "driver 'fly'"),
+        (PLAN.replace("[0, 1]", "[-1]"), "seeds="),
+        (PLAN.replace("[0, 1]", "7"), "seeds=7"),
+        (PLAN.replace("4", "0"), "generations=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_plan(write(tmp_path, wrong), ["never"])
+
+
+def test_the_lane_keeper_comes_back_to_the_middle() -> None:
+    road, ego = straight(EgoState()), EgoState(y=1.2, yaw=0.1, speed=10.0)
+    for generation in range(30):
+        offset, heading_error = road.beside(ego)
+        speed, curvature = keep_lane({"offset": offset, "heading_error": heading_error}, 10.0, generation)
+        for _ in range(4):
+            ego = move(ego, speed, curvature)
+    assert abs(ego.y) < 0.05
+    assert abs(ego.yaw) < 0.01
+    assert DRIVERS["brake"]({"offset": 0.0, "heading_error": 0.0}, 10.0, 8)[0] == 0
+
+
+def test_a_fleet_survives_its_workers_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLDOVER_TEST_MARKER", str(tmp_path / "died"))
+    rollouts = read_plan(write(tmp_path, PLAN), ["eager"])
+    torch.set_num_threads(1)
+    here = [drive(small_course(), rollout) for rollout in rollouts]
+    assert [row["steps"] for row in here] == [4] * 4
+    # What an earlier run had finished, marked so that driving it again would show.
+    parts = tmp_path / "out" / "parts"
+    parts.mkdir(parents=True)
+    (parts / f"{rollouts[1].key}.json").write_text(json.dumps({**here[1], "reward": 77.0}))
+    told: list[tuple[int, int]] = []
+    path = run_fleet(rollouts, tmp_path / "out", course=fatal_course, progress=lambda done, of: told.append((done, of)))
+    assert (tmp_path / "died").exists()  # a worker was killed in mid-run
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert [row["video"] for row in rows] == [row["video"] for row in here]
+    assert [row["reward"] for row in rows] == [here[0]["reward"], 77.0, here[2]["reward"], here[3]["reward"]]
+    assert [row["skip"] for row in rows] == [row["skip"] for row in here]
+    assert len({row["video"] for row in rows}) == 4
+    done = run_fleet(rollouts, tmp_path / "out", course=fatal_course)  # nothing is left: no cluster is started
+    assert pyarrow.parquet.read_table(done).to_pylist() == rows
