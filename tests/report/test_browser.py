@@ -59,7 +59,7 @@ def page(browser: Browser, run: Path) -> Iterator[Page]:
     page.goto((run / "index.html").as_uri())
     yield page
     assert complaints == []
-    assert any(url.endswith("difference.mp4") for url in asked)
+    assert any(url.endswith("video.mp4") for url in asked)
     outside = [url for url in asked if not url.startswith((run.as_uri() + "/", "data:"))]
     assert outside == []
 

@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 from holdover import cli
 from holdover.report.decisions import skip_rate
 from holdover.report.page import build_page
-from holdover.report.run_dir import GAIN, SUMS, Generation, Rollout, write_rollout
+from holdover.report.run_dir import GAIN, SUMS, Generation, Rollout, remove_rollouts, write_rollout
 from holdover.report.run_read import read_run
+from holdover.rollout.scenarios import shipped_clips
+from holdover.world.clips import list_clips, read_clip
 from tests.report import runs
 
 ROLLOUTS = [("first", "full"), ("first", "xcache"), ("first", "other"), ("second", "full"), ("second", "xcache")]
@@ -92,6 +94,25 @@ def test_a_rollout_is_replaced_by_its_next_recording(copy: Path) -> None:
     write_rollout(copy, Rollout(scenario="first", name="xcache", fps=12), video, generations=generations)
     rollout = next(r for r in read_run(copy)[0] if r.about.name == "xcache")
     assert (rollout.frames, rollout.decisions, rollout.errors, rollout.difference) == (2, None, None, False)
+
+
+def test_only_rollouts_are_removed(copy: Path) -> None:
+    (copy / "first" / "notes.txt").write_text("mine")
+    remove_rollouts(copy, "first")
+    assert [path.name for path in (copy / "first").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_of_seven_cameras_and_22_seconds_is_small(tmp_path: Path) -> None:
+    clip = read_clip(list_clips(shipped_clips())[0], frames=240)
+    full = {name: np.concatenate([video, video[:24]]) for name, video in clip.frames.items()}
+    noise = np.random.default_rng(0)
+    cached = {n: (v.clip(4, 251) + noise.integers(-4, 5, v.shape, np.int8)).astype(np.uint8) for n, v in full.items()}
+    generations = [Generation(chunk=g, frames=4, seconds=1.0) for g in range(66)]
+    write_rollout(tmp_path, Rollout(scenario="a", name="full", fps=12), full, generations=generations)
+    rollout = Rollout(scenario="a", name="xcache", fps=12, reference="full")
+    write_rollout(tmp_path, rollout, cached, generations=generations, reference=full)
+    build_page(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 30e6
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:

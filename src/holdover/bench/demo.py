@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from holdover.bench.timing import cadence_block_share
 from holdover.policies.registry import policy
 from holdover.report.files import write_json
 from holdover.report.page import build_page
-from holdover.report.run_dir import Generation, Rollout, write_rollout
+from holdover.report.run_dir import Generation, Rollout, remove_rollouts, write_rollout
 from holdover.rollout.driver import LoopConfig
 from holdover.rollout.scenarios import NAMES, STEADY, Scenario, load_scenario
 from holdover.world.cameras import FPS
@@ -94,7 +93,7 @@ def run_demo(
     metrics = Metrics(every=options.every, distance=distance, block_shares={"window": share})
     about = {**environment(checkpoint), "block_share": share}
     for name in NAMES:
-        shutil.rmtree(out / name, ignore_errors=True)
+        remove_rollouts(out, name)
     entries = []
     for scenario in scenarios:
         entries.append(_run_scenario(model, scenario, out, options, metrics, about, progress, total))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -159,6 +160,12 @@ def write_rollout(
     write_json(folder / "rollout.json", {"format": FORMAT, **asdict(rollout), **shape})
     write_text(folder / SUMS, "".join(f"{digest(folder / name)}  {name}\n" for name in ["rollout.json", *files]))
     return folder
+
+
+def remove_rollouts(run_dir: Path, scenario: str) -> None:
+    """Remove every finished rollout of a scenario, and nothing else."""
+    for sums in run_dir.glob(f"{scenario}/*/{SUMS}"):
+        shutil.rmtree(sums.parent)
 
 
 def require_comparable(rollout: Rollout, frames: Frames, reference: Frames) -> None:

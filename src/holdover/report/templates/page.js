@@ -2,8 +2,8 @@
 // The comparison players of the page. Frames are never left to two clocks: a frame number is asked of every video, and
 // drawn only once each of them says that it shows it.
 
-const DATA = JSON.parse(document.getElementById("data").textContent);
-const LETTERS = [...document.getElementById("player").content.querySelectorAll(".legend .cell")].map((c) => c.textContent.trim());
+const DATA = JSON.parse(document.getElementById("page:data").textContent);
+const LETTERS = [...document.getElementById("page:player").content.querySelectorAll(".legend .cell")].map((c) => c.textContent.trim());
 const MODES = { curtain: "c", "heat map": "h", blink: "b", "side by side": "s" };
 const BLINK_MS = 500;
 
@@ -49,7 +49,7 @@ class Player {
     this.films = new Map();
     this.frame = -1;
     this.generation = undefined;
-    root.append(document.getElementById("player").content.cloneNode(true));
+    root.append(document.getElementById("page:player").content.cloneNode(true));
     this.find = (selector) => root.querySelector(selector);
     const playable = this.rollouts.filter((r) => r.video);
     this.right = playable.find((r) => r.reference) || playable[playable.length - 1];
