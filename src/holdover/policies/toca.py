@@ -25,8 +25,9 @@ def toca(
     The model declares attention modules and MLPs as slots of level ``"sublayer"`` (`holdover.Slot`); of kind ``"mlp"``
     are those that work on each token by itself.
 
-    Left open and chosen here: the score is the released code's for attention without a map of weights, ``"norm"``;
-    attention is repeated whole, since few queries would need all keys; the share is one for all layers and steps.
+    Left open and chosen here: a score that needs no map of attention weights; the released code's ``"norm"`` is of what
+    enters, which is the same for all tokens after a layer norm. Attention is repeated whole. The share is one for all
+    layers and steps.
 
     Args:
         every: N, how many steps apart those are that are computed in full.
