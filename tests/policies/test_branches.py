@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import holdover
@@ -107,3 +109,14 @@ def test_tokens_are_laid_out_as_their_grids_say() -> None:
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         holdover.policy("fastercache", **options)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(1, 17), st.integers(1, 17), st.integers(0, 99))
+def test_low_frequencies_are_a_projection(h: int, w: int, seed: int) -> None:
+    """Taken twice they are the same; what is left is orthogonal to them and has no mean."""
+    picture = torch.randn(h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    low = low_frequencies(picture)
+    torch.testing.assert_close(low_frequencies(low), low)
+    torch.testing.assert_close(low.mean(), picture.mean())
+    assert abs((low * (picture - low)).sum()) < 1e-9

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import holdover
@@ -165,3 +167,16 @@ def test_attention_that_is_a_method_is_held_over_in_the_world_model() -> None:
         setattr(block, name, lambda *args, n=n, attend=attend: given.setdefault(n, attend(*args)))
     model(x, sigma=1.0, action_BFA=action)
     assert torch.equal(outputs[1], model(x, sigma=0.5, action_BFA=action))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+def test_every_token_is_either_computed_or_repeated(length: int, fresh: float, seed: int) -> None:
+    """As many as the share says, rounded up, are computed, whatever the values."""
+    values = torch.randn(2, length, generator=torch.Generator().manual_seed(seed)).tolist()
+    outputs, counts, _ = mlp_alone([tokens(*row) for row in values], fresh=fresh)
+    then, now = ([2 * value for value in row] for row in values)
+    computed = [y == new for y, old, new in zip(outputs[1], then, now, strict=True) if y in (old, new)]
+    assert len(computed) == length
+    assert counts == [length, *([sum(computed)] if computed else [])]
+    assert fresh * length - 1e-6 <= sum(computed) < fresh * length + 1
