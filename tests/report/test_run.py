@@ -233,14 +233,25 @@ def test_the_page_of_a_damaged_run(copy: Path, name: str) -> None:
     assert ("first/xcache/video.mp4" in text.files) == (name not in ("video.mp4", SUMS))
 
 
-def test_a_run_of_another_format_is_named(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rollout.json", b'{"format": 9}'),
+        ("rollout.json", b'{"format": 1}'),
+        ("rollout.json", b"[]"),
+        ("decisions.parquet", b"PAR1"),
+        ("frames.parquet", b""),
+    ],
+)
+def test_a_file_that_another_version_wrote_is_named(copy: Path, name: str, content: bytes) -> None:
     folder = copy / "first" / "xcache"
-    content = json.loads((folder / "rollout.json").read_text()) | {"format": 9}
-    (folder / "rollout.json").write_text(json.dumps(content))
-    sums = subprocess.run(["sha256sum", "rollout.json"], cwd=folder, capture_output=True, text=True, check=True).stdout
-    lines = [line for line in (folder / SUMS).read_text().splitlines(keepends=True) if "rollout.json" not in line]
+    (folder / name).write_bytes(content)
+    sums = subprocess.run(["sha256sum", name], cwd=folder, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in (folder / SUMS).read_text().splitlines(keepends=True) if name not in line]
     (folder / SUMS).write_text(sums + "".join(lines))
-    assert read_run(copy)[1] == ["first/xcache/rollout.json has format 9, this version reads 1"]
+    assert read_run(copy)[1] == [
+        f"first/xcache/{name} is whole, but not what this version writes (format 1); record the run again"
+    ]
 
 
 def test_reaction_curves_of_the_bench_are_drawn(copy: Path) -> None:

@@ -79,21 +79,18 @@ class _Folder:
         if _SUM.sub("", text) or "rollout.json" not in self._sums:
             self._report(SUMS, "is damaged: it is not what sha256sum writes")
             return None
-        content = self._file("rollout.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
-        if content is None:
+        about = self._file("rollout.json", _about)
+        if about is None:
             return None
-        if content["format"] != FORMAT:
-            self._report("rollout.json", f"has format {content['format']!r}, this version reads {FORMAT}")
-            return None
-        for name in content["files"]:
+        rollout, frames, canvas, files = about
+        for name in files:
             if name not in self._sums:
                 self._report(SUMS, f"is damaged: it does not name {name}")
-        rects = {name: (left, top, width, height) for name, (left, top, width, height) in content["rects"].items()}
         return Recorded(
-            about=Rollout(**{field.name: content[field.name] for field in fields(Rollout)}),
+            about=rollout,
             folder=self._path,
-            frames=content["frames"],
-            canvas=Canvas(width=content["width"], height=content["height"], rects=rects),
+            frames=frames,
+            canvas=canvas,
             video=self._file("video.mp4", Path.is_file) or False,
             difference=self._file("difference.mp4", Path.is_file) or False,
             decisions=self._file("decisions.parquet", lambda path: tuple(decisions_of(_parquet.read_table(path)))),
@@ -111,11 +108,26 @@ class _Folder:
         elif digest(path) != self._sums[name]:
             self._report(name, f"is damaged: it is not the file that {SUMS} beside it was written for")
         else:
-            return how(path)
+            try:
+                return how(path)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self._report(
+                    name, f"is whole, but not what this version writes (format {FORMAT}); record the run again"
+                )
         return None
 
     def _report(self, name: str, what: str) -> None:
         self._problems.append(f"{self._shown / name} {what}")
+
+
+def _about(path: Path) -> tuple[Rollout, int, Canvas, list[str]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["format"] != FORMAT:
+        raise ValueError(content["format"])
+    rects = {name: (left, top, width, height) for name, (left, top, width, height) in content["rects"].items()}
+    rollout = Rollout(**{field.name: content[field.name] for field in fields(Rollout)})
+    canvas = Canvas(width=content["width"], height=content["height"], rects=rects)
+    return rollout, content["frames"], canvas, content["files"]
 
 
 def _generations(path: Path) -> tuple[Generation, ...]:
