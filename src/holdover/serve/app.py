@@ -234,7 +234,7 @@ async def _send(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
         while reader.notes:
             await ws.send_bytes(pack(reader.notes.popleft()))
         for index, data in list(seat.outbox):
-            if index > reader.sent:
+            if reader.sent < index < seat.published:
                 await ws.send_bytes(data)
                 reader.sent = index
 

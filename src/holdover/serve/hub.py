@@ -115,6 +115,8 @@ class Hub:
             taken = SessionSnapshot(plain={**taken.plain, "seat": seat.stored()}, tensors=taken.tensors)
         shelved = Shelved(id=secrets.token_hex(8), seat=seat_of(taken), nbytes=taken.nbytes, snapshot=taken)
         self.keeper.shelf[shelved.id] = shelved
+        if self.durable:
+            await self.keeper.to_disk(shelved)
         await self.keeper.make_room(0)
         return shelved
 
@@ -269,6 +271,7 @@ class Hub:
             self._count(seat, each, late, done - arrived if arrived is not None else None)
             if self.durable:
                 await self.keeper.save(seat)
+            seat.published = seat.generation
             if seat.reader is not None:
                 seat.reader.wake.set()
 

@@ -60,7 +60,7 @@ class Keeper:
             if seat.session is not None:
                 await self.park(seat)
         for shelved in self.shelf.values():
-            await self._to_disk(shelved)
+            await self.to_disk(shelved)
         self._thread.shutdown()
 
     @property
@@ -74,7 +74,7 @@ class Keeper:
         for shelved in list(self.shelf.values()):
             if self.nbytes + wanted <= self.max_bytes:
                 return
-            await self._to_disk(shelved)
+            await self.to_disk(shelved)
         for seat in sorted(self.seats.values(), key=lambda seat: seat.touched):
             if self.nbytes + wanted <= self.max_bytes:
                 return
@@ -121,7 +121,7 @@ class Keeper:
         seat.session = None
         log.info("parked", extra={"fields": {"id": seat.id}})
 
-    async def _to_disk(self, shelved: Shelved) -> None:
+    async def to_disk(self, shelved: Shelved) -> None:
         if shelved.snapshot is not None:
             taken, shelved.snapshot = shelved.snapshot, None
             await asyncio.to_thread(taken.save, self.path("snapshot", shelved.id))

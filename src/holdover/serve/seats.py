@@ -88,6 +88,8 @@ class Seat:
     #: When the next generation of a real-time session is due.
     due: float = 0.0
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)
+    #: Generations before this one may be sent: those that are on disk where that is asked for.
+    published: int = 0
     reader: Reader | None = None
     busy: bool = False
     wanted: int = 0  # calls that wait until it is not busy
@@ -133,7 +135,7 @@ def twin_of(seat: Seat) -> Seat:
     return Seat(
         id=secrets.token_hex(8), owner=seat.owner, scenario=seat.scenario, seed=seat.seed, policy=seat.policy,
         format=seat.format, mode=seat.mode, generation=seat.generation, seq_seen=seat.seq_seen,
-        seq_applied=seat.seq_applied, action=list(seat.action), nbytes=seat.nbytes,
+        seq_applied=seat.seq_applied, action=list(seat.action), nbytes=seat.nbytes, published=seat.generation,
     )  # fmt: skip
 
 
@@ -143,5 +145,6 @@ def seat_of(taken: SessionSnapshot) -> Seat:
     waiting = sorted(int(name[7:]) for name in taken.tensors if name.startswith("outbox."))
     seat = Seat(**stored)
     seat.seq_seen = seat.seq_applied  # what was seen but not applied is the client's to send again
+    seat.published = seat.generation
     seat.outbox.extend((n, taken.tensors[f"outbox.{n}"].numpy().tobytes()) for n in waiting)
     return seat
