@@ -14,6 +14,8 @@ from holdover.bench import hosts
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
 
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast.*", "ignore:CPU Autocast.*")
+
 
 @pytest.fixture(autouse=True)
 def _only_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
