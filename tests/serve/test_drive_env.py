@@ -90,6 +90,17 @@ def test_cars_of_a_batch_drive_as_they_would_alone(course: Course) -> None:
             assert not together[step + 2]["front_wide"][n].any()  # and begins anew in the next step
 
 
+def test_make_vec_gives_the_shared_batch(course: Course) -> None:
+    cars = gymnasium.make_vec("holdover/Drive-v1", num_envs=2, course=course)
+    assert isinstance(cars.unwrapped, DriveVectorEnv)
+    assert cars.unwrapped.max_episode_steps == 60
+    seen, _ = cars.reset(seed=0)
+    assert seen in cars.observation_space
+    cars.step(cars.action_space.sample())
+    cars.close()
+    assert all(car.session._stream is None for car in cars.unwrapped._cars)
+
+
 def test_mistakes_are_named(course: Course) -> None:
     with pytest.raises(ValueError, match="'moon' is not one of town, coast"):
         DriveEnv(scenario="moon", course=course)

@@ -100,6 +100,12 @@ def test_driving_with_the_keyboard(page: Page, live: Live) -> None:
     assert seat.action[0] == 0
 
 
+def test_everyone_can_use_it(page: Page) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe; run `make browser`").Axe()
+    found = axe.run(page).response["violations"]
+    assert [(v["id"], v["nodes"][0]["target"]) for v in found if v["impact"] in ("serious", "critical")] == []
+
+
 def test_the_policy_is_switched_live_and_a_broken_connection_resumes(page: Page, live: Live) -> None:
     (seat,) = live.hub.keeper.seats.values()
     page.select_option("#policy", "never")

@@ -181,6 +181,22 @@ def test_real_time_goes_on_under_the_newest_action(live: Live) -> None:
         assert {each["seq"] for each in made} == {7}
 
 
+def test_a_generation_that_fails_is_said_and_leaves_the_session_as_it_was(live: Live) -> None:
+    block = live.hub.world.lane("never")[0].blocks[2]
+    with live.stream(live.create(seed=1, policy="never")) as stream:
+        made = drive(stream, 1, 0, 3)
+        inner, block.norm2.forward = block.norm2.forward, lambda _: 1 / 0
+        stream.send(type="action", seq=3, action=action(3, 1))
+        failed = stream.receive()
+        block.norm2.forward = inner
+        assert (failed["code"], "as it was" in failed["detail"]) == ("failed", True)
+        made += [stream.step(n + 1, action(n, 1)) for n in (3, 4)]
+        assert [each["index"] for each in made] == list(range(5))
+    with WorldSession(small_world(), policy="never") as session:
+        session.reset("town", 1)
+        assert all(near(each, dict(session.step(action(n, 1)).frames)) for n, each in enumerate(made))
+
+
 def test_hostile_messages_get_an_error_and_harm_nobody(live: Live) -> None:
     hostile = [
         b"", b"\xc1", b"\x93", msgpack.packb([1, 2]), msgpack.packb({1: 2}), b"\x81" * 3000, b"\xdf\xff\xff\xff\xff",
