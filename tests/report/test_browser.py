@@ -117,6 +117,22 @@ def test_both_sides_show_the_same_frame_at_random_seeks(player: Locator) -> None
         assert (ground(shot, 2), ground(shot, -3)) == ("full", "xcache")
 
 
+def test_a_browser_without_frame_callbacks_stays_in_step(browser: Browser, run: Path) -> None:
+    page = browser.new_page(viewport=VIEWPORT)
+    page.set_default_timeout(60_000)
+    page.add_init_script("delete HTMLVideoElement.prototype.requestVideoFrameCallback")
+    page.goto((run / "index.html").as_uri())
+    player = page.locator(".player").first
+    player.scroll_into_view_if_needed()
+    page.wait_for_selector(".player[data-frame]")
+    player.locator(".view").select_option("front")
+    for frame in (95, 13, 14, 60, 1):
+        show(player, frame)
+        shot = picture(player)
+        assert (number(shot, 0), number(shot, HALF)) == (frame, frame)
+    page.close()
+
+
 def test_the_seam_follows_the_pointer_and_its_slider(player: Locator, page: Page) -> None:
     box = player.locator(".stage").bounding_box()
     assert box is not None

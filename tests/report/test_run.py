@@ -173,6 +173,10 @@ def test_the_plots_data_is_the_run_s(run: Path) -> None:
         assert float(row["bound_milliseconds"]) == pytest.approx(400 * (1 - 0.8 * (skip or 0)))
     assert [float(row["mebibytes"]) for row in table("held")] == [0.0] + [1.0] * 23
     assert [(row["event"], row["ratio"]) for row in table("reaction")] == [("brake", "0.1"), ("steer", "0.9")]
+    with (run / "plots" / "run-front.csv").open(newline="") as file:
+        points = {(row["rollout"], row["scenario"], row["speedup"], row["psnr_db"]) for row in csv.DictReader(file)}
+    cached = {("xcache", "first"), ("other", "first"), ("xcache", "second")}
+    assert points == {(name, scenario, "2.0", "30.5") for name, scenario in cached}
 
 
 class Text(HTMLParser):

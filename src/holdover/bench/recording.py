@@ -140,7 +140,8 @@ class Recording:
         took = perf_counter() - self._left if seconds is None else seconds
         count = self._keep(frames)
         decided = self._new_decisions()
-        chunk = next((d.chunk for d in decided if d.role == "denoise"), len(self.generations))
+        # Where chunks are in flight together, the oldest of them is the one emitted.
+        chunk = min((d.chunk for d in decided if d.role == "denoise"), default=len(self.generations))
         if any(chunk == generation.chunk for generation in self.generations):
             raise ValueError(
                 f"two generations are chunk {chunk}; give every generation its own in cache.step(chunk=...)"
