@@ -31,13 +31,17 @@ class Hook:
         self._compiled = block.module._compiled_call_impl if self._method == "forward" else None
         block.compute = self._original if self._compiled is None else self._compute_compiled
 
+        # Decisions must not be traced into a graph; what keeps Dynamo out is too slow for where it is not.
+        disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+        untraced = disable(self._answer)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return untraced(args, kwargs)
             return self._answer(args, kwargs)
 
-        # Decisions must not be traced into a graph. The original's attributes are not copied: those of a compiled
-        # function would lead Dynamo past the dispatcher.
-        disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
-        self._forward = disable(functools.wraps(self._original, updated=())(forward))
+        # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.
+        self._forward = functools.wraps(self._original, updated=())(forward)
         setattr(block.module, MARK, True)
         self._insert()
 

@@ -31,6 +31,7 @@ class OpenSpan:
 
     Attributes:
         reasons: per row why it is computed, None where it is reused.
+        computed: the rows that are computed.
         apart: whether rows can be computed without the others.
         predictions: the span's output for the rows that are reused.
         audited: those of them that the audit computes as well; ``shadow`` is the hidden state so far.
@@ -45,10 +46,10 @@ class OpenSpan:
     audited: list[int] = field(default_factory=list)
     shadow: Tensor | None = None
     extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    computed: list[int] = field(init=False)
 
-    @property
-    def computed(self) -> list[int]:
-        return [n for n, reason in enumerate(self.reasons) if reason is not None]
+    def __post_init__(self) -> None:
+        self.computed = [n for n, reason in enumerate(self.reasons) if reason is not None]
 
 
 class Pass:
