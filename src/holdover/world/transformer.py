@@ -119,7 +119,7 @@ class Block(nn.Module):
         x_BFNC = torch.addcmul(
             x_BFNC, gate1, self.out(attend(torch.addcmul(shift1, self.norm1(x_BFNC), 1 + scale1), shared))
         )
-        mlp = self.down(F.gelu(self.up(torch.addcmul(shift2, self.norm2(x_BFNC), 1 + scale2))))
+        mlp = self.mlp(torch.addcmul(shift2, self.norm2(x_BFNC), 1 + scale2))
         return torch.addcmul(x_BFNC, gate2, mlp).view(hidden_BLC.shape)
 
     def modulation(self, shared: Pass) -> tuple[Tensor, ...]:
@@ -131,6 +131,11 @@ class Block(nn.Module):
         shift, scale, *_ = self.modulation(shared)
         x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
         return torch.addcmul(shift, self.norm1(x_BFNC), 1 + scale).flatten(1, 2)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Each token ``[..., C]`` for itself."""
+        result: Tensor = self.down(F.gelu(self.up(x)))
+        return result
 
     def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
         """Each camera for itself, over the window and the windows held in the KV cache."""
@@ -283,8 +288,15 @@ class WorldModel(nn.Module):
         return KVCache(self.config.context)
 
     def holdover_slots(self) -> list[Slot]:
-        """Where `holdover.attach` finds the blocks."""
-        return [Slot(block, taps={"modulated": Block.modulated}, rows=take_rows) for block in self.blocks]
+        """Where `holdover.attach` finds the blocks, and attention and MLP within them."""
+        slots = [Slot(block, taps={"modulated": Block.modulated}, rows=take_rows) for block in self.blocks]
+        for block in self.blocks:
+            if block.temporal:
+                slots.append(Slot(block, method="attend_temporal", kind="temporal"))
+            else:
+                slots.append(Slot(block, method="attend_cross", kind="spatial"))
+            slots.append(Slot(block, method="mlp", kind="mlp"))
+        return slots
 
     def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
         return self.config.view_groups
