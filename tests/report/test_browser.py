@@ -308,3 +308,21 @@ def test_a_damaged_video_leaves_the_rest(browser: Browser, run: Path, tmp_path: 
     page.wait_for_selector('.player[data-frame="0"]', timeout=60_000)
     assert page.locator(".right option").all_inner_texts() == ["full", "other"]
     page.close()
+
+
+def test_a_video_that_cannot_be_played_is_named(browser: Browser, run: Path, tmp_path: Path) -> None:
+    for name in ("full", "xcache", "other"):
+        shutil.copytree(run / "first" / name, tmp_path / "first" / name)
+    build_page(tmp_path)
+    (tmp_path / "first" / "xcache" / "video.mp4").write_bytes(b"no video")
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    page.goto((tmp_path / "index.html").as_uri())
+    player = page.locator(".player")
+    player.scroll_into_view_if_needed()
+    player.locator(".fault").wait_for()
+    assert player.locator(".fault").inner_text() == "first/xcache/video.mp4 cannot be played by this browser"
+    player.locator(".right").select_option("other")
+    wait(player, 0)
+    assert player.locator(".fault").is_hidden()
+    page.close()
