@@ -116,6 +116,30 @@ def test_a_new_connection_takes_over(live: Live) -> None:
         assert new.step(0, [0.0, 0.0])["index"] == 0
 
 
+def test_a_deleted_session_ends_its_connection(live: Live) -> None:
+    id = live.create()
+    with live.stream(id) as stream:
+        assert live.http.delete(f"/v1/sessions/{id}").status_code == 204
+        with pytest.raises(ConnectionClosed) as closed:
+            stream.receive()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4404
+
+
+def test_a_session_whose_file_is_gone_harms_nobody(tmp_path: Path) -> None:
+    with running(tmp_path, park_after=0.1) as live:
+        lost, other = live.create(), live.create(seed=3)
+        deadline = time.monotonic() + 30
+        while any(seat.session is not None for seat in live.hub.keeper.seats.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (tmp_path / f"session-{lost}.safetensors").unlink()
+        with live.stream(lost) as stream, live.stream(other) as bystander:
+            stream.send(type="action", seq=0, action=[0.0, 0.0])
+            assert stream.receive()["code"] == "failed"
+            assert all(near(*pair) for pair in zip(drive(bystander, 3, 0, 3), solo(3, 3), strict=True))
+
+
 def test_many_sessions_share_passes_and_nothing_else(live: Live) -> None:
     results: dict[int, list[dict[str, Any]]] = {}
 

@@ -40,8 +40,8 @@ log = logging.getLogger("holdover.serve")
 
 #: Of a connection, after which it is closed.
 MAX_MISTAKES = 32
-#: How WebSocket connections end, beside the usual.
-TAKEN_OVER, MISBEHAVED, RESTARTING = 4409, 1008, 1012
+#: How such connections end, and those of a server that shuts down.
+MISBEHAVED, RESTARTING = 1008, 1012
 
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _SECURITY = {
@@ -196,12 +196,10 @@ def _stream(app: FastAPI, hub: Hub, access: Access) -> None:
         except RefusedError as error:
             await ws.send_denial_response(plain(error.status, error.detail))
             return
-        await ws.accept(SUBPROTOCOL if SUBPROTOCOL in ws.scope.get("subprotocols", []) else None)
-        tasks = [
-            asyncio.create_task(_send(ws, hub, seat, reader)),
-            asyncio.create_task(_receive(ws, hub, seat, reader)),
-        ]
+        tasks: list[asyncio.Task[int]] = []
         try:
+            await ws.accept(SUBPROTOCOL if SUBPROTOCOL in ws.scope.get("subprotocols", []) else None)
+            tasks += [asyncio.create_task(talk(ws, hub, seat, reader)) for talk in (_send, _receive)]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             code = next(iter(done)).result()
             with suppress(RuntimeError, WebSocketDisconnect):  # it may have gone meanwhile
@@ -227,8 +225,8 @@ async def _send(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
     while True:
         await reader.wake.wait()
         reader.wake.clear()
-        if reader.replaced:
-            return TAKEN_OVER
+        if reader.ended is not None:
+            return reader.ended
         if hub.draining:
             return RESTARTING
         while reader.notes:
@@ -246,8 +244,8 @@ async def _receive(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
         frame = await ws.receive()
         if frame["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(frame.get("code", 1000))
-        if reader.replaced:
-            return TAKEN_OVER
+        if reader.ended is not None:
+            return reader.ended
         try:
             data = frame.get("bytes")
             if data is None:

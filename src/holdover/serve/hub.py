@@ -20,6 +20,9 @@ from holdover.world.cameras import FPS
 
 log = logging.getLogger("holdover.serve")
 
+#: How connections end, beside the usual: another took over, or the session was deleted.
+TAKEN_OVER, GONE = 4409, 4404
+
 
 class Hub:
     """Runs the sessions of one world. Its state belongs to the event loop, the world to one thread of its own.
@@ -97,22 +100,19 @@ class Hub:
 
     async def fork(self, owner: str, id: str) -> Seat:
         source = self.seat(owner, id)
-        await self._admit(owner)
         async with Claim(self.keeper, source):
             session = await self.keeper.awake(source)
+            await self._admit(owner)
             return await self._seated(twin_of(source), session.fork)
 
     async def snapshot(self, owner: str, id: str) -> Shelved:
         seat = self.seat(owner, id)
-        if (
-            sum(shelved.seat.owner == owner for shelved in self.keeper.shelf.values())
-            >= self.limits.snapshots_per_owner
-        ):
-            raise RefusedError(429, f"at most {self.limits.snapshots_per_owner} snapshots are kept for you; delete one")
+        self._admit_snapshot(owner)
         async with Claim(self.keeper, seat):
             session = await self.keeper.awake(seat)
             taken = await self.keeper.on_thread(session.snapshot)
             taken = SessionSnapshot(plain={**taken.plain, "seat": seat.stored()}, tensors=taken.tensors)
+        self._admit_snapshot(owner)  # others may have been taken meanwhile
         shelved = Shelved(id=secrets.token_hex(8), seat=seat_of(taken), nbytes=taken.nbytes, snapshot=taken)
         self.keeper.shelf[shelved.id] = shelved
         if self.durable:
@@ -122,10 +122,10 @@ class Hub:
 
     async def restore(self, owner: str, id: str) -> Seat:
         shelved = self.snapshot_of(owner, id)
-        await self._admit(owner)
         self.keeper.shelf.move_to_end(id)
         kept = shelved.snapshot
         taken = kept if kept else await asyncio.to_thread(SessionSnapshot.load, self.keeper.path("snapshot", id))
+        await self._admit(owner)
         return await self._seated(twin_of(shelved.seat), lambda: self.keeper.restored(taken))
 
     async def unshelve(self, owner: str, id: str) -> None:
@@ -155,8 +155,7 @@ class Hub:
                 raise RefusedError(422, f"after={after}, but the next generation is {seat.generation}")
             seat.acknowledge(after)
         if seat.reader is not None:
-            seat.reader.replaced = True
-            seat.reader.wake.set()
+            seat.reader.end(TAKEN_OVER)
         seat.reader = Reader(seat.first - 1)
         seat.reader.wake.set()
         seat.touched = seat.due = time.monotonic()
@@ -231,15 +230,17 @@ class Hub:
             try:
                 sessions.append(await self.keeper.awake(seat))
                 awake.append(seat)
-            except RefusedError as error:
-                self._fail(seat, error.detail)
+            except (RefusedError, OSError, ValueError) as error:  # no room, or its file is gone: not the others' fault
+                log.error("not awake", extra={"fields": {"session": seat.id, "error": repr(error)}})
+                seat.due = time.monotonic() + self.period
+                self._fail(seat, "the session cannot be fetched from disk now; try again later")
         if not awake:
             return
         now = time.monotonic()
         taken = [(seat.action, seat.seq_seen, seat.arrived) for seat in awake]
         deadlines = [self.period + (seat.due if seat.arrived is None else seat.arrived) for seat in awake]
         for seat in awake:
-            seat.arrived = None
+            seat.arrived, seat.due = None, max(seat.due + self.period, now)
         actions = [action for action, _, _ in taken]
 
         def work() -> tuple[list[Generation | Exception], list[dict[str, list[bytes]] | None], list[int]]:
@@ -254,7 +255,6 @@ class Hub:
         self.metrics.batch.observe(len(awake))
         for n, (seat, each, coded) in enumerate(zip(awake, made, frames, strict=True)):
             seat.nbytes, (_, seq, arrived) = sizes[n], taken[n]
-            seat.due = max(seat.due + self.period, now)
             if isinstance(each, Exception) or coded is None:
                 log.error("generation failed", extra={"fields": {"session": seat.id, "error": repr(each)}})
                 self._fail(seat, "the generation failed; the session is as it was before the action")
@@ -270,7 +270,10 @@ class Hub:
             seat.generation, seat.seq_applied = each.index + 1, seq
             self._count(seat, each, late, done - arrived if arrived is not None else None)
             if self.durable:
-                await self.keeper.save(seat)
+                try:
+                    await self.keeper.save(seat)
+                except OSError:  # a full disk costs durability, not the generation
+                    log.exception("not saved", extra={"fields": {"session": seat.id}})
             seat.published = seat.generation
             if seat.reader is not None:
                 seat.reader.wake.set()
@@ -294,13 +297,19 @@ class Hub:
             seat.reader.note(ErrorMessage(code="failed", detail=detail))
 
     async def _admit(self, owner: str) -> None:
+        """Refuse what would be one too many; between this and the new seat nothing else happens."""
+        await self.keeper.make_room(max((seat.nbytes for seat in self.keeper.seats.values()), default=0))
         if self.draining:
             raise RefusedError(503, "the server is shutting down; try another")
         if sum(seat.owner == owner for seat in self.keeper.seats.values()) >= self.limits.sessions_per_owner:
             raise RefusedError(429, f"at most {self.limits.sessions_per_owner} sessions are yours; delete one")
         if len(self.keeper.seats) >= self.limits.sessions:
             raise RefusedError(503, f"all {self.limits.sessions} sessions are taken; try again later")
-        await self.keeper.make_room(max((seat.nbytes for seat in self.keeper.seats.values()), default=0))
+
+    def _admit_snapshot(self, owner: str) -> None:
+        most = self.limits.snapshots_per_owner
+        if sum(shelved.seat.owner == owner for shelved in self.keeper.shelf.values()) >= most:
+            raise RefusedError(429, f"at most {most} snapshots are kept for you; delete one")
 
     async def _seated(self, seat: Seat, make: Callable[[], WorldSession]) -> Seat:
         """Give a new seat its session, and its place among the others."""
@@ -327,8 +336,7 @@ class Hub:
         if self.keeper.seats.pop(seat.id, None) is None:
             return
         if seat.reader is not None:
-            seat.reader.replaced = True
-            seat.reader.wake.set()
+            seat.reader.end(GONE)
         if seat.session is not None:
             await self.keeper.on_thread(seat.session.close)
         self.keeper.path("session", seat.id).unlink(missing_ok=True)
@@ -348,7 +356,7 @@ class Hub:
                     elif idle > self.limits.park_after and seat.session is not None:
                         async with Claim(self.keeper, seat):
                             await self.keeper.park(seat)
-                except OSError:
+                except Exception:  # the others are swept all the same
                     log.exception("sweep failed")
             self.observe()
 

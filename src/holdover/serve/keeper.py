@@ -56,10 +56,10 @@ class Keeper:
 
     async def close(self) -> None:
         """Park every session and write every snapshot."""
-        for seat in self.seats.values():
+        for seat in list(self.seats.values()):
             if seat.session is not None:
                 await self.park(seat)
-        for shelved in self.shelf.values():
+        for shelved in list(self.shelf.values()):
             await self.to_disk(shelved)
         self._thread.shutdown()
 

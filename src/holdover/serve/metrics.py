@@ -19,7 +19,10 @@ class Metrics:
             registry=registry,
         )
         self.generation = Histogram(
-            "holdover_generation_seconds", "Of a batch of generations.", buckets=_SECONDS, registry=registry
+            "holdover_generation_seconds",
+            "In the model, of a generation's batch.",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.latency = Histogram(
             "holdover_action_to_frame_seconds",

@@ -59,7 +59,11 @@ class Reader:
         self.sent = sent  # the newest generation handed to the socket
         self.notes: deque[Message] = deque(maxlen=16)
         self.wake = asyncio.Event()
-        self.replaced = False
+        self.ended: int | None = None  # the code with which to close it
+
+    def end(self, code: int) -> None:
+        self.ended = code
+        self.wake.set()
 
     def note(self, message: Message) -> None:
         self.notes.append(message)

@@ -121,6 +121,7 @@ function connect() {
   socket.onclose = ({ code }) => {
     if (state.socket !== socket) return;
     if (code === 4409) { say("Another window took over."); return; }
+    if (code === 4404) { say("The session was deleted."); return; }
     say("Connection lost; trying again.");
     setTimeout(() => { if (state.socket === socket) connect(); }, 1000);
   };
