@@ -109,7 +109,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_gradient_of_a_rollout_without_an_adversary_is_the_regressions() -> None:
-    """Of a "model" whose prediction is a parameter: the mean over the last windows of its error against each of them."""
+    """Of a "model" whose prediction is a parameter: the mean of its errors against the last windows."""
     model = small_model()
     config, recipe = model.config, Recipe(adversary=1.0)
     x = latents(model, config.context + 3 * config.window)
