@@ -13,7 +13,8 @@ from holdover.world.cameras import RIG, stitch
 from holdover.world.config import WorldConfig, ray_directions
 from holdover.world.kv_cache import KVCache
 from holdover.world.latents import patchify, unpatchify
-from holdover.world.transformer import Block, WorldModel, attention, rotary_table, rotate, sigma_features
+from holdover.world.rotary import RotaryTables, rotary_table, rotate
+from holdover.world.transformer import Block, WorldModel, attention, sigma_features
 
 from .small import latents, small_config, small_model
 
@@ -127,7 +128,7 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
             start = 0
             for g, group in enumerate(config.view_groups):
                 size = group.height * group.width
-                table = model._temporal_tables(0, frames, x.device, x.dtype)[g]
+                table = RotaryTables(config).temporal([0], frames, x.device, x.dtype)[g]
                 for _ in range(group.views):
                     own = slice(start, start + size)
                     for h in range(heads):
@@ -139,7 +140,7 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
                         out[0, :, own, h] = (scores @ v[0, :, own, h].flatten(0, 1)).unflatten(0, (frames, size))
                     start += size
         else:
-            table = model._cross_table(x.device, x.dtype)
+            table = RotaryTables(config).cross(x.device, x.dtype)
             for f in range(frames):
                 for h in range(heads):
                     scores = (rotate(q[0, f, :, h], table) @ rotate(k[0, f, :, h], table).T).softmax(-1)

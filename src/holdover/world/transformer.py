@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from holdover.engine.slots import Slot, ViewGroup
-from holdover.world.config import WorldConfig, ray_directions
+from holdover.world.config import WorldConfig
 from holdover.world.kv_cache import KVBatch, KVCache
+from holdover.world.rotary import RotaryTables, Table, rotate
 
 #: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
 #: channel to carry them past a norm, and X-Cache's deviation test, largest element over mean, needs none to be still.
@@ -44,12 +45,12 @@ class Pass:
     """
 
     modulation_BF6C: Tensor
-    rotary_temporal: tuple[tuple[Tensor, Tensor], ...]
-    rotary_cross: tuple[Tensor, Tensor]
+    rotary_temporal: tuple[Table, ...]
+    rotary_cross: Table
     cache: KVCache | KVBatch | None
     write: bool
 
-    def rotary(self, group: int, views: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, group: int, views: int) -> Table:
         """A group's temporal table for queries ``[B*V, H, S, D]``."""
         cos, sin = self.rotary_temporal[group]
         if cos.dim() == 2:
@@ -66,19 +67,6 @@ class Pass:
 def take_rows(rows: Sequence[int], hidden_BLC: Tensor, shared: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A block's arguments for some rows of the batch."""
     return (hidden_BLC[rows], shared.take(rows)), {}
-
-
-def rotary_table(positions: Tensor, frequencies: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine ``[S, D]``: column ``a`` of ``positions [S, axes]`` turns by ``frequencies[a]``."""
-    angles = torch.cat([positions[:, i : i + 1] * f.to(positions) for i, f in enumerate(frequencies)], 1)
-    return torch.cat([angles, angles], 1).cos(), torch.cat([-angles, angles], 1).sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply a `rotary_table` to ``x [..., S, D]``."""
-    cos, sin = table
-    first, second = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([second, first], -1), sin)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -190,7 +178,7 @@ class WorldModel(nn.Module):
             nn.init.zeros_(layer.bias)
         self.neighbours_N9: Tensor
         self.register_buffer("neighbours_N9", neighbourhoods(config), persistent=False)
-        self._rotary: dict[tuple[Any, ...], Any] = {}
+        self._rotary = RotaryTables(config)
 
     def forward(
         self,
@@ -219,8 +207,8 @@ class WorldModel(nn.Module):
         condition_BFC = F.silu(condition_BFC)
         shared = Pass(
             modulation_BF6C=self.modulation(condition_BFC).unflatten(-1, (6, -1)),
-            rotary_temporal=self._rows_tables(cache.starts if cache else (0,), f, x_BFNP.device, dtype),
-            rotary_cross=self._cross_table(x_BFNP.device, dtype),
+            rotary_temporal=self._rotary.temporal(cache.starts if cache else (0,), f, x_BFNP.device, dtype),
+            rotary_cross=self._rotary.cross(x_BFNP.device, dtype),
             cache=cache,
             write=write,
         )
@@ -300,54 +288,6 @@ class WorldModel(nn.Module):
 
     def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
         return self.config.view_groups
-
-    def _rows_tables(
-        self, starts: Sequence[int], frames: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
-        """`_temporal_tables`, stacked per row where the rows start at different times."""
-        rows = [self._temporal_tables(start, frames, device, dtype) for start in starts]
-        if len(set(starts)) == 1:
-            return rows[0]
-        groups = zip(*rows, strict=True)
-        return tuple((torch.stack([c for c, _ in g]), torch.stack([s for _, s in g])) for g in map(list, groups))
-
-    def _temporal_tables(
-        self, start: int, frames: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Rotary tables per view group: time, row, column."""
-        key = ("time", start, frames, device, dtype)
-        if key not in self._rotary:
-            if len(self._rotary) > 64:  # a long rollout must not collect tables for ever
-                self._rotary.clear()
-            half = self.config.channels // self.config.heads // 2
-            quarter = half // 4
-            frequencies = [
-                0.5 ** torch.linspace(0, 5, half - 2 * quarter),  # periods from 2 pi to 200 latent frames
-                0.5 ** torch.linspace(0, 5, quarter),
-                0.5 ** torch.linspace(0, 5, quarter),
-            ]
-            tables = []
-            for group in self.config.view_groups:
-                axes = torch.arange(start, start + frames), torch.arange(group.height), torch.arange(group.width)
-                grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).float()
-                cos, sin = rotary_table(grid, frequencies)
-                tables.append((cos.to(device, dtype), sin.to(device, dtype)))
-            self._rotary[key] = tuple(tables)
-        tables_: tuple[tuple[Tensor, Tensor], ...] = self._rotary[key]
-        return tables_
-
-    def _cross_table(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary table over viewing directions; whole-numbered azimuth frequencies close the circle."""
-        key = ("view", device, dtype)
-        if key not in self._rotary:
-            half = self.config.channels // self.config.heads // 2
-            quarter = half // 4
-            azimuth = torch.linspace(1, 24, half - quarter).round()
-            elevation = torch.linspace(1, 24, quarter)
-            cos, sin = rotary_table(torch.from_numpy(ray_directions(self.config)), [azimuth, elevation])
-            self._rotary[key] = cos.to(device, dtype), sin.to(device, dtype)
-        table: tuple[Tensor, Tensor] = self._rotary[key]
-        return table
 
     def save(self, path: Path) -> None:
         """Write weights (bfloat16) and configuration to one safetensors file, whole or not at all."""
