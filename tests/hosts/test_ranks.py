@@ -1,0 +1,68 @@
+"""diffusers' context parallelism: two processes, each with half of the tokens, agree on every decision."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
+
+WORKER = """
+import json, sys
+import torch
+import torch.distributed as dist
+import holdover
+from tests.hosts.models import TINY
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+from diffusers import ContextParallelConfig
+torch.accelerator.device_count = lambda: 1  # diffusers divides by it
+tiny = TINY[0]
+model = tiny.make()
+expected = tiny.run(model, 0, frames=2)
+model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+policy = holdover.xcache(tau_floor=0.997, margin=1.0)
+outputs = []
+with holdover.attach(model, policy, view_groups=(), process_group=dist.group.WORLD) as cache:
+    for chunk in range(4):
+        inputs = tiny.inputs(0, 2, 1, 0)
+        if chunk == 2:  # the second latent frame, which is rank 1's half of the tokens, changes
+            inputs["hidden_states"][:, :, 1] *= 0.8
+        with cache.step(chunk=chunk, commits=False):
+            outputs.append(model(**inputs, return_dict=False)[0])
+with open(f"{folder}/{rank}.json", "w") as file:
+    close = all(torch.allclose(output, expected, atol=1e-4) for output in outputs[:2])
+    json.dump({"close": close, "reasons": [d.reason for d in cache.trace]}, file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_what_one_rank_computes_all_compute(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], cwd=Path(__file__).parents[2], env=environment
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert zero["close"]
+    assert one["close"]
+    # Generation 2 looks new to rank 1 alone, and so does 3, which is as before again.
+    alike = ["warm-up"] * 3 + ["anchor"] + ["reuse"] * 2
+    assert zero["reasons"] == alike + (["anchor"] + ["group"] * 2) * 2
+    assert one["reasons"] == alike + (["anchor"] + ["cosine"] * 2) * 2
