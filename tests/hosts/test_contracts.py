@@ -122,3 +122,13 @@ def test_a_block_of_another_version_is_an_explained_error() -> None:
     model.blocks[0] = Other()
     with pytest.raises(ValueError, match=r"block 'blocks.0' of CausalWanModel takes no argument 'x'"):
         holdover.attach(model, holdover.xcache())
+
+
+def test_the_modulated_input_is_what_enters_attention() -> None:
+    block: Any = CONTRACTS[0].model().blocks[0]
+    host = find(CONTRACTS[0].model())
+    assert host is not None
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 12, 8, generator=source)
+    e = torch.randn(1, 3, 6, 8, generator=source)
+    assert torch.allclose(host.taps["modulated"](block, x, e=e), block.normed(x, e), atol=1e-6)

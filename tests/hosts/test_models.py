@@ -198,6 +198,32 @@ def test_rows_of_a_batch_run_without_the_others(tiny: Tiny, model: nn.Module) ->
     assert torch.allclose(output[1], alone[1][0], atol=1e-4)
 
 
+def test_anyflow_far_is_told_that_it_writes() -> None:
+    tiny = next(tiny for tiny in TINY if tiny.name == "AnyFlowFARTransformer3DModel")
+    model, inputs = tiny.make(), tiny.inputs(0, 3, 1, 0, write=True)
+    with holdover.attach(model, holdover.xcache()) as cache:
+        with pytest.raises(ValueError, match="writes the KV cache within a denoising step"), cache.step(chunk=0):
+            model(**inputs, return_dict=False)
+        with cache.step(chunk=0, role="kv_update"):
+            model(**inputs, return_dict=False)
+    assert cache.stats().reasons == {"kv update": 3}
+    assert all(held["full_cache"].abs().sum() > 0 for held in inputs["kv_cache"].values())
+
+
+@each
+def test_a_video_whose_size_changes_is_computed_once(tiny: Tiny, model: nn.Module) -> None:
+    expected = tiny.run(model, 1, frames=2)
+    outputs = []
+    with holdover.attach(model, AS_ONE) as cache:
+        for index, frames in enumerate((3, 2, 2)):
+            with cache.step(chunk=0, index=2 * index + 1, num_steps=6, commits=False):
+                outputs.append(tiny.run(model, index, frames=frames))
+    assert torch.equal(outputs[1], expected)
+    assert outputs[2].shape == expected.shape
+    reasons = [d.reason for d in cache.trace if d.block == 0]
+    assert reasons == ["first", "shape", "reuse"]
+
+
 def test_the_table_in_the_docs_is_that_of_the_hosts() -> None:
     page = Path(__file__).parents[2] / "docs" / "models.md"
     assert page.read_text(encoding="utf-8").endswith("\n\n" + models_markdown())
