@@ -36,6 +36,7 @@ class OpenSpan:
         predictions: the span's output for the rows that are reused.
         audited: those of them that the audit computes as well; ``shadow`` is the hidden state so far.
         extras: per block what it returned beside the hidden state, for the rows computed.
+        passes_through: blocks before the last give back what they are given, and nothing else.
     """
 
     span: Span
@@ -47,6 +48,7 @@ class OpenSpan:
     shadow: Tensor | None = None
     extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     computed: list[int] = field(init=False)
+    passes_through: bool = False
 
     def __post_init__(self) -> None:
         self.computed = [n for n, reason in enumerate(self.reasons) if reason is not None]
@@ -161,6 +163,8 @@ class Pass:
             row.reuse(call, current.predictions[n])
             if row.draw_audit():
                 current.audited.append(n)
+        beside = any(call.held is not None and call.held.extras for call in calls)
+        current.passes_through = not (current.computed or current.audited or beside)
         if current.audited:
             current.shadow = self._joined([parts[n] for n in current.audited]) if apart else x
             if block.overwrites_input is not False:
@@ -210,6 +214,8 @@ class Pass:
         self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The block's output where rows are reused; ``output`` is what it gave for the rows computed, if any."""
+        if current.passes_through and block.index != current.span.last:
+            return block.read(args, kwargs)
         computed = current.computed
         parts = dict(enumerate(self._per_row(block.read(args, kwargs))))
         if block.index == current.span.last:
