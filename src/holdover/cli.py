@@ -138,17 +138,12 @@ def serve(
         from holdover.serve.server import serve as run
         from holdover.serve.world import World, load_starts
 
-        loaded = _load(model)[0]
         chosen = {name: holdover.policy(name) for name in policy} if policy else None
-        run(
-            World(loaded, load_starts(loaded), policies=chosen),
-            host=host,
-            port=port,
-            tokens=read_tokens(tokens) if tokens else None,
-            limits=Limits(sessions=sessions, max_bytes=max_bytes),
-            folder=folder,
-            durable=durable,
-        )
+        limits = Limits(sessions=sessions, max_bytes=max_bytes)
+        known = read_tokens(tokens) if tokens else None
+        loaded = _load(model)[0]
+        world = World(loaded, load_starts(loaded), policies=chosen)
+        run(world, host=host, port=port, tokens=known, limits=limits, folder=folder, durable=durable)
 
 
 @app.command()
