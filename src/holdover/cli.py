@@ -430,6 +430,33 @@ def hosts(
         _show(out / "hosts.md", figures)
 
 
+@bench.command("methods")
+def bench_methods(
+    out: Benchmarks = Path("benchmarks"),
+    model: Model = None,
+    clips: Clips = None,
+    steps: Annotated[int, typer.Option(help="Denoising passes: 4, as trained, or many, such as 35.")] = 4,
+    generations: Annotated[int | None, typer.Option(help="To drive. By default 12; of many steps 8.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Every method at several settings, each beside the fixed interval that computes as many passes."""
+    with _plain_errors():
+        from holdover.bench.methods import run_methods
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_methods(
+                _load(model)[0],
+                out,
+                steps=steps,
+                generations=generations,
+                seed=seed,
+                clips=clips,
+                progress=progress,
+            )
+        _show(out / f"methods-{steps}.md", figures)
+
+
 @bench.command()
 def reaction(
     out: Benchmarks = Path("benchmarks"),

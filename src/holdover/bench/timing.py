@@ -72,15 +72,18 @@ def now(device: torch.device) -> float:
 
 
 class BlockClock:
-    """Seconds spent in the blocks of denoising passes."""
+    """Seconds spent in the blocks of denoising passes, or in whole ones."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
 
 @contextmanager
-def clock_blocks(model: WorldModel) -> Iterator[BlockClock]:
-    """Time the blocks of a model's denoising passes while the context is open; KV updates are left out."""
+def clock_blocks(model: WorldModel, *, whole: bool = False) -> Iterator[BlockClock]:
+    """Time the blocks of a model's denoising passes, or the ``whole`` passes, while the context is open.
+
+    KV updates are left out.
+    """
     clock, entered, denoising = BlockClock(), 0.0, True
     device = next(model.parameters()).device
 
@@ -97,7 +100,7 @@ def clock_blocks(model: WorldModel) -> Iterator[BlockClock]:
             clock.seconds += now(device) - entered
 
     hooks = [model.register_forward_pre_hook(enter_pass, with_kwargs=True)]
-    for block in model.blocks:
+    for block in [model] if whole else model.blocks:
         hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
     try:
         yield clock

@@ -126,6 +126,49 @@ def plot_front(path: Path, points: Mapping[str, Sequence[tuple[str, float, float
     _finish(path, figure, axes, legend=bool(points))
 
 
+def plot_fronts(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
+    """Draw speed against fidelity of many methods, panel by panel.
+
+    Args:
+        path: of the picture.
+        panels: per panel and method ``(speed-up, PSNR in dB)`` of its settings, joined by a line. Dotted are those that
+            no other setting of the panel beats in both.
+    """
+    figure = Figure(figsize=(6.4 * len(panels), 5.4), layout="constrained")
+    names = list(dict.fromkeys(name for methods in panels.values() for name in methods))
+    styles = {name: (COLOURS[i % len(COLOURS)], "osD^v"[i // len(COLOURS) % 5]) for i, name in enumerate(names)}
+    drawn = {}
+    for axes, (title, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in methods.items():
+            colour, marker = styles[name]
+            speeds, decibels = zip(*points, strict=True)
+            style = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 0.8}
+            drawn[name] = axes.plot(speeds, decibels, label=name, **style)[0]
+        best = unbeaten([point for points in methods.values() for point in points])
+        axes.plot([p[0] for p in best], [p[1] for p in best], ":", color=INK, linewidth=1.4, zorder=1)
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set(xlabel="speed-up of the DiT", ylabel="PSNR against full compute, dB")
+        _dress(axes)
+    figure.legend(
+        handles=[drawn[name] for name in names],
+        loc="outside lower center",
+        ncols=4 * len(panels),
+        frameon=False,
+        labelcolor=INK,
+        fontsize=8,
+    )
+    _save(path, figure)
+
+
+def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of ``(speed-up, PSNR)`` that no other equals or exceeds in both, by speed."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best[::-1]
+
+
 def plot_training(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
     """Draw a training log, as `holdover.world.train.read_log` gives it: the loss, and PSNR on held-out clips."""
     figure, axes = _figure(6.4, 3.2)

@@ -1,0 +1,348 @@
+"""Every method on the world model at several settings, each beside the fixed interval that computes as many passes."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress, TaskID
+
+from holdover.bench.calibrate import fit
+from holdover.bench.cards import write_card
+from holdover.bench.fidelity import compare
+from holdover.bench.lanes import Arm, Race
+from holdover.bench.measure import environment
+from holdover.bench.methods_card import card
+from holdover.bench.stlpips import StLpips
+from holdover.bench.timing import amdahl_bound, clock_blocks, cycles, speedup
+from holdover.engine.attach import attach
+from holdover.engine.contract import Policy
+from holdover.engine.trace import Decision
+from holdover.policies.magcache import magnitude_ratios, measure_magnitudes
+from holdover.policies.registry import policy
+from holdover.policies.teacache import changes, measure_changes
+from holdover.report.plots import plot_fronts
+from holdover.rollout.driver import Cadence, ClosedLoop, LoopConfig
+from holdover.rollout.scenarios import Scenario, load_scenario
+from holdover.world.transformer import WorldModel
+
+#: What is driven, and what the methods that need it are calibrated on, with another seed.
+SCENARIO, CALIBRATION = "urban", "highway"
+#: Of TeaCache's polynomial; the changes of four noise levels lie in three heaps, which a higher degree overfits.
+DEGREE = 2
+#: Noise levels of the shipped model's training, and from how many on the settings for many steps apply.
+FEW, MANY = 4, 12
+#: Runs that are raced together: each has its own copy of the model.
+HEAT = 8
+
+
+#: Controls over steps, like most methods, hold over what all blocks did.
+_CONTROL = {"span": "all", "front_anchors": 0, "warmup": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A method and its options; ``calibrated`` ones are completed by what the calibration measured."""
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+
+    @property
+    def name(self) -> str:
+        hidden = _CONTROL if self.method == "fixed_interval" else {}
+        shown = [f"{name}={value}" for name, value in self.options.items() if name not in hidden]
+        return f"{self.method}({', '.join(shown + ['calibrated'] * self.calibrated)})"
+
+    @property
+    def over(self) -> str:
+        """Along which axis it holds over, hence which fixed interval is its control."""
+        if self.method == "fixed_interval":
+            return str(self.options["over"])
+        return "generations" if self.method.startswith("xcache") else "steps"
+
+    def policy(self, cadence: Cadence, calibration: Mapping[str, Mapping[str, Any]]) -> Policy:
+        """In the window cadence committed generations are protected; in the plain one, where all are, no method could
+        do anything then, and the clean pass alone is."""
+        measured = calibration[self.method] if self.calibrated else {}
+        protected = {} if self.method == "never" else {"protection": "generation" if cadence == "window" else "pass"}
+        return policy(self.method, **self.options, **measured, **protected)
+
+
+def _each(method: str, *settings: Mapping[str, Any], calibrated: bool = False) -> list[Setting]:
+    return [Setting(method=method, options=options, calibrated=calibrated) for options in settings]
+
+
+def _every(*intervals: int) -> list[Setting]:
+    return _each("fixed_interval", *({"every": every, "over": "steps", **_CONTROL} for every in intervals))
+
+
+_OVER_GENERATIONS = [
+    *_each("fixed_interval", {"every": 2, "over": "generations"}, {"every": 4, "over": "generations"}),
+    *_each("xcache", {}, {"tau_floor": 0.9}),
+    *_each("xcache_reactive", {}),
+]
+
+#: Each method at its published setting where that can hold anything over, and at looser ones. The sampler draws new
+#: noise at every step, so what enters changes by more than half from step to step, and published thresholds, made for
+#: samplers without noise, keep every gate closed.
+FEW_STEPS = [
+    *_each("never", {}),
+    *_every(2, 4),
+    *_OVER_GENERATIONS,
+    *_each("teacache", {"threshold": 0.1}, {"threshold": 1.0}, {"threshold": 2.0}),
+    *_each("teacache", {"threshold": 0.5}, {"threshold": 1.0}, calibrated=True),
+    *_each("fbcache", {"threshold": 0.05}, {"threshold": 0.95}, {"threshold": 1.5}),
+    *_each("easycache", *({"threshold": threshold, "retain": 1} for threshold in (0.025, 0.4, 0.8))),
+    *_each("magcache", *({"threshold": threshold, "retain": 1} for threshold in (0.06, 0.3)), calibrated=True),
+    *_each("bwcache", {"threshold": 0.15}, {"threshold": 1.0}),
+    *_each("taylorseer", *({"every": every, "order": order} for every, order in ((2, 0), (2, 1), (4, 1)))),
+    *_each("delta_dit", {"every": 2}, {"every": 4}),
+    *_each("flowcache", {"threshold": 0.01}, {"threshold": 1.0}, {"threshold": 2.0}),
+    *_each("dicache", *({"threshold": threshold, "retain": 1} for threshold in (0.08, 1.0, 2.0))),
+    *_each("worldcache_pcd", *({"threshold": threshold, "retain": 1} for threshold in (0.08, 0.5, 1.0))),
+    *_each("pab", {}, {"spatial": 4, "temporal": 4, "stop": 1.0}),
+    *_each("toca", {"every": 2}, {"every": 4}, {"every": 4, "fresh": 0.3}),
+]
+#: Of WorldCache-HTC who predicts how: all tokens held, all going straight on, all damped.
+_PREDICTORS = ({"stable": 1.0, "chaotic": 1.0}, {"stable": 0.0, "chaotic": 1.0}, {"stable": 0.0, "chaotic": 0.0})
+MANY_STEPS = [
+    *_each("never", {}),
+    *_every(2, 3, 4, 5, 7, 12),
+    *_OVER_GENERATIONS,
+    *_each("teacache", {"threshold": 0.1}, {"threshold": 1.0}, {"threshold": 2.0}),
+    *_each("teacache", {"threshold": 0.5}, {"threshold": 1.0}, calibrated=True),
+    *_each("fbcache", {"threshold": 0.05}, {"threshold": 0.75}, {"threshold": 1.0}),
+    *_each("easycache", {"threshold": 0.025}, {"threshold": 0.4}, {"threshold": 0.8}),
+    *_each("magcache", {"threshold": 0.06}, {"threshold": 0.3}, calibrated=True),
+    *_each("bwcache", {"threshold": 0.15}, {"threshold": 1.0, "run": 1}, {"threshold": 1.0}),
+    *_each("taylorseer", *({"every": every, "order": order} for every, order in ((2, 1), (5, 0), (5, 1), (5, 2)))),
+    *_each("delta_dit", {"every": 2}, {"every": 4}),
+    *_each("flowcache", {"threshold": 0.01}, {"threshold": 1.0}, {"threshold": 2.0}),
+    *_each("dicache", {"threshold": 0.08}, {"threshold": 1.0}, {"threshold": 2.0}),
+    *_each("worldcache_pcd", {"threshold": 0.08}, {"threshold": 1.0}, {"threshold": 2.0}),
+    *_each("worldcache_pcd", *({"threshold": 1.0, module: False} for module in ("cfc", "swd", "ofa", "ats"))),
+    *_each("worldcache_htc", {}, {"chaotic": 0.7, "n_max": 6, "eta": 3.33, "retain": 5}, *_PREDICTORS),
+    *_each("pab", {}),
+    *_each("toca", {}, {"fresh": 0.3}),
+]
+LEFT_OUT = {
+    "deepcache": "needs a U-Net, whose deep part it holds over; this model is a plain stack of blocks",
+    "fastercache": "tells one guidance branch from the other; this model runs without guidance, in one branch",
+}
+LEFT_OUT_OF_FEW = {"worldcache_htc": "computes three steps and the last before it may predict: at four steps, all"}
+
+
+def settings(steps: int) -> tuple[list[Setting], dict[str, str]]:
+    """What is run at so many steps, and which methods are not, with the reason.
+
+    Raises:
+        ValueError: there are no settings for this number of steps.
+    """
+    if steps == FEW:
+        return FEW_STEPS, {**LEFT_OUT, **LEFT_OUT_OF_FEW}
+    if steps >= MANY:
+        return MANY_STEPS, LEFT_OUT
+    raise ValueError(f"steps={steps}: give {FEW}, which the model was trained for, or {MANY} or more")
+
+
+def by_cadence(steps: int) -> dict[Cadence, list[Setting]]:
+    """Which settings are run under which cadence: at few steps all under both, at many each where it belongs."""
+    chosen, _ = settings(steps)
+    if steps == FEW:
+        return {"window": chosen, "plain": chosen}
+    over_generations = [setting for setting in chosen if setting.over == "generations"]
+    return {"window": over_generations, "plain": [setting for setting in chosen if setting not in over_generations]}
+
+
+def run_methods(
+    model: WorldModel,
+    out: Path,
+    *,
+    steps: int = FEW,
+    generations: int | None = None,
+    seed: int = 0,
+    every: int = 8,
+    clips: Path | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Drive all methods; writes ``methods-<steps>.md``, ``.json`` and ``.png``.
+
+    Args:
+        steps: denoising passes of a generation: 4, or many.
+        generations: to drive, the first cycle of warm-up included; None for 12 at four steps, 8 at many.
+        seed: of the noise; the calibration has the next one.
+        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        clips: where the scenarios start.
+
+    Raises:
+        ValueError: there are no settings for ``steps``, or ``generations`` are too few for a cycle after the warm-up.
+    """
+    left_out = settings(steps)[1]
+    generations = generations or (12 if steps == FEW else 8)
+    if generations < 2 * model.config.window:
+        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.config.window}")
+    scenario = load_scenario(SCENARIO, model.config, clips=clips, generations=generations)
+    elsewhere = load_scenario(CALIBRATION, model.config, clips=clips, generations=model.config.window)
+    distance = StLpips()
+    cadences = by_cadence(steps)
+    heats = {cadence: _heats(some) for cadence, some in cadences.items()}
+    total = sum(map(len, heats.values())) * generations
+    task = progress.add_task(f"methods at {steps} steps", total=total)
+    results: dict[str, dict[str, Any]] = {}
+    calibrations: dict[str, Any] = {}
+    for cadence in cadences:
+        loop = LoopConfig(cadence=cadence, steps=steps)
+        progress.update(task, description=f"{steps} steps, {cadence}: calibration")
+        needed = any(setting.calibrated for setting in cadences[cadence])
+        calibration = calibrate(model, elsewhere, loop, seed=seed + 1) if needed else {}
+        shares = _shares(model, elsewhere, loop)
+        progress.update(task, description=f"{steps} steps, {cadence}")
+        rows: list[dict[str, Any]] = []
+        full_ms: list[float] = []
+        for heat in heats[cadence]:
+            arms = [Arm(name=s.name, policy=s.policy(cadence, calibration), loop=loop) for s in heat]
+            with Race(model, scenario, arms, seed=seed) as race:
+                _drive(race, scenario, progress, task)
+                for setting in heat:
+                    rows.append(describe(race, setting, shares, every=every, distance=distance))
+                base = race.base(heat[0].name)
+                full_ms.append(1e3 * float(np.median(cycles(np.array(base.dit_seconds), base.loop.chunk_frames))))
+            del race, base
+            gc.collect()  # a lane and the hook on its model hold each other, and with them its memory
+        beside_controls(rows)
+        calibrations[cadence] = calibration
+        results[cadence] = {"rows": rows, "full_dit_ms": float(np.median(full_ms)), "block_shares": shares}
+    figures = {
+        "steps": steps,
+        "generations": generations,
+        "seed": seed,
+        "every": every,
+        "cadences": results,
+        "calibration": calibrations,
+        "left_out": left_out,
+        "environment": environment(),
+    }
+    name = f"methods-{steps}"
+    write_card(out, name, card(figures), figures)
+    plot_fronts(out / f"{name}.png", {cadence: fronts(result["rows"]) for cadence, result in results.items()})
+    return figures
+
+
+def calibrate(model: WorldModel, scenario: Scenario, loop: LoopConfig, *, seed: int) -> dict[str, dict[str, Any]]:
+    """The options that TeaCache and MagCache need to be told, by method, from a run of a scenario under a cadence."""
+
+    def measured(measuring: Policy) -> Any:
+        with attach(model, measuring) as cache:
+            closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=loop, seed=seed, cache=cache)
+            for action in scenario.actions:
+                closed.step(action)
+            return cache.snapshot()
+
+    return {
+        "teacache": {"polynomial": tuple(fit(changes(measured(measure_changes())), DEGREE))},
+        "magcache": {"ratios": magnitude_ratios(measured(measure_magnitudes()))},
+    }
+
+
+def describe(
+    race: Race, setting: Setting, shares: Mapping[str, float], *, every: int, distance: StLpips | None
+) -> dict[str, Any]:
+    """The figures of one run against full compute; counts and times are of what follows the first cycle."""
+    lane, base = race.lanes[setting.name], race.base(setting.name)
+    fidelity = compare(lane.video(), base.video(), every=every, distance=distance).fidelity()
+    cycle = lane.loop.chunk_frames
+    full, skip = count(lane.decisions(), first=cycle, generations=len(lane.exact) - cycle)
+    stats, level = lane.stats(), lane.arm.policy.level if lane.arm.policy else "block"
+    assert stats is not None
+    return {
+        "name": setting.name,
+        "method": setting.method,
+        "over": setting.over,
+        "every": setting.options.get("every"),
+        "policy": repr(lane.arm.policy),
+        **fidelity.to_json(),
+        "full_per_generation": full,
+        "skip": skip,
+        "speedup": _speedup(base.dit_seconds, lane.dit_seconds, cycle),
+        # Attention and MLPs differ in what they cost, so the share of their calls bounds nothing.
+        "speedup_bound": amdahl_bound(shares[level], skip) if level in shares else None,
+        "end_to_end_speedup": _speedup(base.end_to_end_seconds, lane.end_to_end_seconds, cycle),
+        "bytes_held": stats.bytes_held,
+    }
+
+
+def count(decisions: Iterable[Decision], *, first: int, generations: int) -> tuple[float, float]:
+    """FULL passes per generation, those of which every call was computed, and the share of calls that was not.
+
+    Args:
+        decisions: of one run.
+        first: chunk from which on denoising passes count.
+        generations: how many these are.
+    """
+    passes: dict[tuple[int, int], list[bool]] = defaultdict(list)
+    for decision in decisions:
+        if decision.role == "denoise" and decision.chunk >= first:
+            passes[decision.chunk, decision.index].append(decision.computed)
+    calls = [computed for each in passes.values() for computed in each]
+    return sum(map(all, passes.values())) / generations, calls.count(False) / len(calls)
+
+
+def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
+    """Put into each method's row the fixed interval along its axis whose FULL count is closest; of two, the larger.
+
+    ``gain_db`` is the method's PSNR less the control's; None where one of them equals full compute.
+    """
+    controls = [row for row in rows if row["method"] == "fixed_interval"]
+    for row in rows:
+        row["control"] = None
+        same = [control for control in controls if control["over"] == row["over"]]
+        if row["method"] in ("never", "fixed_interval") or not same:
+            continue
+        full = row["full_per_generation"]
+        control = min(same, key=lambda c: (abs(c["full_per_generation"] - full), -c["full_per_generation"]))
+        known = row["psnr_db"] is not None and control["psnr_db"] is not None
+        row["control"] = {
+            **{key: control[key] for key in ("name", "every", "full_per_generation", "psnr_db", "speedup")},
+            "gain_db": row["psnr_db"] - control["psnr_db"] if known else None,
+        }
+
+
+def fronts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Per method (speed-up, PSNR in dB) of its settings, the fastest last; without those equal to full compute."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["psnr_db"] is not None:
+            points[row["method"]].append((row["speedup"], row["psnr_db"]))
+    return {method: sorted(found) for method, found in points.items()}
+
+
+def _heats(chosen: Sequence[Setting]) -> list[Sequence[Setting]]:
+    return [chosen[first : first + HEAT] for first in range(0, len(chosen), HEAT)]
+
+
+def _drive(race: Race, scenario: Scenario, progress: Progress, task: TaskID) -> None:
+    with warnings.catch_warnings():
+        # That a method finds nothing to reuse here is one of the results.
+        warnings.filterwarnings("ignore", message=".*could reuse nothing")
+        for action in scenario.actions:
+            race.step(action)
+            progress.advance(task)
+
+
+def _shares(model: WorldModel, scenario: Scenario, loop: LoopConfig) -> dict[str, float]:
+    """Per level of slots, of the DiT time without a cache, what can be skipped: denoising passes, or their blocks."""
+    closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=loop)
+    with clock_blocks(model) as blocks, clock_blocks(model, whole=True) as passes:
+        total = sum(piece.dit_seconds for piece in closed.run(scenario.actions))
+    return {"block": blocks.seconds / total, "model": passes.seconds / total}
+
+
+def _speedup(full: Sequence[float], other: Sequence[float], cycle: int) -> float:
+    return speedup(cycles(np.array(full), cycle), cycles(np.array(other), cycle))

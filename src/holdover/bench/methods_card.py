@@ -1,0 +1,111 @@
+"""The methods' results as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from holdover.bench.cards import about
+from holdover.report.tables import decibels, markdown, percent, scientific
+
+_COLUMNS = (
+    "method",
+    "PSNR",
+    "SSIM",
+    "ST-LPIPS",
+    "FULL",
+    "skip",
+    "DiT",
+    "bound",
+    "end to end",
+    "MiB held",
+    "fixed interval",
+    "its FULL",
+    "its PSNR",
+    "its DiT",
+    "gain",
+)
+
+_FEW = """The shipped model was trained at these four noise levels. Both cadences are driven: `window` generates a
+window of four pieces once per piece with the same noise, and every method computes the generation whose window is
+committed; `plain` generates and commits each piece once, so that what a method gets wrong enters the KV cache."""
+
+_MANY = """**The shipped model was trained at four noise levels, not at these: the figures show the methods' mechanics,
+not a multi-step teacher's quality.** Methods that hold over from step to step run in the plain cadence, which commits
+every piece, so that what they get wrong enters the KV cache; those that hold over from generation to generation run in
+the window cadence, in which they compute the generation whose window is committed."""
+
+
+def card(figures: dict[str, Any]) -> str:
+    """The Markdown of a result."""
+    steps, seconds = figures["steps"], figures["generations"] / 3
+    parts = [
+        f"""# Every method, {steps} steps
+
+The shipped world model on urban driving, {figures["generations"]} generations ({seconds:.1f} seconds).
+{_FEW if steps == 4 else _MANY}
+
+PSNR, SSIM and ST-LPIPS are of the stitched view against the uncached output of the same seed and cadence, over all
+generations; SSIM and ST-LPIPS look at every {figures["every"]}th frame. The rest is of what follows the first cycle.
+FULL counts the passes per generation, of {steps}, in which everything was computed; skip is the share of calls that
+were not: of blocks, of attention modules and MLPs, or of the model. DiT and end to end are speed-ups, medians of whole
+cycles against full compute in the same race; the bound is what Amdahl's law allows the DiT for that skip. Of ToCa,
+calls in which only a share of the tokens was computed count as skipped. Beside each method stands the fixed interval
+along its own axis, over steps or over generations, with the closest FULL count; gain is the method's PSNR less that
+one's. The model renders no depth, so there is no depth error.
+
+The sampler draws new noise at every step. Thresholds on how far the input moves, published for samplers without,
+therefore stand beside looser ones. `calibrated` settings were measured on another clip with another seed.
+
+![speed against fidelity](methods-{steps}.png)
+"""
+    ]
+    for cadence, result in figures["cadences"].items():
+        parts += [
+            f"## {cadence} cadence\n",
+            f"Full compute takes {result['full_dit_ms']:.0f} ms in the DiT per generation.\n",
+            markdown(_COLUMNS, [_row(row) for row in result["rows"]]),
+            _verdict(result["rows"]),
+        ]
+    parts += ["## Left out\n", *(f"- `{name}` {reason}." for name, reason in figures["left_out"].items()), ""]
+    return "\n".join([*parts, about(figures["environment"])]) + "\n"
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+    control = row["control"]
+    beside = ("",) * 5
+    if control:
+        beside = (
+            f"every {control['every']}",
+            f"{control['full_per_generation']:.1f}",
+            decibels(control["psnr_db"]),
+            f"{control['speedup']:.2f}×",
+            "–" if control["gain_db"] is None else f"{control['gain_db']:+.2f}",
+        )
+    return (
+        f"`{row['name']}`",
+        decibels(row["psnr_db"]),
+        f"{row['ssim']:.4f}",
+        scientific(row["lpips"]),
+        f"{row['full_per_generation']:.1f}",
+        percent(row["skip"]),
+        f"{row['speedup']:.2f}×",
+        "–" if row["speedup_bound"] is None else f"{row['speedup_bound']:.2f}×",
+        f"{row['end_to_end_speedup']:.2f}×",
+        f"{row['bytes_held'] / 2**20:.1f}",
+        *beside,
+    )
+
+
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    """Who beats its control and who does not, of the settings that skip anything and whose control computes as much."""
+    fair = [row for row in rows if row["control"] and row["control"]["gain_db"] is not None and _matched(row)]
+    better = [f"`{row['name']}`" for row in fair if row["control"]["gain_db"] > 0]
+    others = [f"`{row['name']}`" for row in fair if row["control"]["gain_db"] <= 0]
+    return (
+        f"Of {len(fair)} settings whose FULL count a fixed interval meets within half a pass, {len(better)} beat it: "
+        f"{', '.join(better) or 'none'}. Not: {', '.join(others) or 'none'}.\n"
+    )
+
+
+def _matched(row: dict[str, Any]) -> bool:
+    return bool(abs(row["full_per_generation"] - row["control"]["full_per_generation"]) <= 0.5)
