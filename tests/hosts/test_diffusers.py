@@ -148,6 +148,15 @@ def test_guidance_batched_and_a_scheduler_that_counts_no_steps() -> None:
     assert steps == [("cond_uncond", index) for index in range(6)]
 
 
+def test_another_attention_backend(wan: Any) -> None:
+    wan.transformer.set_attention_backend("_native_math")
+    expected = pipelines.video(wan, **GUIDED)
+    enabled = holdover.diffusers.enable(wan, fbcache(0.0))
+    assert torch.equal(pipelines.video(wan, **GUIDED), expected)
+    enabled.disable()
+    wan.transformer.reset_attention_backend()
+
+
 def test_what_cannot_be_enabled_is_explained(wan: Any) -> None:
     from diffusers import FirstBlockCacheConfig
 

@@ -27,10 +27,10 @@ torch.accelerator.device_count = lambda: 1  # diffusers divides by it
 tiny = TINY[0]
 model = tiny.make()
 expected = tiny.run(model, 0, frames=2)
-model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
 policy = holdover.xcache(tau_floor=0.997, margin=1.0)
 outputs = []
 with holdover.attach(model, policy, view_groups=(), process_group=dist.group.WORLD) as cache:
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     for chunk in range(4):
         inputs = tiny.inputs(0, 2, 1, 0)
         if chunk == 2:  # the second latent frame, which is rank 1's half of the tokens, changes
