@@ -34,6 +34,8 @@ not a multi-step teacher's quality.** Methods that hold over from step to step r
 every piece, so that what they get wrong enters the KV cache; those that hold over from generation to generation run in
 the window cadence, in which they compute the generation whose window is committed."""
 
+_THRESHOLDS = ("The published ones stand beside looser ones.", "Only looser ones are tried here.")
+
 
 def card(figures: dict[str, Any]) -> str:
     """The Markdown of a result."""
@@ -53,8 +55,9 @@ calls in which only a share of the tokens was computed count as skipped. Beside 
 along its own axis, over steps or over generations, with the closest FULL count; gain is the method's PSNR less that
 one's. The model renders no depth, so there is no depth error.
 
-The sampler draws new noise at every step. Thresholds on how far the input moves, published for samplers without,
-therefore stand beside looser ones. `calibrated` settings were measured on another clip with another seed.
+The sampler draws new noise at every step, so that far more changes from step to step than in samplers without noise,
+for which thresholds are published. {_THRESHOLDS[steps == 4]} `calibrated` settings were measured on another clip with
+another seed.
 
 ![speed against fidelity](methods-{steps}.png)
 """
