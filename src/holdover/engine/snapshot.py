@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from holdover.engine import condition as conditions
 from holdover.engine.slots import Block
 from holdover.engine.state import Condition, FullGeneration, Generation, Held, Key, Run, Stream
 
-FORMAT = 2
+FORMAT = "stream 2"
 
 #: Values sampled per parameter to tell one model's weights from another's.
 SAMPLES = 16
@@ -47,15 +47,8 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file, whole or not at all."""
-        path = Path(path)
         header = {"format": FORMAT, "policy": self.policy, "model": self.model, "stream": self.stream}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-            save_file(tensors, temporary, metadata={"holdover": json.dumps(header)})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(Path(path), header, self.tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Snapshot:
@@ -65,15 +58,40 @@ class Snapshot:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a snapshot, or of another format.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no snapshot at {path}; write one with cache.snapshot(stream).save(path)")
+        header, tensors = read_tensors(Path(path), "write one with cache.snapshot(stream).save(path)", format=FORMAT)
+        return cls(policy=header["policy"], model=header["model"], stream=header["stream"], tensors=tensors)
+
+
+def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a header and tensors, which may share memory, to one safetensors file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, temporary, metadata={"holdover": json.dumps(header)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, hint: str, *, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message ends with ``hint``.
+        ValueError: the file is damaged or something else, or its header's ``format`` is another.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no snapshot at {path}; {hint}")
+    wrong = f"{path} is not a snapshot of format {format!r}; {hint}"
+    try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get("holdover", "{}"))
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a snapshot of format {FORMAT}; write it with Snapshot.save")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return cls(policy=header["policy"], model=header["model"], stream=header["stream"], tensors=tensors)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(wrong) from error
+    if header.get("format") != format:
+        raise ValueError(wrong)
+    return header, tensors
 
 
 def model_digest(blocks: Sequence[Block]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,14 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from holdover.engine.snapshot import Snapshot
+from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
 from holdover.rollout.driver import ClosedLoop, LoopState
 from holdover.serve.world import Generation, World
 from holdover.world.cameras import FPS
 
-FORMAT = 1
+FORMAT = "session 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +34,7 @@ class SessionSnapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            # Copies, because tensors of a file may not share memory, and those of a session may.
-            tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors.items()}
-            save_file(tensors, temporary, metadata={"holdover": json.dumps({"format": FORMAT, **self.plain})})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(Path(path), {"format": FORMAT, **self.plain}, self.tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SessionSnapshot:
@@ -55,18 +44,7 @@ class SessionSnapshot:
             FileNotFoundError: there is no such file.
             ValueError: it is not the snapshot of a session, or of another format.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no snapshot at {path}; write one with session.snapshot().save(path)")
-        wrong = f"{path} is not a session's snapshot of format {FORMAT}; write it with SessionSnapshot.save"
-        try:
-            with safe_open(path, "pt") as file:
-                plain = json.loads((file.metadata() or {}).get("holdover", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(wrong) from error
-        if plain.get("format") != FORMAT:
-            raise ValueError(wrong)
+        plain, tensors = read_tensors(Path(path), "write one with session.snapshot().save(path)", format=FORMAT)
         return cls(plain=plain, tensors=tensors)
 
 
