@@ -13,6 +13,7 @@ from rich.progress import Progress
 import holdover
 from holdover.bench import methods
 from holdover.bench.methods import LEFT_OUT, Setting, beside_controls, count, fronts, run_methods, settings
+from holdover.bench.methods_card import _verdict
 from holdover.engine.trace import Decision
 from holdover.report.plots import unbeaten
 from holdover.world.transformer import WorldModel
@@ -65,7 +66,7 @@ def test_full_counts_by_hand() -> None:
 
 def test_the_control_has_the_closest_full_count_along_the_same_axis() -> None:
     def row(method: str, over: str, full: float, psnr: float | None) -> dict[str, Any]:
-        known = {"every": None, "speedup": 1.0}
+        known = {"every": None, "skip": 0.5, "speedup": 1.0}
         return {"name": f"{method} {over} {full}", "method": method, "over": over, **known} | {
             "full_per_generation": full,
             "psnr_db": psnr,
@@ -94,7 +95,8 @@ def test_the_front_is_what_nothing_beats() -> None:
     points = [(1.0, 40.0), (2.0, 42.0), (2.0, 30.0), (3.0, 35.0), (2.5, 35.0), (4.0, 10.0)]
     assert unbeaten(points) == [(2.0, 42.0), (3.0, 35.0), (4.0, 10.0)]
     rows = [{"method": "a", "speedup": speed, "psnr_db": psnr} for speed, psnr in ((3.0, 30.0), (2.0, 40.0), (1, None))]
-    assert fronts(rows) == {"a": [(2.0, 40.0), (3.0, 30.0)]}
+    control = {"method": "fixed_interval", "over": "steps", "speedup": 2.0, "psnr_db": 20.0}
+    assert fronts([*rows, control]) == {"a": [(2.0, 40.0), (3.0, 30.0)], "every N steps": [(2.0, 20.0)]}
 
 
 @pytest.mark.parametrize("steps", [4, 12])
@@ -145,7 +147,26 @@ def test_the_bench_is_complete_and_right(
     bound = rows["flowcache(threshold=1000000000.0)"]["speedup_bound"]
     assert bound == pytest.approx(1 / (1 - shares["block"] * (1 - 1 / steps)))
     assert len(figures["calibration"]["plain"]["magcache"]["ratios"]) == steps
+    assert magcache["control"]["skip"] == magcache["skip"]
     text = (tmp_path / f"methods-{steps}.md").read_text()
     assert all(f"| `{name}` |" in text for name in rows)
+    assert f"- equal within 0.01 dB: `{magcache['name']}`" in text
     assert all(f"- `{name}` {reason}." in text for name, reason in LEFT_OUT.items())
     assert np.isfinite([row["speedup"] for row in rows.values()]).all()
+
+
+def test_a_gain_counts_by_what_is_skipped() -> None:
+    """Against a control that skips half: better, better with less skipped, equal, worse."""
+
+    def row(name: str, gain: float | None, skip: float, full: float = 2.0) -> dict[str, Any]:
+        control = {"gain_db": gain, "skip": 0.5, "full_per_generation": 2.0}
+        return {"name": name, "skip": skip, "full_per_generation": full, "control": control}
+
+    rows = [row("a", 1.0, 0.5), row("b", 1.0, 0.3), row("c", 0.001, 0.5), row("d", -1.0, 0.9), row("e", None, 0.5)]
+    text = _verdict([*rows, row("f", 9.0, 0.2, full=3.0), {"control": None}])
+    assert text.splitlines()[2:] == [
+        "- better: `a`",
+        "- better, but skips less in the other passes: `b`",
+        "- equal within 0.01 dB: `c`",
+        "- worse: `d`",
+    ]

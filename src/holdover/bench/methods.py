@@ -99,7 +99,7 @@ FEW_STEPS = [
     *_each("teacache", {"threshold": 1.0}, {"threshold": 2.0}),
     *_each("teacache", {"threshold": 0.25}, {"threshold": 0.5}, calibrated=True),
     *_each("fbcache", {"threshold": 0.95}, {"threshold": 1.5}),
-    *_each("easycache", *({"threshold": threshold, "retain": 1} for threshold in (0.4, 1.5))),
+    *_each("easycache", {"threshold": 0.4, "retain": 1}),
     *_each("magcache", *({"threshold": threshold, "retain": 1} for threshold in (0.06, 0.3)), calibrated=True),
     *_each("bwcache", {"threshold": 1.0, "run": 1}, {"threshold": 1.0, "run": 2}),
     *_each("taylorseer", *({"every": every, "order": order} for every, order in ((2, 0), (2, 1), (4, 1)))),
@@ -312,7 +312,7 @@ def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
         control = min(same, key=lambda c: (abs(c["full_per_generation"] - full), -c["full_per_generation"]))
         known = row["psnr_db"] is not None and control["psnr_db"] is not None
         row["control"] = {
-            **{key: control[key] for key in ("name", "every", "full_per_generation", "psnr_db", "speedup")},
+            **{key: control[key] for key in ("name", "every", "full_per_generation", "skip", "psnr_db", "speedup")},
             "gain_db": row["psnr_db"] - control["psnr_db"] if known else None,
         }
 
@@ -322,7 +322,8 @@ def fronts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, flo
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         if row["psnr_db"] is not None:
-            points[row["method"]].append((row["speedup"], row["psnr_db"]))
+            control = row["method"] == "fixed_interval"
+            points[f"every N {row['over']}" if control else row["method"]].append((row["speedup"], row["psnr_db"]))
     return {method: sorted(found) for method, found in points.items()}
 
 

@@ -20,6 +20,7 @@ _COLUMNS = (
     "MiB held",
     "fixed interval",
     "its FULL",
+    "its skip",
     "its PSNR",
     "its DiT",
     "gain",
@@ -56,8 +57,8 @@ along its own axis, over steps or over generations, with the closest FULL count;
 one's. The model renders no depth, so there is no depth error.
 
 The sampler draws new noise at every step, so that far more changes from step to step than in samplers without noise,
-for which thresholds are published. {_THRESHOLDS[steps == 4]} `calibrated` settings were measured on another clip with
-another seed.
+for which thresholds are published. {_THRESHOLDS[steps == 4]} `calibrated` settings were measured on another clip
+with another seed.
 
 ![speed against fidelity](methods-{steps}.png)
 """
@@ -75,11 +76,12 @@ another seed.
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     control = row["control"]
-    beside = ("",) * 5
+    beside = ("",) * 6
     if control:
         beside = (
             f"every {control['every']}",
-            f"{control['full_per_generation']:.1f}",
+            f"{control['full_per_generation']:.2f}",
+            percent(control["skip"]),
             decibels(control["psnr_db"]),
             f"{control['speedup']:.2f}×",
             "–" if control["gain_db"] is None else f"{control['gain_db']:+.2f}",
@@ -89,7 +91,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
         decibels(row["psnr_db"]),
         f"{row['ssim']:.4f}",
         scientific(row["lpips"]),
-        f"{row['full_per_generation']:.1f}",
+        f"{row['full_per_generation']:.2f}",
         percent(row["skip"]),
         f"{row['speedup']:.2f}×",
         "–" if row["speedup_bound"] is None else f"{row['speedup_bound']:.2f}×",
@@ -100,15 +102,24 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
-    """Who beats its control and who does not, of the settings that skip anything and whose control computes as much."""
-    fair = [row for row in rows if row["control"] and row["control"]["gain_db"] is not None and _matched(row)]
-    better = [f"`{row['name']}`" for row in fair if row["control"]["gain_db"] > 0]
-    others = [f"`{row['name']}`" for row in fair if row["control"]["gain_db"] <= 0]
-    return (
-        f"Of {len(fair)} settings whose FULL count a fixed interval meets within half a pass, {len(better)} beat it: "
-        f"{', '.join(better) or 'none'}. Not: {', '.join(others) or 'none'}.\n"
-    )
+    """Who beats its control: of the settings whose control has, within half a pass, as many FULL passes."""
+    found: dict[str, list[str]] = {title: [] for title in _VERDICTS}
+    for row in rows:
+        if (control := row["control"]) is None or control["gain_db"] is None:
+            continue
+        if abs(row["full_per_generation"] - control["full_per_generation"]) <= 0.5:
+            found[_judge(control["gain_db"], row["skip"] - control["skip"])].append(f"`{row['name']}`")
+    head = "Where the FULL counts are within half a pass of each other, against the fixed interval:\n"
+    return "\n".join([head, *(f"- {title}: {', '.join(names) or 'none'}" for title, names in found.items()), ""])
 
 
-def _matched(row: dict[str, Any]) -> bool:
-    return bool(abs(row["full_per_generation"] - row["control"]["full_per_generation"]) <= 0.5)
+_VERDICTS = ("better", "better, but skips less in the other passes", "equal within 0.01 dB", "worse")
+
+
+def _judge(gain_db: float, skips_more: float) -> str:
+    better, less, equal, worse = _VERDICTS
+    if abs(gain_db) < 0.01:
+        return equal
+    if gain_db < 0:
+        return worse
+    return better if skips_more > -0.01 else less
