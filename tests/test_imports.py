@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "holdover"
 
-#: What each room may import of the others. `cli.py` and `__init__.py` stand above them all.
+#: What each room may import of the others. `__init__.py` stands above them all.
 ALLOWED = {
     "engine": set(),
     "policies": {"engine"},
@@ -21,6 +21,7 @@ ALLOWED = {
     "report": {"engine", "policies", "hosts", "world", "rollout"},
     "bench": {"engine", "policies", "hosts", "world", "rollout", "report"},
     "serve": {"engine", "policies", "hosts", "world", "rollout", "report"},
+    "cli": {"engine", "policies", "hosts", "world", "rollout", "report", "bench", "serve"},
 }
 
 #: Rooms that `import holdover` brings in, and what they may need.

@@ -1,0 +1,88 @@
+"""`holdover world`: recording clips, training and evaluating world models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from holdover.cli.common import Benchmarks, Model, Seed, keep_memory, load, plain_errors, show, typer
+
+world = typer.Typer(no_args_is_help=True, help="Record clips; train and evaluate world models.")
+
+
+@world.command()
+def record(
+    scenario: Annotated[str, typer.Option(help="urban, highway or uturn.")],
+    out: Annotated[Path, typer.Option(help="The folder for the clips; finished ones are kept.")],
+    clips: Annotated[int, typer.Option(help="How many.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the first clip; the others count on.")] = 0,
+    frames: Annotated[int, typer.Option(help="Per clip, 12 a second.")] = 240,
+    depth: Annotated[bool, typer.Option(help="Record depth as well.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+) -> None:
+    """Record clips of the scripted driver in the simulator."""
+    with plain_errors():
+        from holdover.world.record import record as run
+
+        run(scenario, clips, out, seed=seed, frames=frames, depth=depth, workers=workers)
+        typer.echo(f"{clips} {scenario} clips in {out}")
+
+
+@world.command()
+def train(
+    data: Annotated[Path, typer.Option(help="A folder of clips.")],
+    out: Annotated[Path, typer.Option(help="The folder for weights, log and curve; an interrupted run goes on.")],
+    heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Checkpoint to begin with; default: random weights.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data, noise and weights. By default the recipe's.")] = None,
+    recipe: Annotated[str, typer.Option(help="base, or sharpen, which goes on from a base checkpoint.")] = "base",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+) -> None:
+    """Train a world model, or continue; writes model.safetensors, log.jsonl and curve.png."""
+    with plain_errors():
+        keep_memory()
+        from holdover.report.plots import plot_training
+        from holdover.world.recipe import RECIPES
+        from holdover.world.train import read_log
+        from holdover.world.train import train as run
+
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+        given = {"steps": steps, "batch": batch, "seed": seed}
+        numbers = replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None})
+        weights = run(data, out, numbers, heldout=heldout, start_from=start_from, device=device)
+        plot_training(out / "curve.png", list(read_log(out)))
+        typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
+
+
+@world.command("eval")
+def evaluate(
+    clips: Annotated[Path, typer.Option(help="Held-out clips to drive.")],
+    data: Annotated[Path, typer.Option(help="Other clips, from which to learn to read motion back.")],
+    out: Benchmarks = Path("benchmarks"),
+    model: Model = None,
+    per_scenario: Annotated[int, typer.Option(help="Clips of every scenario.")] = 2,
+    generations: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 48,
+    seed: Seed = 0,
+) -> None:
+    """The world model against the simulator: fidelity, drift, obedience, and whether its cameras agree."""
+    with plain_errors():
+        keep_memory()
+        from holdover.bench.evaluate import run_evaluation
+        from holdover.report.progress import bar
+
+        with bar() as progress:
+            figures = run_evaluation(
+                load(model)[0],
+                out,
+                clips=clips,
+                data=data,
+                per_scenario=per_scenario,
+                generations=generations,
+                seed=seed,
+                progress=progress,
+            )
+        show(out / "world.md", figures)
