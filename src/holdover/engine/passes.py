@@ -108,7 +108,7 @@ class Pass:
         """The pass ended well: its decisions, and what it held, become the streams'."""
         tallies = self._runtime.tallies
         for decision in self._decisions:
-            tallies.setdefault(decision.stream, Tally()).count(decision)
+            tallies[decision.stream].count(decision)
         self._runtime.trace.extend(self._decisions)
         if not self._ran:
             return

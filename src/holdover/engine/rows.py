@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ class Runtime:
     max_bytes: int | None
     process_group: dist.ProcessGroup | None
     streams: dict[str, Stream] = field(default_factory=dict)
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     trace: Trace = field(default_factory=Trace)
     readings: dict[tuple[torch.Size, torch.device, tuple[ViewGroup, ...]], Reading] = field(default_factory=dict)
     warned_barren: bool = False
