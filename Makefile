@@ -25,7 +25,8 @@ test: install
 # Only needed to test pages in a browser: Chromium, and what drives it. Without it these tests are skipped.
 browser: install
 	command -v chromium > /dev/null || { apt-get update --quiet --quiet && \
-		apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
+		apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; } || \
+		echo "no Chromium, and apt-get cannot install it here: the tests of pages will be skipped"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 
 # Only needed to record new clips: Panda3D and an OpenGL driver that renders without a screen.
