@@ -2,7 +2,7 @@
 
     import holdover.diffusers
 
-    holdover.diffusers.enable(pipe, holdover.fbcache())
+    holdover.diffusers.enable(pipe, holdover.policy("fbcache"))
     video = pipe(prompt)
 
 The pipeline runs unmodified. Where a pass stands is read, in this order, from an open ``cache.step``, from
