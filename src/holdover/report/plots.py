@@ -104,9 +104,9 @@ def plot_reactions(path: Path, curves: Mapping[str, Mapping[str, Sequence[float 
         axes.set_title(event.replace("_", " "), fontsize=9, color=INK)
         longest = max((len(by_event.get(event, ())) for by_event in curves.values()), default=1)
         axes.set(xlabel="generations later", xlim=(-0.5, longest - 0.5), xticks=range(longest))
-        axes.set_ylim(min(-0.1, axes.get_ylim()[0]), max(1.3, axes.get_ylim()[1]))
         _dress(axes)
-    panels[0].set(ylabel="response ratio")
+    lowest, highest = panels[0].get_ylim()  # of all panels: they share it
+    panels[0].set(ylabel="response ratio", ylim=(min(-0.1, lowest), max(1.3, highest)))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=8)
     _save(path, figure)
