@@ -253,7 +253,7 @@ def card(figures: dict[str, Any]) -> str:
         for seconds, row in figures["horizons"].items()
     ]
     drift = [
-        (f"{a}–{b} s", str(row["pictures"]), f"{row['frechet']:.2f}", f"{row['simulator']:.2f}")
+        (f"{a}–{b} s", str(row["pictures"]), f"{row['frechet']:.2g}", f"{row['simulator']:.2g}")
         for row in figures["frechet"]
         for a, b in [row["seconds"]]
     ]
@@ -281,7 +281,7 @@ Drift: Fréchet distance (mean features of ST-LPIPS's AlexNet, all cameras) of g
 the same seconds, beside that of two halves of the simulator's own:
 
 {markdown(("seconds", "pictures", "Fréchet distance", "simulator's own"), drift)}
-Action: speed and yaw rate that a network, trained on the simulator's pictures, reads back from the front cameras,
+Action: speed and yaw rate that a network, trained on the simulator's pictures, reads back from the camera ahead,
 against the motion that the commands gave in the simulator:
 
 {markdown(("what", "correlation", "slope", "simulator: correlation", "slope"), action)}
