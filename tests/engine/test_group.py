@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.ranks import run_ranks
 
 WORKER = """
 import json, sys
@@ -34,20 +32,7 @@ dist.destroy_process_group()
 
 
 def test_what_one_rank_computes_all_compute(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], cwd=Path(__file__).parents[2], env=environment
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    zero, one = run_ranks(WORKER, tmp_path)
     # Generation 2 looks new to rank 0 alone, and so does 3, which is as before again. Generation 4 does to rank 1.
     assert zero == ["first"] * 2 + ["reuse"] * 2 + ["cosine"] * 4 + ["group"] * 2
     assert one == ["first"] * 2 + ["reuse"] * 2 + ["group"] * 4 + ["cosine"] * 2

@@ -1,4 +1,4 @@
-"""What one pass does to what is held: failures, changes of kind, roles, budgets, batches."""
+"""What one pass does to what is held: failures, changes of kind, roles, budgets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import holdover
-from holdover import Step
 from tests.engine.models import EAGER, Scale, Stack, ones, reasons
 
 
@@ -279,85 +278,6 @@ def test_exact_follows_the_latest_generation_of_a_branch() -> None:
             assert cache.exact() is expected
         assert not cache.exact(branch="uncond")
         assert not cache.exact("elsewhere")
-
-
-# Batches of several streams.
-
-
-def test_rows_decide_as_they_would_alone() -> None:
-    values = {"a": (1.0, 5.0, 2.0), "b": (3.0, 4.0, 6.0)}
-    alone = {}
-    for stream, series in values.items():
-        model = Stack(Scale(), Scale(3))
-        with holdover.attach(model, EAGER) as cache:
-            outputs = [run(cache, model, ones(value), chunk) for chunk, value in enumerate(series)]
-        alone[stream] = torch.cat(outputs), reasons(cache)
-    model = Stack(Scale(), Scale(3))
-    with holdover.attach(model, EAGER) as cache:
-        together = []
-        for chunk, pair in enumerate(zip(*values.values(), strict=True)):
-            with cache.step(rows=[Step(stream=name, chunk=chunk, commits=False) for name in values]):
-                together.append(model(torch.cat([ones(value) for value in pair])))
-        # A row's state is the stream's: it goes on alone.
-        assert run(cache, model, ones(7), 3, stream="b")[0, 0, 0] == 7 + 3 + 12
-    for row, stream in enumerate(values):
-        assert torch.equal(torch.stack(together)[:, row], alone[stream][0])
-        assert [d.reason for d in cache.trace if d.stream == stream][:6] == alone[stream][1]
-    assert model.blocks[0].calls == 1
-
-
-def test_a_batch_is_computed_if_any_row_needs_it() -> None:
-    model = Stack(Scale())
-    with holdover.attach(model, EAGER) as cache:
-        run(cache, model, ones(1), 0, stream="old")
-        with cache.step(rows=[Step(stream="old", chunk=1, commits=False), Step(stream="new", chunk=0, commits=False)]):
-            output = model(torch.cat([ones(5), ones(7)]))
-        assert output[:, 0, 0].tolist() == [10, 14]
-        assert (cache.exact("old"), cache.exact("new")) == (True, True)
-        # What was computed is held, for the row that did not need it too.
-        assert run(cache, model, ones(6), 2, stream="old")[0, 0, 0] == 6 + 5
-    assert [(d.stream, d.reason) for d in cache.trace][1:3] == [("old", "batch"), ("new", "first")]
-
-
-def test_two_branches_of_a_stream_in_one_batch() -> None:
-    model = Stack(Scale())
-    with holdover.attach(model, EAGER) as cache:
-        for chunk, pair in enumerate([(1, 2), (10, 20)]):
-            with cache.step(rows=[Step(branch=branch, chunk=chunk, commits=False) for branch in ("cond", "uncond")]):
-                output = model(torch.cat([ones(value) for value in pair]))
-        assert output[:, 0, 0].tolist() == [11, 22]
-        assert cache.nbytes == sum(held.nbytes for held in cache._runtime.streams["default"].held.values())
-
-
-class TupledRows(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x * 2, x.mean((1, 2))
-
-
-def test_rows_of_a_tuple() -> None:
-    model = Stack(TupledRows())
-    with holdover.attach(model, EAGER) as cache:
-        for chunk, pair in enumerate([(1, 2), (10, 20)]):
-            with cache.step(rows=[Step(stream=name, chunk=chunk, commits=False) for name in "ab"]):
-                hidden, item = model.blocks[0](torch.cat([ones(value) for value in pair]))
-    assert hidden[:, 0, 0].tolist() == [11, 22]
-    assert item.tolist() == [1, 2]
-
-
-def test_rows_that_do_not_fit_are_refused() -> None:
-    model = Stack(Scale())
-    with holdover.attach(model, EAGER) as cache:
-        two = [Step(stream=name, chunk=0) for name in "ab"]
-        with pytest.raises(ValueError, match="has 3 rows, the step 2"), cache.step(rows=two):
-            model(ones(batch=3))
-        with pytest.raises(ValueError, match=r"rows is empty"):
-            cache.step(rows=[])
-        with pytest.raises(ValueError, match="came together with chunk"):
-            cache.step(rows=[Step(chunk=0)], chunk=0)
-        with pytest.raises(ValueError, match="differ in role"):
-            cache.step(rows=[Step(stream="a", chunk=0), Step(stream="b", chunk=0, role="kv_update")])
-        with pytest.raises(ValueError, match=r"name \('a', ''\) twice"):
-            cache.step(rows=[Step(stream="a", chunk=0), Step(stream="a", chunk=1)])
 
 
 # A schedule that leaves nothing to reuse.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_ranks
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
 
@@ -46,20 +44,7 @@ dist.destroy_process_group()
 
 
 def test_what_one_rank_computes_all_compute(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], cwd=Path(__file__).parents[2], env=environment
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    zero, one = run_ranks(WORKER, tmp_path)
     assert zero["close"]
     assert one["close"]
     # Generation 2 looks new to rank 1 alone, and so does 3, which is as before again.

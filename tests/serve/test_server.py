@@ -318,8 +318,8 @@ def test_everyone_sees_only_their_own(tmp_path: Path) -> None:
         bob.close(), nobody.close()
 
 
-def test_idle_sessions_go_to_disk_come_back_and_expire(tmp_path: Path) -> None:
-    with running(tmp_path, park_after=0.1, expire_after=1.5) as live:
+def test_idle_sessions_go_to_disk_and_come_back(tmp_path: Path) -> None:
+    with running(tmp_path, park_after=0.1) as live:
         id = live.create(seed=4)
         with live.stream(id) as stream:
             made = drive(stream, 4, 0, 3)
@@ -331,6 +331,12 @@ def test_idle_sessions_go_to_disk_come_back_and_expire(tmp_path: Path) -> None:
         with live.stream(id) as stream:
             made += drive(stream, 4, 3, 3)
         assert all(near(*pair) for pair in zip(made, solo(4, 6), strict=True))
+
+
+def test_idle_sessions_expire_and_leave_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, park_after=0.1, expire_after=0.5) as live:
+        live.create(seed=4)
+        deadline = time.monotonic() + 30
         while live.hub.keeper.seats:
             assert time.monotonic() < deadline
             time.sleep(0.05)

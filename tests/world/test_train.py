@@ -174,3 +174,7 @@ def test_an_empty_folder_and_a_wrong_share_are_named(tmp_path: Path) -> None:
         train(tmp_path, tmp_path / "run", Recipe(steps=1))
     with pytest.raises(ValueError, match=r"decay=1\.5"):
         Recipe(decay=1.5)
+    with pytest.raises(ValueError, match="rollout=0"):
+        Recipe(rollout=0)
+    with pytest.raises(ValueError, match="adversary=-1"):
+        Recipe(adversary=-1)

@@ -182,6 +182,17 @@ def run_hosts(out: Path, *, passes: int = 60, blocks: int = 30, progress: Progre
     return figures
 
 
+def _attached(name: str, attach: Callable[[Any, float], Around], model: Any, threshold: float) -> Around | None:
+    """A library on a model; None where a peer refuses it. That we refuse one is an error."""
+    try:
+        with _quiet():
+            return attach(model, threshold)
+    except (ValueError, NotImplementedError, AssertionError):  # cache-dit asserts what it supports
+        if name not in PEERS:
+            raise
+        return None
+
+
 @torch.no_grad()
 def _race(subject: Subject, threshold: float, passes: int, blocks: int) -> list[dict[str, Any]]:
     """One pass of every library in turn, over and over; who begins changes from pass to pass."""
@@ -191,11 +202,11 @@ def _race(subject: Subject, threshold: float, passes: int, blocks: int) -> list[
     refused = []
     for name, attach in libraries.items():
         twin = copy.deepcopy(model)
-        try:
-            with _quiet():
-                lanes[name] = twin, attach(twin, threshold)
-        except (ValueError, NotImplementedError, AssertionError):
+        around = _attached(name, attach, twin, threshold)
+        if around is None:
             refused.append(name)
+        else:
+            lanes[name] = twin, around
     seconds: dict[str, list[float]] = {name: [] for name in lanes}
     names = list(lanes)
     for index, latents in zip(range(passes), _drift(), strict=False):
@@ -226,10 +237,8 @@ def _served(subject: Subject, blocks: int) -> dict[str, int | None]:
         model = subject.make(blocks)
         ran = [0]
         last = list(model.get_submodule("blocks").children())[-1].get_submodule("ffn")
-        try:
-            with _quiet():
-                around = attach(model, ALWAYS)
-        except (ValueError, NotImplementedError, AssertionError):
+        around = _attached(name, attach, model, ALWAYS)
+        if around is None:
             counts[name] = None
             continue
         last.register_forward_hook(lambda *_, ran=ran: ran.__setitem__(0, ran[0] + 1))

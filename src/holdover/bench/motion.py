@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -57,7 +56,13 @@ def true_motion(clip: Clip) -> NDArray[np.float64]:
 
 
 def train_motion_reader(
-    clips: Sequence[Clip], camera: str, *, steps: int, batch: int = 32, seed: int = 0, advance: Any = lambda: None
+    clips: Sequence[Clip],
+    camera: str,
+    *,
+    steps: int,
+    batch: int = 32,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
 ) -> MotionReader:
     """Train on recorded clips.
 

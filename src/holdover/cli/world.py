@@ -51,6 +51,8 @@ def train(
 
         if recipe not in RECIPES:
             raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+        if RECIPES[recipe].adversary and start_from is None:
+            raise ValueError(f"recipe {recipe!r} goes on from a trained checkpoint; name it with --start-from")
         given = {"steps": steps, "batch": batch, "seed": seed}
         numbers = replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None})
         weights = run(data, out, numbers, heldout=heldout, start_from=start_from, device=device)

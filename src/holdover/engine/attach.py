@@ -31,25 +31,7 @@ def attach(
     max_bytes: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Cache:
-    """Let a policy decide, block by block, what of a model is computed.
-
-    Args:
-        model: the transformer; every forward of it now happens within ``with cache.step(...)``.
-        policy: a caching method, such as ``holdover.xcache()``.
-        slots: its blocks, in the order in which it runs them: module names, modules, or `Slot`s where the hidden state
-            is not the first argument. None asks ``model.holdover_slots()`` for those of the policy's level, blocks or
-            what lies within them, or takes the model itself for a policy of that level. A block returns its hidden
-            state, or a tuple with it; when it is reused, the other items are those it returned when last computed.
-        view_groups: how the tokens of a hidden state ``[B, L, C]`` are laid out per latent frame. None asks
-            ``model.holdover_view_groups()``; without either, tokens are taken as a plain sequence. A function of the
-            model and the arguments of its forward is asked at every pass.
-        audit: share of reused spans to compute as well, for their relative error in the trace and the stats. The output
-            stays the reused one. Past the limit of an `Audit`, warns once and computes the stream until reset.
-        max_bytes: of held tensors per stream; slots that do not fit are computed.
-        process_group: ranks that run the model together; a span that one of them computes, all compute.
-
-    Returns:
-        The cache, also a context manager that detaches at its end.
+    """`holdover.attach`, where its arguments are explained, for a model that declares its slots or is told them.
 
     Raises:
         ValueError: an argument is out of range, the model's blocks cannot be found, or a cache is attached already.

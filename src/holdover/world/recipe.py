@@ -50,8 +50,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"steps={self.steps} and batch={self.batch} must be at least 1")
+        for name in ("steps", "batch", "warmup", "rollout", "graded"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.adversary >= 0:
+            raise ValueError(f"adversary={self.adversary} is negative; give a weight, or 0 for none")
         for name in ("own_context_from", "plain_share", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, between 0 and 1")
