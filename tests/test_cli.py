@@ -76,7 +76,10 @@ def test_wrong_values_are_one_line(tmp_path: Path) -> None:
     assert "'town' is not one of" in refused("demo", "--scenario", "town")
     assert "town" in refused("world", "record", "--scenario", "town", "--out", str(tmp_path))
     assert "not a folder of clips" in refused("world", "train", "--data", str(tmp_path), "--out", str(tmp_path / "x"))
-    assert "steps=0" in refused("world", "train", "--data", str(tmp_path), "--out", str(tmp_path), "--steps", "0")
+    train = "world", "train", "--data", str(tmp_path), "--out", str(tmp_path)
+    assert "--start-from" in refused(*train, "--recipe", "sharpen")
+    assert "'polish' is not one of" in refused(*train, "--recipe", "polish")
+    assert "steps=0" in refused(*train, "--steps", "0")
 
 
 @pytest.mark.parametrize(
