@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from holdover.serve.session import SessionSnapshot, WorldSession
-from holdover.serve.world import Generation, World
+from holdover.serve.session import Generation, SessionSnapshot, WorldSession, advance
+from holdover.serve.world import World
 from tests.serve.small import action, small_world
 
 
@@ -140,7 +140,7 @@ def test_a_generation_that_fails_leaves_the_session_as_it_was(world: World) -> N
         assert tensors(session) == before
     # In a batch: once together, and then alone, where only the first fails again.
     fail.calls, fail.at = 0, {1, 2}  # type: ignore[attr-defined]
-    results = world.advance([session, other], [action(3), action(3)])
+    results = advance([session, other], [action(3), action(3)])
     assert isinstance(results[0], RuntimeError)
     assert isinstance(results[1], Generation)
     assert same([results[1]], [expected[1]])

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from holdover.policies.registry import policy as policy_by_name
 from holdover.rollout.scenarios import first_clip, shipped_clips, shipped_model
-from holdover.serve.session import WorldSession
-from holdover.serve.world import POLICIES, Generation, World, load_starts
+from holdover.serve.session import Generation, WorldSession, advance
+from holdover.serve.world import POLICIES, World, load_starts
 from holdover.world.cameras import FPS
 from holdover.world.clips import read_clip
 from holdover.world.scenes import build_scene
@@ -264,7 +264,7 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
     ) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         bounded = [_clipped(action) for action in actions]
         going = [n for n in range(self.num_envs) if not self._over[n]]
-        made = self.course.world.advance([self._cars[n].session for n in going], [bounded[n].tolist() for n in going])
+        made = advance([self._cars[n].session for n in going], [bounded[n].tolist() for n in going])
         rewards, off = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         seen: dict[int, dict[str, Any]] = {}
         infos: dict[int, dict[str, Any]] = {}

@@ -14,8 +14,8 @@ from holdover.serve.keeper import Claim, Keeper
 from holdover.serve.metrics import Metrics
 from holdover.serve.protocol import ErrorMessage, GenerationMessage, NewSession, decision_grid, encode_frames, pack
 from holdover.serve.seats import Limits, Reader, RefusedError, Seat, Shelved, seat_of, twin_of
-from holdover.serve.session import SessionSnapshot, WorldSession
-from holdover.serve.world import Generation, World
+from holdover.serve.session import Generation, SessionSnapshot, WorldSession, advance
+from holdover.serve.world import World
 from holdover.world.cameras import FPS
 
 log = logging.getLogger("holdover.serve")
@@ -244,7 +244,7 @@ class Hub:
         actions = [action for action, _, _ in taken]
 
         def work() -> tuple[list[Generation | Exception], list[dict[str, list[bytes]] | None], list[int]]:
-            made = self.world.advance(sessions, actions)
+            made = advance(sessions, actions)
             frames = [
                 None if isinstance(each, Exception) else encode_frames(each.frames, seat.format)
                 for seat, each in zip(awake, made, strict=True)

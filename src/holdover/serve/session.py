@@ -1,4 +1,4 @@
-"""One closed loop that a user owns: reset, step, fork, snapshot, restore, close. No network."""
+"""One closed loop that a user owns: reset, step, fork, snapshot, restore, close; and many in one pass. No network."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
+from holdover.engine.trace import Decision
+from holdover.rollout import driver
 from holdover.rollout.driver import ClosedLoop, LoopState
-from holdover.serve.world import Generation, World
+from holdover.serve.world import World
 from holdover.world.cameras import FPS
 
 FORMAT = "session 1"
@@ -46,6 +51,27 @@ class SessionSnapshot:
         """
         plain, tensors = read_tensors(Path(path), "write one with session.snapshot().save(path)", format=FORMAT)
         return cls(plain=plain, tensors=tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a session made of one action.
+
+    Attributes:
+        index: the number of the generation, from 0 at the reset.
+        frames: per camera ``uint8 [T, height, width, 3]``.
+        decisions: of every block of its passes.
+        exact: whether every block was computed.
+        seconds: of the batch it was made in.
+        batch: sessions in that batch.
+    """
+
+    index: int
+    frames: Mapping[str, NDArray[np.uint8]]
+    decisions: Sequence[Decision]
+    exact: bool
+    seconds: float
+    batch: int
 
 
 class Kept(NamedTuple):
@@ -133,7 +159,7 @@ class WorldSession:
         Raises:
             ValueError: the action is not the numbers the model takes; the session is as it was.
         """
-        result = self.world.advance([self], [action])[0]
+        result = advance([self], [action])[0]
         if isinstance(result, Exception):
             raise result
         return result
@@ -259,3 +285,60 @@ class WorldSession:
     def _forget(self) -> None:
         self.world.lane(self.policy)[1].reset(self._name)
         self._ran = False
+
+
+def advance(
+    sessions: Sequence[WorldSession], actions: Sequence[Sequence[float] | Tensor]
+) -> list[Generation | Exception]:
+    """One generation of every session of a world, as many of them in one forward pass as go together.
+
+    Each completes, or leaves its session as it was and gives its error; one that fails does not stop the others.
+
+    Raises:
+        ValueError: an action is not the numbers the model takes; nothing has been generated then.
+    """
+    commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
+    results: dict[int, Generation | Exception] = {}
+    for members in driver.batches([session.loop for session in sessions]):
+        made = _advance([sessions[n] for n in members], [commands[n] for n in members])
+        results |= zip(members, made, strict=True)
+    return [results[n] for n in range(len(sessions))]
+
+
+def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[Generation | Exception]:
+    """The same, of sessions that go together."""
+    world, started = sessions[0].world, perf_counter()
+    cache = world.lane(sessions[0].policy)[1]
+    kept = [session.keep() for session in sessions]
+    try:
+        pieces = driver.advance([session.loop for session in sessions], commands)
+        frames = [world.frames(piece) for piece in pieces]
+    except BaseException as error:
+        for session, state in zip(sessions, kept, strict=True):
+            session.put_back(state)
+        cache.trace.clear()
+        if not isinstance(error, Exception):
+            raise
+        if len(sessions) == 1:
+            return [error]
+        # Whose fault it was is not known: each for itself.
+        return [_advance([one], [command])[0] for one, command in zip(sessions, commands, strict=True)]
+    decisions: dict[str, list[Decision]] = {}
+    for decision in cache.trace:
+        decisions.setdefault(decision.stream, []).append(decision)
+    cache.trace.clear()
+    seconds = perf_counter() - started
+    results: list[Generation | Exception] = []
+    for session, piece, views in zip(sessions, pieces, frames, strict=True):
+        session.commit()
+        results.append(
+            Generation(
+                index=session.generation - 1,
+                frames=views,
+                decisions=decisions.get(session.loop.stream, []),
+                exact=piece.exact,
+                seconds=seconds,
+                batch=len(sessions),
+            )
+        )
+    return results

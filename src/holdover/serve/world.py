@@ -1,14 +1,12 @@
-"""One world model behind many sessions: each under a policy of its own, many of them in one forward pass."""
+"""What sessions share: a world model under several policies, and where videos begin."""
 
 from __future__ import annotations
 
 import copy
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,15 +17,11 @@ from holdover.engine.attach import Cache, attach
 from holdover.engine.contract import Policy
 from holdover.engine.slots import find_blocks
 from holdover.engine.snapshot import model_digest
-from holdover.engine.trace import Decision
 from holdover.policies.registry import policy as policy_by_name
-from holdover.rollout.driver import LoopConfig, advance, batches
+from holdover.rollout.driver import LoopConfig, Piece
 from holdover.rollout.scenarios import KINDS, load_scenario
 from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
-
-if TYPE_CHECKING:
-    from holdover.serve.session import WorldSession
 
 #: The policies a world offers unless told otherwise; the first is the default, because it heeds every action.
 POLICIES = ("xcache_reactive", "xcache", "never")
@@ -39,27 +33,6 @@ class Start:
 
     latents: Tensor
     actions: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """What a session made of one action.
-
-    Attributes:
-        index: the number of the generation, from 0 at the reset.
-        frames: per camera ``uint8 [T, height, width, 3]``.
-        decisions: of every block of its passes.
-        exact: whether every block was computed.
-        seconds: of the batch it was made in.
-        batch: sessions in that batch.
-    """
-
-    index: int
-    frames: Mapping[str, NDArray[np.uint8]]
-    decisions: Sequence[Decision]
-    exact: bool
-    seconds: float
-    batch: int
 
 
 class World:
@@ -125,62 +98,9 @@ class World:
     def free(self, stream: str) -> None:
         heapq.heappush(self._freed, int(stream))
 
-    def advance(
-        self, sessions: Sequence[WorldSession], actions: Sequence[Sequence[float] | Tensor]
-    ) -> list[Generation | Exception]:
-        """One generation of every session, as many of them in one forward pass as go together.
-
-        Each completes, or leaves its session as it was and gives its error; one that fails does not stop the others.
-
-        Raises:
-            ValueError: an action is not the numbers the model takes; nothing has been generated then.
-        """
-        commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
-        results: dict[int, Generation | Exception] = {}
-        for members in batches([session.loop for session in sessions]):
-            made = self._advance([sessions[n] for n in members], [commands[n] for n in members])
-            results |= zip(members, made, strict=True)
-        return [results[n] for n in range(len(sessions))]
-
-    def _advance(self, sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[Generation | Exception]:
-        cache, started = self.lane(sessions[0].policy)[1], perf_counter()
-        kept = [session.keep() for session in sessions]
-        try:
-            pieces = advance([session.loop for session in sessions], commands)
-            frames = [list(self._frames(piece.latents)) for piece in pieces]
-        except BaseException as error:
-            for session, state in zip(sessions, kept, strict=True):
-                session.put_back(state)
-            cache.trace.clear()
-            if not isinstance(error, Exception):
-                raise
-            if len(sessions) == 1:
-                return [error]
-            # Whose fault it was is not known: each for itself.
-            return [self._advance([one], [command])[0] for one, command in zip(sessions, commands, strict=True)]
-        decisions: dict[str, list[Decision]] = {}
-        for decision in cache.trace:
-            decisions.setdefault(decision.stream, []).append(decision)
-        cache.trace.clear()
-        seconds = perf_counter() - started
-        results: list[Generation | Exception] = []
-        for session, piece, views in zip(sessions, pieces, frames, strict=True):
-            session.commit()
-            results.append(
-                Generation(
-                    index=session.generation - 1,
-                    frames=dict(views),
-                    decisions=decisions.get(session.loop.stream, []),
-                    exact=piece.exact,
-                    seconds=seconds,
-                    batch=len(sessions),
-                )
-            )
-        return results
-
-    def _frames(self, latents: Tensor) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        for camera, video in unpatchify(latents, self.model.config).items():
-            yield camera, video[0].cpu().numpy()
+    def frames(self, piece: Piece) -> dict[str, NDArray[np.uint8]]:
+        """What a piece of one row shows: per camera ``uint8 [T, height, width, 3]``."""
+        return {name: video[0].cpu().numpy() for name, video in unpatchify(piece.latents, self.model.config).items()}
 
 
 def load_starts(model: WorldModel, scenarios: Sequence[str] = KINDS) -> dict[str, Start]:
