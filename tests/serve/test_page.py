@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import msgpack
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +19,11 @@ from holdover.world.config import WorldConfig
 from holdover.world.transformer import WorldModel
 from tests.serve.live import Live, running
 from tests.serve.small import POLICIES
+from tests.serve.test_server import decoded
 from tests.world.small import latents
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, WebSocket
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright; run `make browser`")
 CHROMIUM = shutil.which("chromium")
@@ -119,3 +124,62 @@ def test_the_policy_is_switched_live_and_a_broken_connection_resumes(page: Page,
     page.click("#start")  # a new drive ends the old one
     page.wait_for_function("() => state.last >= 0 && state.last < 50")
     assert [other is seat for other in live.hub.keeper.seats.values()] == [False]
+
+
+#: Stops the stream, and gives what the front camera's video shows near its end: the frame's number and its pixels.
+LOOK = """async () => {
+  const socket = state.socket, video = document.querySelector("[data-camera=front_wide]");
+  state.socket = null;
+  socket.close();
+  video.pause();
+  video.currentTime = video.buffered.end(0) - 0.04;
+  await new Promise((done) => video.addEventListener("seeked", done, { once: true }));
+  const context = new OffscreenCanvas(video.videoWidth, video.videoHeight).getContext("2d");
+  context.drawImage(video, 0, 0);
+  const { data } = context.getImageData(0, 0, video.videoWidth, video.videoHeight);
+  return [Math.floor(video.currentTime * 12), [...data]];
+}"""
+
+
+def test_fragments_play_as_they_come(page: Page) -> None:
+    received: list[bytes | str] = []
+
+    def take(message: bytes | str) -> None:
+        received.append(message)
+
+    def listen(socket: WebSocket) -> None:
+        socket.on("framereceived", take)
+
+    page.on("websocket", listen)
+    page.select_option("#format", "mp4")
+    page.click("#start")
+    playing = "all => all.length === 7 && all.every(video => video.currentTime > 0.5 && !video.error)"
+    page.wait_for_function(f"() => ({playing})([...document.querySelectorAll('#rig video')])")
+    number, pixels = page.evaluate(LOOK)
+    hello, *made = (msgpack.unpackb(message) for message in received)
+    fragments = [each["frames"]["front_wide"][0] for each in made if each["type"] == "generation"]
+    numbers, frames = decoded(hello["video"]["front_wide"]["init"], fragments)
+    assert 6 < number < len(numbers)
+    shown = np.array(pixels).reshape(*frames.shape[1:3], 4)[..., :3]
+    distances = np.abs(frames.astype(int) - shown).mean((1, 2, 3))  # decoders round colours differently
+    assert distances[number] < 6
+    assert distances.argmin() == number
+
+
+def test_the_page_speaks_msgpack(page: Page) -> None:
+    sizes = (0, 1, 15, 16, 31, 32, 255, 256, 65_535, 65_536)
+    said = {
+        "whole": [0, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**53 - 1, -1, -32],
+        "others": [0.0, -1.5, math.pi, 1e300, None, True, False],
+        "text": ["x" * size for size in sizes[:-1]] + ["Grüße, 世界"],
+        "lists": [[1] * size for size in sizes[:6]],
+        "maps": [{str(n): n for n in range(size)} for size in sizes[:6]],
+    }
+    decode = "bytes => msgpack.decode(new Uint8Array(bytes).buffer)"
+    heard = page.evaluate(f"bytes => JSON.stringify(({decode})(bytes))", list(msgpack.packb(said)))
+    assert json.loads(heard) == said
+    binary = [bytes(n % 251 for n in range(size)) for size in sizes]
+    heard = page.evaluate(f"bytes => ({decode})(bytes).map((each) => [...each])", list(msgpack.packb(binary)))
+    assert [bytes(each) for each in heard] == binary
+    told = page.evaluate("() => [...msgpack.encode({ seq: 2 ** 32 - 1, action: [1, -0.25].map(msgpack.float) })]")
+    assert msgpack.unpackb(bytes(told)) == {"seq": 2**32 - 1, "action": [1.0, -0.25]}

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from starlette.datastructures import State
 
 from holdover.serve.access import SUBPROTOCOL, Access, BodyLimit, plain
+from holdover.serve.frames import track
 from holdover.serve.hub import Hub
 from holdover.serve.protocol import (
     AckMessage,
@@ -46,7 +47,7 @@ MISBEHAVED, RESTARTING = 1008, 1012
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _SECURITY = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -219,6 +220,7 @@ async def _send(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
     hello = Hello(
         session=seat.id, resumes_at=seat.first, seq=seat.seq_seen, policy=seat.policy,
         policies=list(hub.world.policies), cameras={c.name: (c.width, c.height) for c in config.cameras}, fps=FPS,
+        video={c.name: track(c.width, c.height) for c in config.cameras if seat.format == "mp4"},
         frames=config.frames_per_latent, action_dims=config.action_dims,
     )  # fmt: skip
     await ws.send_bytes(pack(hello))

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from holdover.serve.frames import encode_frames
 from holdover.serve.keeper import Claim, Keeper
 from holdover.serve.metrics import Metrics
-from holdover.serve.protocol import ErrorMessage, GenerationMessage, NewSession, decision_grid, encode_frames, pack
+from holdover.serve.protocol import ErrorMessage, GenerationMessage, NewSession, decision_grid, pack
 from holdover.serve.seats import Limits, Reader, RefusedError, Seat, Shelved, seat_of, twin_of
 from holdover.serve.session import Generation, SessionSnapshot, WorldSession, advance
 from holdover.serve.world import World
@@ -246,7 +247,7 @@ class Hub:
         def work() -> tuple[list[Generation | Exception], list[dict[str, list[bytes]] | None], list[int]]:
             made = advance(sessions, actions)
             frames = [
-                None if isinstance(each, Exception) else encode_frames(each.frames, seat.format)
+                None if isinstance(each, Exception) else encode_frames(each.frames, seat.format, each.index)
                 for seat, each in zip(awake, made, strict=True)
             ]
             return made, frames, [session.nbytes for session in sessions]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgpack
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from holdover.engine.trace import Decision
 
 _msgpack: Any = msgpack  # typed loosely: it ships no types
 
-#: How a frame is coded: ``webp`` is lossless here, ``jpeg`` small.
-ImageFormat = Literal["jpeg", "webp"]
+#: How frames are coded: ``webp`` is lossless here, ``jpeg`` small, ``mp4`` (fragments of H.264) smaller.
+FrameFormat = Literal["jpeg", "webp", "mp4"]
 #: ``lockstep``: an action makes a generation. ``realtime``: one is made every period while someone reads, under the
 #: newest action.
 Mode = Literal["lockstep", "realtime"]
@@ -56,6 +52,13 @@ class PolicyMessage(Message):
     policy: Annotated[str, Field(max_length=64)]
 
 
+class Track(Message):
+    """A camera's video, as Media Source Extensions want it: append ``init``, then the fragments as they come."""
+
+    type: Annotated[str, Field(description="MIME type and codec.")]
+    init: bytes
+
+
 class Hello(Message):
     """The first message of a connection."""
 
@@ -66,6 +69,7 @@ class Hello(Message):
     policy: str
     policies: list[str]
     cameras: dict[str, tuple[int, int]]
+    video: Annotated[dict[str, Track], Field(description="Per camera, where the format is `mp4`.")]
     fps: int
     frames: Annotated[int, Field(description="Video frames of a generation.")]
     action_dims: int
@@ -78,8 +82,8 @@ class GenerationMessage(Message):
     index: int
     seq: Annotated[int, Field(description="The action it was made under.")]
     policy: str
-    format: ImageFormat
-    frames: Annotated[dict[str, list[bytes]], Field(description="Per camera its coded frames.")]
+    format: FrameFormat
+    frames: Annotated[dict[str, list[bytes]], Field(description="Per camera its pictures, or one fragment.")]
     decisions: Annotated[Decisions, Field(description="Why each block of each pass was computed, or that it was not.")]
     milliseconds: float
     latency_ms: Annotated[float, Field(description="From the action's arrival.")]
@@ -136,17 +140,6 @@ def parse(data: bytes) -> ActionMessage | AckMessage | PolicyMessage:
         ) from None
 
 
-def encode_frames(frames: Mapping[str, NDArray[np.uint8]], form: ImageFormat) -> dict[str, list[bytes]]:
-    """Per camera every frame of ``uint8 [T, height, width, 3]``, coded."""
-    return {camera: [_coded(frame, form) for frame in video] for camera, video in frames.items()}
-
-
-def _coded(frame: NDArray[np.uint8], form: ImageFormat) -> bytes:
-    buffer, options = io.BytesIO(), {"lossless": True, "method": 0} if form == "webp" else {"quality": 90}
-    Image.fromarray(frame).save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 def decision_grid(decisions: Sequence[Decision]) -> Decisions:
     """The denoising passes' decisions as a grid."""
     reasons: dict[str, int] = {}
@@ -165,7 +158,7 @@ class NewSession(BaseModel):
     scenario: Annotated[str | None, Field(max_length=64, description="By default the first that there is.")] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     policy: Annotated[str | None, Field(max_length=64, description="By default the first that there is.")] = None
-    format: ImageFormat = "jpeg"
+    format: FrameFormat = "jpeg"
     mode: Mode = "lockstep"
 
 
@@ -176,7 +169,7 @@ class SessionInfo(BaseModel):
     scenario: str
     seed: int
     policy: str
-    format: ImageFormat
+    format: FrameFormat
     mode: Mode
     generation: Annotated[int, Field(description="The number of the next generation.")]
     seconds: Annotated[float, Field(description="Of video so far.")]

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from holdover.serve.protocol import ImageFormat, Message, Mode
+from holdover.serve.protocol import FrameFormat, Message, Mode
 from holdover.serve.session import SessionSnapshot, WorldSession
 
 
@@ -79,7 +79,7 @@ class Seat:
     scenario: str
     seed: int
     policy: str
-    format: ImageFormat
+    format: FrameFormat
     mode: Mode
     generation: int = 0
     seq_seen: int = -1

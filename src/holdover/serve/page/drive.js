@@ -10,7 +10,7 @@ const MAX_SPEED = 30, MAX_CURVATURE = 0.2, KNEE = 0.01, WHEELBASE = 2.8;
 const ROWS = [["front_wide", "front_narrow"], ["left_rear", "left_front", "right_front", "right_rear"], ["rear"]];
 
 const held = new Set();
-const state = { socket: null, session: null, seq: 0, last: -1, speed: 8, curvature: 0, policy: null, playing: Promise.resolve() };
+const state = { socket: null, session: null, seq: 0, last: -1, speed: 8, curvature: 0, players: {}, playing: Promise.resolve() };
 
 const normalise = () => [
   state.speed / MAX_SPEED,
@@ -30,7 +30,7 @@ function options(select, names) {
   select.replaceChildren(...names.map((name) => new Option(name, name)));
 }
 
-function buildRig(cameras) {
+function buildRig({ cameras, video, frames, fps }) {
   const known = ROWS.map((row) => row.filter((name) => name in cameras));
   const others = Object.keys(cameras).filter((name) => !ROWS.flat().includes(name));
   const widest = Math.max(...[...known, others].map((row) => row.reduce((sum, name) => sum + cameras[name][0], 0)));
@@ -38,16 +38,35 @@ function buildRig(cameras) {
     const line = document.createElement("div");
     line.className = "row";
     line.append(...row.map((name) => {
-      const canvas = document.createElement("canvas");
-      [canvas.width, canvas.height] = cameras[name];
-      canvas.dataset.camera = name;
-      canvas.setAttribute("role", "img");
-      canvas.setAttribute("aria-label", name.replace("_", " "));
-      canvas.style.width = `${(100 * cameras[name][0]) / widest}%`;
-      return canvas;
+      const view = document.createElement(video[name] ? "video" : "canvas");
+      [view.width, view.height] = cameras[name];
+      view.dataset.camera = name;
+      if (!video[name]) view.setAttribute("role", "img");
+      view.setAttribute("aria-label", name.replace("_", " "));
+      view.style.width = `${(100 * cameras[name][0]) / widest}%`;
+      if (video[name]) state.players[name] = player(view, video[name], frames / fps);
+      return view;
     }));
     return line;
   }));
+}
+
+/** Plays fragments of so many seconds as they come, never far behind the newest; returns what takes them. */
+function player(view, { type, init }, seconds) {
+  const source = new MediaSource(), waiting = [init];
+  let buffer = null;
+  const next = () => { if (buffer && !buffer.updating && waiting.length) buffer.appendBuffer(waiting.shift()); };
+  source.addEventListener("sourceopen", () => {
+    buffer = source.addSourceBuffer(type);
+    buffer.addEventListener("updateend", () => {
+      const known = view.buffered, end = known.length ? known.end(known.length - 1) : 0;
+      if (view.currentTime < end - 2 * seconds) view.currentTime = end - seconds;
+      next();
+    });
+    next();
+  }, { once: true });
+  Object.assign(view, { muted: true, autoplay: true, playsInline: true, src: URL.createObjectURL(source) });
+  return (fragment) => { waiting.push(fragment); next(); };
 }
 
 /** Show a generation's frames at the video's rate; they follow those of the one before. */
@@ -91,9 +110,12 @@ function receive(message, hello) {
   $("generation").textContent = String(message.index);
   $("latency").textContent = `${message.latency_ms.toFixed(0)} ms${message.late ? ", late" : ""}`;
   $("model").textContent = `${message.milliseconds.toFixed(0)} ms`;
-  state.policy = message.policy;
   document.body.dataset.policy = message.policy;
   drawRibbon(message.decisions);
+  if (message.format === "mp4") {
+    Object.entries(message.frames).forEach(([camera, [fragment]]) => state.players[camera](fragment));
+    return;
+  }
   const period = (1000 * hello.frames) / hello.fps;
   state.playing = state.playing.then(() => play(message, period)).catch((error) => say(String(error)));
 }
@@ -114,7 +136,7 @@ function connect() {
     state.seq = Math.max(state.seq, message.seq + 1);
     options($("policy"), message.policies);
     $("policy").value = message.policy;
-    if (!$("rig").childElementCount) buildRig(message.cameras);
+    if (!$("rig").childElementCount) buildRig(message);
     say("Driving.");
     send();
   };
@@ -176,7 +198,11 @@ $("controls").addEventListener("submit", async (event) => {
     state.socket?.close();
     Object.assign(state, { session: null, socket: null, last: -1, seq: 0, speed: 8, curvature: 0 });
     if (old) await call("DELETE", `/v1/sessions/${old}`);
-    const body = { scenario: $("scenario").value, policy: $("policy").value, mode: "realtime", seed: Date.now() % 1e6 };
+    $("rig").replaceChildren();
+    const body = {
+      scenario: $("scenario").value, policy: $("policy").value, format: $("format").value, mode: "realtime",
+      seed: Date.now() % 1e6,
+    };
     state.session = (await call("POST", "/v1/sessions", body)).id;
     connect();
     $("rig").focus();
