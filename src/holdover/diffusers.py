@@ -11,8 +11,10 @@ The pipeline runs unmodified. Where a pass stands is read, in this order, from a
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,23 @@ from holdover.hosts.registry import find, hosts, unwrapped
 #: Instance attribute of a transformer by which `disable` finds what `enable` did.
 ENABLED = "_holdover_enabled"
 
+#: Methods of transformers and pipelines after which weights are others, and nothing held fits them. What is not here,
+#: such as ``load_lora_weights``, calls one of these.
+REWEIGHTING = (
+    "add_adapter",
+    "delete_adapters",
+    "disable_adapters",
+    "disable_lora",
+    "enable_adapters",
+    "enable_lora",
+    "fuse_lora",
+    "load_lora_adapter",
+    "set_adapter",
+    "set_adapters",
+    "unfuse_lora",
+    "unload_lora",
+)
+
 
 def enable(target: Any, policy: Policy, **options: Any) -> Enabled:
     """Cache a pipeline's transformers, or one transformer, from now on.
@@ -42,7 +61,8 @@ def enable(target: Any, policy: Policy, **options: Any) -> Enabled:
         What was enabled; `disable` undoes it.
 
     Raises:
-        ValueError: nothing in it is a known model, diffusers' own cache is on, or it is enabled already.
+        ValueError: nothing in it is a known model, its blocks are offloaded, diffusers' own cache is on, or it is
+            enabled already.
     """
     models = _transformers(target)
     for name, model in models.items():
@@ -161,13 +181,27 @@ class _Passes:
                     self._context = before
 
             model.__dict__["cache_context"] = cache_context
+        self._owners = [model] if enabled.target is model else [model, enabled.target]
+        for owner, method in itertools.product(self._owners, REWEIGHTING):
+            if hasattr(owner, method):
+                owner.__dict__[method] = self._forgetting(getattr(owner, method))
 
     def stop(self) -> None:
         self.cache.detach()
         for handle in self._handles:
             handle.remove()
-        for name in (ENABLED, "cache_context"):
-            self._model.__dict__.pop(name, None)
+        for owner, name in itertools.product(self._owners, (ENABLED, "cache_context", *REWEIGHTING)):
+            owner.__dict__.pop(name, None)
+
+    def _forgetting(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        """The same method, which also forgets what the weights before it gave."""
+
+        @functools.wraps(change)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            self.cache.reset()
+            return change(*args, **kwargs)
+
+        return changed
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.cache.in_step:
@@ -203,7 +237,11 @@ class _Passes:
                 f"{self._name}.cache_context('cond', step_index=i, num_inference_steps=n): ...`, or `with "
                 f"enabled.cache.step(chunk=n, index=i, num_steps=n): ...`"
             )
-        condition = {key: told[key] for key in host.condition if isinstance(told.get(key), Tensor)}
+        condition: dict[str, Any] = {key: told[key] for key in host.condition if isinstance(told.get(key), Tensor)}
+        # The strength of a LoRA for this pass.
+        scale = (told.get("attention_kwargs") or {}).get("scale")
+        if scale is not None:
+            condition["scale"] = scale
         generation = self._generation(stream, schedule, name, index)
         branch = name or _branch(generation, condition)
         if (branch, index) in generation.seen:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from holdover.engine.slots import Slot, ViewGroup
 
+#: Attributes by which accelerate and diffusers mark a module whose weights they move around its forward.
+ACCELERATE, DIFFUSERS, GROUP = "_hf_hook", "_diffusers_hook", "group_offloading"
+
 
 def any_model(model: nn.Module) -> bool:
     return True
@@ -66,8 +69,14 @@ class Host:
         """The model's blocks.
 
         Raises:
-            ValueError: the model is not built as declared.
+            ValueError: the model is not built as declared, or its blocks are offloaded already.
         """
+        for name, module in model.named_modules():
+            if name and _offloaded(module):
+                raise ValueError(
+                    f"{name!r} of {self.model} is offloaded already: its weights come and go with forwards that a "
+                    f"block held over does not run; attach or enable first, then offload"
+                )
         found = []
         for name in self.blocks:
             blocks = getattr(model, name, None)
@@ -103,3 +112,7 @@ class Host:
             taps=self.taps,
             rows=self.rows,
         )
+
+
+def _offloaded(module: nn.Module) -> bool:
+    return hasattr(module, ACCELERATE) or GROUP in getattr(getattr(module, DIFFUSERS, None), "hooks", ())
