@@ -1,0 +1,163 @@
+"""Video to latents and back: a convolutional autoencoder, one fourth of the frames, one eighth of the rows and columns.
+
+Four frames become the channels of one picture, so that all convolutions are two-dimensional; decoding also sees the
+latent frame before. Nothing else reaches across latent frames: streaming is what decoding does anyway. Where resolution
+changes, pixels move to channels and back, beside a path that only averages or repeats them (Chen et al., DC-AE, arXiv
+2410.10733, section 3.2). Latents are Gaussian with a small KL term (Rombach et al., arXiv 2112.10752).
+
+Shape suffixes: B batch, F latent frames, T video frames, C colours, Z latent channels, H, W, and h, w of latents.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+FRAMES = 4  # video frames of a latent frame
+SCALE = 8  # pixels of a latent one, each way
+_PATCH = 4  # pixels that become channels before the first convolution, each way
+
+
+class Conv(nn.Linear):
+    """A 3 by 3 convolution whose kernel is kept as a matrix, so that it is trained as one (Muon)."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(9 * channels, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.view(len(self.weight), -1, 3, 3), self.bias, padding=1)
+
+
+class Residual(nn.Module):
+    """Two convolutions added to their input; without normalisation, which costs more than it helps at this size."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = Conv(channels, channels)
+        self.second = Conv(channels, channels)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+class Down(nn.Module):
+    """Half the resolution."""
+
+    def __init__(self, channels: int, out: int, factor: int = 2) -> None:
+        super().__init__()
+        self.factor, self.out = factor, out
+        self.conv = Conv(channels * factor**2, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = F.pixel_unshuffle(x, self.factor)
+        return self.conv(moved) + moved.unflatten(1, (self.out, -1)).mean(2)
+
+
+class Up(nn.Module):
+    """Twice the resolution."""
+
+    def __init__(self, channels: int, out: int, factor: int = 2) -> None:
+        super().__init__()
+        self.factor, self.repeats = factor, out * factor**2 // channels
+        self.conv = Conv(channels, out * factor**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.repeats, 1), self.factor)
+
+
+class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A causal video autoencoder.
+
+    Args:
+        colours: channels of a video frame: 3, or 1 for depth.
+        latent_channels: Z.
+        widths: channels at a quarter and at an eighth of the resolution.
+        encoder_blocks, decoder_blocks: residual blocks at each of the two.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        colours: int = 3,
+        latent_channels: int = 16,
+        widths: tuple[int, int] = (128, 256),
+        encoder_blocks: int = 2,
+        decoder_blocks: int = 4,
+    ) -> None:
+        super().__init__()
+        fine, coarse = widths
+        self.enter = Conv(colours * FRAMES * _PATCH**2, fine)
+        self.encoder = nn.Sequential(
+            *(Residual(fine) for _ in range(encoder_blocks)),
+            Down(fine, coarse),
+            *(Residual(coarse) for _ in range(encoder_blocks)),
+        )
+        self.moments = Conv(coarse, 2 * latent_channels)
+        self.latent = Conv(2 * latent_channels, coarse)
+        self.decoder = nn.Sequential(
+            *(Residual(coarse) for _ in range(decoder_blocks)),
+            Up(coarse, fine),
+            *(Residual(fine) for _ in range(decoder_blocks)),
+        )
+        self.leave = Conv(fine, colours * FRAMES * _PATCH**2)
+        # Mean and deviation of each latent channel over the training clips; latents are given out normalised by them.
+        self.mean_Z: Tensor
+        self.std_Z: Tensor
+        self.register_buffer("mean_Z", torch.zeros(latent_channels))
+        self.register_buffer("std_Z", torch.ones(latent_channels))
+
+    def posterior(self, video_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithmic variance of the latents, not normalised: ``[B, F, Z, h, w]`` each."""
+        b, t, c, height, width = video_BTCHW.shape
+        if t % FRAMES or height % SCALE or width % SCALE:
+            raise ValueError(
+                f"{t} frames of {width}x{height}: give a multiple of {FRAMES} frames, and of {SCALE} each way"
+            )
+        x = video_BTCHW.reshape(b * t // FRAMES, FRAMES * c, height, width)
+        x = self.enter(F.pixel_unshuffle(x, _PATCH).contiguous(memory_format=torch.channels_last))
+        moments = self.moments(F.silu(self.encoder(x))).unflatten(0, (b, -1))
+        mean, log_variance = moments.chunk(2, 2)
+        return mean, log_variance.clamp(-12, 6)
+
+    def reconstruct(self, z_BFZhw: Tensor, before_BZhw: Tensor | None = None) -> Tensor:
+        """Video ``[B, T, C, H, W]`` of latents that are not normalised, after a latent frame before them, if any."""
+        b, f = z_BFZhw.shape[:2]
+        if before_BZhw is None:
+            before_BZhw = torch.zeros_like(z_BFZhw[:, 0])
+        shifted = torch.cat([before_BZhw[:, None], z_BFZhw[:, :-1]], 1)
+        x = torch.cat([z_BFZhw, shifted], 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = self.leave(F.silu(self.decoder(self.latent(x))))
+        return F.pixel_shuffle(x, _PATCH).reshape(b, f * FRAMES, -1, *(SCALE * n for n in z_BFZhw.shape[-2:]))
+
+    def encode(self, video_BTCHW: Tensor) -> Tensor:
+        """Normalised latents ``[B, F, Z, h, w]`` of video in [-1, 1]; latent frame by latent frame, so that a stream
+        gives the very same as the whole."""
+        frames = [self.posterior(part)[0].float() for part in video_BTCHW.to(self.dtype).split(FRAMES, 1)]
+        return (torch.cat(frames, 1) - self.mean_Z[:, None, None].float()) / self.std_Z[:, None, None].float()
+
+    def decode(self, z_BFZhw: Tensor, before_BZhw: Tensor | None = None) -> Tensor:
+        """Video ``[B, T, C, H, W]``, nominally in [-1, 1], of normalised latents; latent frame by latent frame.
+
+        Args:
+            before_BZhw: the latent frame that came before, None at the beginning of a video.
+        """
+        frames = z_BFZhw if before_BZhw is None else torch.cat([before_BZhw[:, None], z_BFZhw], 1)
+        raw = (frames.float() * self.std_Z[:, None, None].float() + self.mean_Z[:, None, None].float()).to(self.dtype)
+        first = [] if before_BZhw is not None else [self.reconstruct(raw[:, :1]).float()]
+        rest = [self.reconstruct(now[:, None], last).float() for last, now in pairwise(raw.unbind(1))]
+        return torch.cat(first + rest, 1)
+
+    def forward(self, video_BTCHW: Tensor, noise_BFZhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: the video decoded from a draw of its latents, and their mean and logarithmic variance."""
+        mean, log_variance = self.posterior(video_BTCHW.to(self.enter.weight.dtype))
+        z = mean + (log_variance / 2).exp() * noise_BFZhw.to(mean.dtype)
+        return self.reconstruct(z), mean, log_variance

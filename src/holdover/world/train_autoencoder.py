@@ -1,0 +1,171 @@
+"""Training the autoencoders, of colour and of depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdover.world.autoencoder import FRAMES, Autoencoder
+from holdover.world.clips import list_clips, read_cameras, read_clip
+from holdover.world.depth import from_metres
+from holdover.world.trainer import Predict, Schedule, fit
+
+Pictures = Mapping[str, NDArray[Any]]  # per camera [T, H, W, C]: uint8 colour, or float16 depth in [-1, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSchedule(Schedule):
+    """How to train an autoencoder.
+
+    Attributes:
+        latent_frames: of a sample; the first is decoded without one before it.
+        squared: weight of the squared error beside the absolute one.
+        kl: weight of the latents' divergence from a unit Gaussian, per value.
+    """
+
+    steps: int = 3000
+    batch: int = 3
+    muon_weight_decay: float = 0.0
+    decay: float = 0.6
+    ema: float = 0.99
+    latent_frames: int = 2
+    squared: float = 4.0
+    kl: float = 5e-4
+
+
+def train_autoencoder(
+    data: Path,
+    out: Path,
+    schedule: AutoencoderSchedule,
+    *,
+    heldout: Path | None = None,
+    depth: bool = False,
+    config: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    save_every: int = 200,
+) -> Path:
+    """Train, or continue training, an autoencoder of colour, or of depth; returns the folder of the averaged weights.
+
+    Args:
+        data: recorded clips; they are kept in memory whole (a clip of 20 seconds takes 25 MB, 16 MB of depth).
+        heldout: clips to validate on.
+        config: arguments of `Autoencoder`; by default those that are shipped.
+        save_every: steps from one save and validation to the next.
+
+    Raises:
+        ValueError: ``data`` holds no clips, or ``out`` belongs to a run with other numbers.
+    """
+    torch.manual_seed(schedule.seed)
+    sizes = {"colours": 1, "latent_channels": 4, "widths": (64, 128)} if depth else {}
+    model = Autoencoder(**{**sizes, **(config or {})}).to(device)
+    clips = list_clips(data)
+    if not clips:
+        raise ValueError(f"{data} holds no clips; record some with `holdover world record --out {data}`")
+    groups = _groups(data)
+    kept: dict[Path, Pictures] = {}
+    frames = schedule.latent_frames * FRAMES
+
+    def plan(_: int, rng: np.random.Generator) -> list[NDArray[Any]]:
+        """Per group of cameras of one size a batch of videos, each from a clip and a moment of its own."""
+        batches = []
+        for names in groups:
+            videos = []
+            for name in names * schedule.batch:
+                clip = clips[rng.integers(len(clips))]
+                if clip not in kept:
+                    kept[clip] = _pictures(clip, depth)
+                start = int(rng.integers(len(kept[clip][name]) - frames + 1))
+                videos.append(kept[clip][name][start : start + frames])
+            batches.append(np.stack(videos))
+        return batches
+
+    def loss(
+        predict: Predict, batches: Sequence[NDArray[Any]], rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, Any]]:
+        generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+        pixels = sum(batch.size for batch in batches)
+        total, squares, divergence = torch.zeros((), device=device), 0.0, 0.0
+        for batch in batches:
+            video = as_video(batch).to(device)
+            b, t, _, height, width = video.shape
+            shape = b, t // FRAMES, model.config.latent_channels, height // 8, width // 8
+            made, mean, log_variance = predict(video, torch.randn(shape, generator=generator, device=device))
+            difference, mean, log_variance = made.float() - video, mean.float(), log_variance.float()
+            square = difference.square().mean()
+            kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+            share = batch.size / pixels
+            total = total + share * (difference.abs().mean() + schedule.squared * square + schedule.kl * kl)
+            squares, divergence = squares + share * square.item(), divergence + share * kl.item()
+        return total, {"psnr_db": round(10 * np.log10(4 / squares), 3), "kl": round(divergence, 3)}
+
+    held = [_pictures(clip, depth, start=48, frames=4 * FRAMES) for clip in list_clips(heldout)] if heldout else []
+
+    def validate(predict: Predict) -> dict[str, Any]:
+        squares = [
+            (video.numel(), (_mean_reconstruction(predict, video, model).clamp(-1, 1) - video).square().mean().item())
+            for pictures in held
+            for video in (as_video(picture[None]).to(device) for picture in pictures.values())
+        ]
+        pixels = sum(n for n, _ in squares)
+        return {"heldout_psnr_db": round(10 * np.log10(4 * pixels / sum(n * s for n, s in squares)), 3)} if held else {}
+
+    def save(average: Mapping[str, Tensor]) -> None:
+        shipped = Autoencoder.from_config(model.config)
+        shipped.load_state_dict({**model.state_dict(), **average})
+        shipped.to(torch.bfloat16).save_pretrained(out)
+
+    fit(model, out, schedule, plan=plan, loss=loss, validate=validate, save=save, save_every=save_every)
+    shipped = Autoencoder.from_pretrained(out)
+    normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
+    shipped.save_pretrained(out)
+    return out
+
+
+@torch.no_grad()
+def normalise(model: Autoencoder, clips: Sequence[Pictures]) -> None:
+    """Set the mean and the deviation of each latent channel to those of some clips."""
+    values = [
+        model.posterior(as_video(video[None, :48]).to(model.dtype))[0].float().transpose(0, 2).flatten(1)
+        for pictures in clips
+        for video in pictures.values()
+    ]
+    std, mean = torch.std_mean(torch.cat(values, 1), 1)
+    model.mean_Z.copy_(mean)
+    model.std_Z.copy_(std)
+
+
+def as_video(pictures: NDArray[Any]) -> Tensor:
+    """``[B, T, H, W, C]``, colours as uint8 or depth in [-1, 1], as ``float32 [B, T, C, H, W]`` in [-1, 1]."""
+    video = torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).float()
+    return video / 127.5 - 1 if pictures.dtype == np.uint8 else video
+
+
+def _mean_reconstruction(predict: Predict, video: Tensor, model: Autoencoder) -> Tensor:
+    """What is left of a video when its latents are the means, not draws."""
+    b, t, _, height, width = video.shape
+    shape = b, t // FRAMES, model.config.latent_channels, height // 8, width // 8
+    made, _, _ = predict(video, torch.zeros(shape, device=video.device))
+    result: Tensor = made.float()
+    return result
+
+
+def _groups(folder: Path) -> list[list[str]]:
+    """The names of the cameras of each size."""
+    cameras = read_cameras(folder)
+    sizes = list(dict.fromkeys((c.width, c.height) for c in cameras))
+    return [[c.name for c in cameras if (c.width, c.height) == size] for size in sizes]
+
+
+def _pictures(clip: Path, depth: bool, *, start: int = 0, frames: int | None = None) -> Pictures:
+    recording = read_clip(clip, depth=depth, start=start, frames=frames)
+    if not depth:
+        return recording.frames
+    assert recording.depth is not None
+    return {name: from_metres(metres)[..., None].astype(np.float16) for name, metres in recording.depth.items()}

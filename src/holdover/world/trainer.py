@@ -1,0 +1,207 @@
+"""The loop that every network here is trained by: resumable, averaged, in bfloat16, on one device or one per rank.
+
+Every random choice is a function of (seed, step, rank), so a run that was killed continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Sample = TypeVar("Sample")
+Predict = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How weights move, whatever the loss.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: samples per step (and rank).
+        muon_rate, adam_rate: peak learning rates of the linear layers' matrices (Muon) and of all else (AdamW).
+        muon_weight_decay: of the matrices, against outlier channels.
+        warmup, decay: steps of linear warm-up; share of the steps over which the rates fall to zero.
+        ema: decay of the averaged weights that are saved.
+        seed: of data order, noise and initial weights.
+    """
+
+    steps: int
+    batch: int
+    muon_rate: float = 0.02
+    adam_rate: float = 0.001
+    muon_weight_decay: float = 0.1
+    warmup: int = 50
+    decay: float = 0.5
+    ema: float = 0.995
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay} is a share of the steps, between 0 and 1")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step as a share of its peak."""
+        remaining = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / self.warmup, remaining)
+
+
+def fit(
+    model: nn.Module,
+    out: Path,
+    schedule: Schedule,
+    *,
+    plan: Callable[[int, np.random.Generator], Sample],
+    loss: Callable[[Predict, Sample, np.random.Generator], tuple[Tensor, dict[str, Any]]],
+    save: Callable[[Mapping[str, Tensor]], None],
+    validate: Callable[[Predict], dict[str, Any]] | None = None,
+    save_every: int = 100,
+) -> None:
+    """Train, or continue training; ``out`` receives ``state.pt`` (to resume) and ``log.jsonl`` (a line a step).
+
+    Under an initialised ``torch.distributed`` every rank draws samples of its own, gradients are averaged, and rank 0
+    alone writes.
+
+    Args:
+        plan: draws the sample of a step; runs on another thread while the step before is computed, and keeps off
+            PyTorch: a second thread's OpenMP team would make this one's sleep between operations.
+        loss: of a sample, by a ``predict`` that calls the model with its weights in bfloat16; and what to log.
+        save: writes averaged weights for use.
+        validate: measures averaged weights; what it returns is logged.
+        save_every: steps from one save and validation to the next.
+
+    Raises:
+        ValueError: ``out`` belongs to a run with other numbers.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(f"training needs torch.optim.Muon (torch 2.9 or newer), not torch {torch.__version__}")
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    parameters = dict(model.named_parameters())
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+    others = [p for p in parameters.values() if not any(p is m for m in matrices)]
+    optimisers: list[tuple[torch.optim.Optimizer, float]] = [  # each with its peak rate
+        (torch.optim.Muon(matrices, lr=0.0, weight_decay=schedule.muon_weight_decay), schedule.muon_rate),
+        (torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0), schedule.adam_rate),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(out, schedule, model, average, [optimiser for optimiser, _ in optimisers])
+    first = run.resume()
+
+    def draw(step: int) -> tuple[np.random.Generator, Sample]:
+        rng = np.random.default_rng([schedule.seed, step, rank])
+        return rng, plan(step, rng)
+
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
+    with run.log.open("a") as lines, ThreadPoolExecutor(1) as loader, Progress(*columns, disable=rank > 0) as progress:
+        bar = progress.add_task("training", total=schedule.steps, completed=first)
+        upcoming = loader.submit(draw, first)
+        for step in range(first, schedule.steps):
+            started = perf_counter()
+            rng, sample = upcoming.result()
+            if step + 1 < schedule.steps:
+                upcoming = loader.submit(draw, step + 1)
+            value, record = loss(_in_half(model, parameters), sample, rng)
+            value.backward()
+            if ranks > 1:
+                for p in parameters.values():
+                    if p.grad is not None:
+                        dist.all_reduce(p.grad.div_(ranks))
+            norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            for optimiser, peak in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = peak * schedule.rate(step)
+                optimiser.step()
+                optimiser.zero_grad()
+            blend = 1 - min(schedule.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], blend)
+            record = {"step": step, "loss": value.item(), "norm": norm.item(), **record}
+            record["seconds"] = round(perf_counter() - started, 3)
+            progress.update(bar, advance=1, description=f"training, loss {record['loss']:.4f}")
+            if rank > 0:
+                continue
+            if step + 1 == schedule.steps or (step + 1) % save_every == 0:
+                with torch.no_grad():
+                    record |= validate(_in_half(model, average)) if validate else {}
+                run.save(step + 1)
+                save(average)
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+
+
+def _in_half(model: nn.Module, weights: Mapping[str, Tensor]) -> Predict:
+    half = {name: w.bfloat16() for name, w in weights.items()}
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, half, args, kwargs)
+
+    return predict
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run needs to go on, and the folder it lies in."""
+
+    out: Path
+    schedule: Schedule
+    model: nn.Module
+    average: dict[str, Tensor]
+    optimisers: list[torch.optim.Optimizer]
+
+    @property
+    def log(self) -> Path:
+        return self.out / "log.jsonl"
+
+    def save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "schedule": asdict(self.schedule),
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+        partial = self.out / "state.partial"
+        torch.save(state, partial)
+        partial.replace(self.out / "state.pt")
+
+    def resume(self) -> int:
+        """Take up the last saved state, cut the log back to it, and return the step to go on from."""
+        saved = self.out / "state.pt"
+        if not saved.is_file():
+            self.log.unlink(missing_ok=True)
+            return 0
+        state = torch.load(saved, map_location="cpu", weights_only=True)
+        if state["schedule"] != asdict(self.schedule):
+            raise ValueError(f"{self.out} was trained with {state['schedule']}; use that recipe or another folder")
+        self.model.load_state_dict(state["model"])
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+        for optimiser, saved_state in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved_state)
+        step: int = state["step"]
+        lines = self.log.read_text().splitlines(keepends=True)
+        partial = self.log.with_suffix(".partial")
+        partial.write_text("".join(lines[:step]))
+        partial.replace(self.log)
+        return step
+
+
+def read_log(out: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a training log, one dictionary a step."""
+    for line in (out / "log.jsonl").read_text().splitlines():
+        yield json.loads(line)
