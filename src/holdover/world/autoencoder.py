@@ -1,11 +1,14 @@
 """Video to latents and back: a convolutional autoencoder, one fourth of the frames, one eighth of the rows and columns.
 
 Four frames become the channels of one picture, so that all convolutions are two-dimensional; decoding also sees the
-latent frame before. Nothing else reaches across latent frames: streaming is what decoding does anyway. Where resolution
-changes, pixels move to channels and back, beside a path that only averages or repeats them (Chen et al., DC-AE, arXiv
+latent frame before. Nothing else reaches across latent frames: streaming is what decoding does anyway. A fixed linear
+path takes blocks of 8 by 8 pixels to their principal components and back, the best that a linear autoencoder can do;
+the convolutions learn what is to be added to it, which takes them a fraction of the time. Where resolution changes,
+pixels move to channels and back, beside a path that only averages or repeats them (Chen et al., DC-AE, arXiv
 2410.10733, section 3.2). Latents are Gaussian with a small KL term (Rombach et al., arXiv 2112.10752).
 
-Shape suffixes: B batch, F latent frames, T video frames, C colours, Z latent channels, H, W, and h, w of latents.
+Shape suffixes: B batch, F latent frames, T video frames, C colours, Z latent channels, H, W, and h, w of latents,
+M blocks of pixels, Q values of one.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         colours: int = 3,
-        latent_channels: int = 16,
+        latent_channels: int = 48,
         widths: tuple[int, int] = (128, 256),
         encoder_blocks: int = 2,
         decoder_blocks: int = 4,
@@ -109,6 +112,18 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             *(Residual(fine) for _ in range(decoder_blocks)),
         )
         self.leave = Conv(fine, colours * FRAMES * _PATCH**2)
+        for layer in (self.moments, self.leave):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.moments.bias[latent_channels:], -6.0)  # logarithmic variance: little noise
+        # The linear path: mean, directions (columns) and deviations of blocks of pixels.
+        values = colours * FRAMES * SCALE**2
+        self.centre_Q: Tensor
+        self.basis_QZ: Tensor
+        self.deviation_Z: Tensor
+        self.register_buffer("centre_Q", torch.zeros(values))
+        self.register_buffer("basis_QZ", torch.zeros(values, latent_channels))
+        self.register_buffer("deviation_Z", torch.ones(latent_channels))
         # Mean and deviation of each latent channel over the training clips; latents are given out normalised by them.
         self.mean_Z: Tensor
         self.std_Z: Tensor
@@ -123,10 +138,29 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 f"{t} frames of {width}x{height}: give a multiple of {FRAMES} frames, and of {SCALE} each way"
             )
         x = video_BTCHW.reshape(b * t // FRAMES, FRAMES * c, height, width)
+        linear = (F.pixel_unshuffle(x, SCALE).movedim(1, -1) - self.centre_Q.to(x)) @ self.basis_QZ.to(x)
         x = self.enter(F.pixel_unshuffle(x, _PATCH).contiguous(memory_format=torch.channels_last))
         moments = self.moments(F.silu(self.encoder(x))).unflatten(0, (b, -1))
         mean, log_variance = moments.chunk(2, 2)
+        mean = mean + (linear / self.deviation_Z.to(linear)).movedim(-1, 1).unflatten(0, (b, -1))
         return mean, log_variance.clamp(-12, 6)
+
+    @torch.no_grad()
+    def take_principal_components(self, blocks_MQ: Tensor) -> None:
+        """Set the linear path from samples ``[M, Q]`` of blocks, as `blocks` gives them."""
+        centre = blocks_MQ.mean(0)
+        covariance = (blocks_MQ - centre).T @ (blocks_MQ - centre) / len(blocks_MQ)
+        variances, directions = torch.linalg.eigh(covariance)  # the smallest first
+        count = len(self.deviation_Z)
+        self.centre_Q.copy_(centre)
+        self.basis_QZ.copy_(directions[:, -count:].flip(1))
+        self.deviation_Z.copy_(variances[-count:].flip(0).clamp(min=1e-6).sqrt())
+
+    @staticmethod
+    def blocks(video_BTCHW: Tensor) -> Tensor:
+        """All blocks of a video of 8 by 8 pixels and 4 frames, ``[M, Q]``."""
+        x = video_BTCHW.unflatten(1, (-1, FRAMES)).flatten(0, 1).flatten(1, 2)
+        return F.pixel_unshuffle(x, SCALE).movedim(1, -1).flatten(0, -2)
 
     def reconstruct(self, z_BFZhw: Tensor, before_BZhw: Tensor | None = None) -> Tensor:
         """Video ``[B, T, C, H, W]`` of latents that are not normalised, after a latent frame before them, if any."""
@@ -135,8 +169,10 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             before_BZhw = torch.zeros_like(z_BFZhw[:, 0])
         shifted = torch.cat([before_BZhw[:, None], z_BFZhw[:, :-1]], 1)
         x = torch.cat([z_BFZhw, shifted], 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        x = self.leave(F.silu(self.decoder(self.latent(x))))
-        return F.pixel_shuffle(x, _PATCH).reshape(b, f * FRAMES, -1, *(SCALE * n for n in z_BFZhw.shape[-2:]))
+        x = F.pixel_shuffle(self.leave(F.silu(self.decoder(self.latent(x)))), _PATCH)
+        linear = (z_BFZhw.flatten(0, 1).movedim(1, -1) * self.deviation_Z.to(x)) @ self.basis_QZ.to(x).T
+        x = x + F.pixel_shuffle((linear + self.centre_Q.to(x)).movedim(-1, 1), SCALE)
+        return x.reshape(b, f * FRAMES, -1, *(SCALE * n for n in z_BFZhw.shape[-2:]))
 
     def encode(self, video_BTCHW: Tensor) -> Tensor:
         """Normalised latents ``[B, F, Z, h, w]`` of video in [-1, 1]; latent frame by latent frame, so that a stream

@@ -6,7 +6,7 @@ Ego coordinates are metres, x forward, y left, z up, with the origin on the grou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,12 @@ RIG: tuple[Camera, ...] = (
     Camera(name="right_rear", group="side", width=64, height=48, fov=90, yaw=-130, pitch=4, position=(1.2, -0.9, 1.3)),
     Camera(name="rear", group="rear", width=112, height=48, fov=100, yaw=180, pitch=4, position=(-0.8, 0.0, 1.4)),
 )
+
+
+def enlarged(rig: tuple[Camera, ...], times: int) -> tuple[Camera, ...]:
+    """The same rig with so many times the pixels, each way."""
+    return tuple(replace(camera, width=camera.width * times, height=camera.height * times) for camera in rig)
+
 
 #: Camera names of the stitched view, row by row; rows narrower than the widest are centred.
 STITCH_ROWS: tuple[tuple[str, ...], ...] = (

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdover.engine.slots import ViewGroup
-from holdover.world.cameras import RIG, Camera
+from holdover.world.autoencoder import FRAMES, SCALE
+from holdover.world.cameras import RIG, Camera, enlarged
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One camera's tokens of one modality within a latent frame: a grid, and where in the N tokens it lies."""
+
+    camera: Camera
+    modality: str
+    rows: int
+    columns: int
+    start: int
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.start + self.rows * self.columns)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """Sizes of a world model. The defaults are those of the shipped checkpoint."""
+    """Sizes of a world model. The defaults are those of the shipped checkpoints.
 
-    channels: int = 192
-    depth: int = 12
-    heads: int = 3
+    Attributes:
+        channels, layers, heads, mlp_ratio: of the transformer.
+        latent_channels, patch: of colour: channels of a latent, and latents of a token, each way.
+        depth_channels, depth_patch: the same of depth, whose tokens are coarser; no channels, no depth.
+        window: latent frames denoised together.
+        context: latent frames in the KV cache, whole windows.
+        action_dims: A.
+        cameras: the rig.
+    """
+
+    channels: int = 256
+    layers: int = 30
+    heads: int = 4
     mlp_ratio: int = 4
-    patch: int = 8
-    frames_per_latent: int = 4
+    latent_channels: int = 48
+    patch: int = 2
+    depth_channels: int = 12
+    depth_patch: int = 4
     window: int = 4
     context: int = 4
     action_dims: int = 2
@@ -38,10 +66,25 @@ class WorldConfig:
             )
         if self.context % self.window:
             raise ValueError(f"context={self.context} must hold whole windows of {self.window} latent frames")
+        if self.depth_channels and self.depth_channels * self.depth_patch**2 != self.patch_values:
+            raise ValueError(
+                f"a token of depth has {self.depth_channels} * {self.depth_patch}**2 values, one of colour "
+                f"{self.patch_values}; make them equal"
+            )
         for camera in self.cameras:
-            if camera.width % self.patch or camera.height % self.patch:
-                size = f"{camera.width}x{camera.height}"
-                raise ValueError(f"camera {camera.name} is {size}, not a multiple of patch={self.patch}")
+            size = self.patch * SCALE
+            if camera.width % size or camera.height % size:
+                raise ValueError(
+                    f"camera {camera.name} is {camera.width}x{camera.height}, not a multiple of {size} pixels, a token"
+                )
+
+    @property
+    def frames_per_latent(self) -> int:
+        return FRAMES
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return ("colour", "depth") if self.depth_channels else ("colour",)
 
     @property
     def groups(self) -> tuple[tuple[Camera, ...], ...]:
@@ -49,56 +92,74 @@ class WorldConfig:
         names = list(dict.fromkeys(camera.group for camera in self.cameras))
         return tuple(tuple(c for c in self.cameras if c.group == name) for name in names)
 
-    def grid(self, camera: Camera) -> tuple[int, int]:
-        """Rows and columns of patches in one frame of a camera."""
-        return camera.height // self.patch, camera.width // self.patch
+    def grid(self, camera: Camera, modality: str = "colour") -> tuple[int, int]:
+        """Rows and columns of tokens in one frame of a camera; at the lower and right edge a token may reach beyond."""
+        size = SCALE * self.token_latents(modality)
+        return math.ceil(camera.height / size), math.ceil(camera.width / size)
+
+    def token_latents(self, modality: str) -> int:
+        """Latents of a token, each way."""
+        return self.patch if modality == "colour" else self.depth_patch
 
     @property
     def view_groups(self) -> tuple[ViewGroup, ...]:
+        """Where tokens lie: the groups of cameras in colour, then the same in depth."""
         return tuple(
-            ViewGroup(group[0].group, len(group), *self.grid(group[0]))  # every camera of a group has one size
+            # Every camera of a group has one size.
+            ViewGroup(group[0].group if m == "colour" else f"{group[0].group}.{m}", len(group), *self.grid(group[0], m))
+            for m in self.modalities
             for group in self.groups
         )
 
     @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Every camera in every modality, in the order of their tokens."""
+        planes: list[Plane] = []
+        for modality in self.modalities:
+            for camera in (camera for group in self.groups for camera in group):
+                start = planes[-1].tokens.stop if planes else 0
+                planes.append(Plane(camera, modality, *self.grid(camera, modality), start))
+        return tuple(planes)
+
+    @property
     def tokens(self) -> int:
         """N, tokens of one latent frame."""
-        return sum(math.prod(self.grid(camera)) for camera in self.cameras)
+        return self.planes[-1].tokens.stop
 
     @property
     def patch_values(self) -> int:
-        """P, values of one patch."""
-        return 3 * self.frames_per_latent * self.patch**2
+        """P, values of one token."""
+        return self.latent_channels * self.patch**2
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        cameras = [{**asdict(camera), "position": list(camera.position)} for camera in self.cameras]
+        return {**asdict(self), "cameras": cameras}
 
     @classmethod
-    def from_json(cls, text: str) -> WorldConfig:
-        fields = json.loads(text)
-        cameras = tuple(Camera(**{**c, "position": tuple(c["position"])}) for c in fields.pop("cameras"))
-        return cls(cameras=cameras, **fields)
+    def from_dict(cls, fields: Mapping[str, Any]) -> WorldConfig:
+        """The reverse of `to_dict`."""
+        cameras = tuple(Camera(**{**c, "position": tuple(c["position"])}) for c in fields["cameras"])
+        return cls(**{**fields, "cameras": cameras})
 
 
-#: Sizes by name. `small` is the shipped checkpoint's. `xworld-5b` has X-World's number of blocks and of tokens (one for
-#: 16 by 16 pixels of its cameras, which are eight times as wide) and about its five billion weights. `base` and
-#: `xworld-5b` have never been trained; they are there to be timed.
+#: Sizes by name. `small` is the shipped checkpoints'. `base` and `xworld-5b` are twice and eight times as wide a rig...
 CONFIGS: Mapping[str, WorldConfig] = {
-    "tiny": WorldConfig(channels=64, depth=12, heads=2, patch=16),
+    "tiny": WorldConfig(channels=64, layers=12, heads=2),
     "small": WorldConfig(),
-    "base": WorldConfig(channels=768, depth=30, heads=12, patch=4),
-    "xworld-5b": WorldConfig(channels=3072, depth=30, heads=24, mlp_ratio=6, patch=2),
+    "base": WorldConfig(channels=768, heads=12),
+    "xworld-5b": WorldConfig(channels=3072, heads=24, mlp_ratio=6, cameras=enlarged(RIG, 8)),
 }
 
 
 def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
     """Directions in ego coordinates through the centre of each square of ``every`` pixels: ``[rows, columns, 3]``.
 
-    They have length 1 along the viewing axis, not in all.
+    They have length 1 along the viewing axis, not in all. Squares may reach beyond the lower and the right edge.
     """
     focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
-    right = (np.arange(camera.width // every) + 0.5) * every - camera.width / 2
-    down = (np.arange(camera.height // every) + 0.5) * every - camera.height / 2
+    right = (np.arange(math.ceil(camera.width / every)) + 0.5) * every - camera.width / 2
+    down = (np.arange(math.ceil(camera.height / every)) + 0.5) * every - camera.height / 2
     v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
     pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
     forward = math.cos(pitch) - v * math.sin(pitch)
@@ -108,10 +169,11 @@ def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
     return np.stack([x, y, up], -1)
 
 
-def ray_directions(config: WorldConfig) -> NDArray[np.float32]:
-    """Azimuth and elevation in radians, ego coordinates, through the centre of each patch: ``[N, 2]``."""
-    directions = []
-    for camera in (camera for group in config.groups for camera in group):
-        x, y, up = np.moveaxis(camera_rays(camera, every=config.patch), -1, 0)
-        directions.append(np.stack([np.arctan2(y, x), np.arctan2(up, np.hypot(x, y))], -1).reshape(-1, 2))
-    return np.concatenate(directions).astype(np.float32)
+def token_rays(config: WorldConfig) -> NDArray[np.float32]:
+    """Through the centre of each token: a unit direction in ego coordinates, and the camera's place, ``[N, 6]``."""
+    rays = []
+    for plane in config.planes:
+        direction = camera_rays(plane.camera, every=SCALE * config.token_latents(plane.modality)).reshape(-1, 3)
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        rays.append(np.concatenate([direction, np.broadcast_to(plane.camera.position, direction.shape)], 1))
+    return np.concatenate(rays).astype(np.float32)

@@ -1,55 +1,130 @@
-"""Video to latents and back: a latent frame packs a few video frames into patches of pixels.
+"""Video to latents and back: a rig's pictures through the autoencoders, and their latents as tokens.
 
-Shape suffixes: B batch, F latent frames, N tokens of one latent frame (in the order group, view, h, w), P values of a
-patch.
+Shape suffixes: B batch, F latent frames, T video frames, N tokens of one latent frame, P values of one token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.world.config import WorldConfig
+from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
+from holdover.world.checkpoints import read_network, write_network
+from holdover.world.config import Plane, WorldConfig
+from holdover.world.depth import from_metres, to_metres
+
+Colour = Mapping[str, NDArray[np.uint8]]
+Depth = Mapping[str, NDArray[np.float32]]
 
 
-def patchify(frames: Mapping[str, Tensor], config: WorldConfig) -> Tensor:
-    """Turn video into latents.
+@dataclass(frozen=True)
+class Codec:
+    """The autoencoders of one world model, and how their latents are laid out as tokens.
 
-    Args:
-        frames: per camera ``uint8 [B, T, height, width, 3]``, T a multiple of ``frames_per_latent``.
-
-    Returns:
-        ``float32 [B, F, N, P]`` in [-1, 1].
+    ``autoencoders`` has one per modality of ``sizes``.
     """
-    p, t = config.patch, config.frames_per_latent
-    parts = []
-    for camera in (camera for group in config.groups for camera in group):
-        if camera.name not in frames:
-            raise ValueError(f"camera {camera.name!r} is missing; frames holds {sorted(frames)}")
-        video = frames[camera.name]
-        if video.shape[1] % t:
-            raise ValueError(f"{video.shape[1]} frames of {camera.name} are not a multiple of {t}")
-        rows, columns = config.grid(camera)
-        x = video.reshape(video.shape[0], -1, t, rows, p, columns, p, 3).permute(0, 1, 3, 5, 2, 4, 6, 7)
-        parts.append(x.reshape(*x.shape[:2], rows * columns, -1))
-    return torch.cat(parts, 2).float() / 127.5 - 1
 
+    sizes: WorldConfig
+    autoencoders: Mapping[str, Autoencoder]
 
-def to_video(x_BFNP: Tensor, config: WorldConfig) -> dict[str, Tensor]:
-    """Latents as video, differentiable and unbounded: per camera ``[B, T, height, width, 3]``, nominally in [-1, 1]."""
-    p, t = config.patch, config.frames_per_latent
-    frames, start = {}, 0
-    for camera in (camera for group in config.groups for camera in group):
-        rows, columns = config.grid(camera)
-        part = x_BFNP[:, :, start : start + rows * columns].reshape(*x_BFNP.shape[:2], rows, columns, t, p, p, 3)
-        part = part.permute(0, 1, 4, 2, 5, 3, 6, 7)
-        frames[camera.name] = part.reshape(x_BFNP.shape[0], -1, camera.height, camera.width, 3)
-        start += rows * columns
-    return frames
+    @classmethod
+    def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype = torch.bfloat16) -> Codec:
+        """Read the autoencoders that lie beside a transformer."""
+        return cls(sizes, {m: read_network(Autoencoder, folder / m, dtype) for m in sizes.modalities})
 
+    def save(self, folder: Path) -> None:
+        for modality, autoencoder in self.autoencoders.items():
+            write_network(autoencoder, folder / modality)
 
-def unpatchify(x_BFNP: Tensor, config: WorldConfig) -> dict[str, Tensor]:
-    """The inverse of `patchify`, rounded and clipped to uint8."""
-    return to_video(((x_BFNP.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), config)
+    @torch.inference_mode()
+    def encode(self, frames: Colour, depth: Depth | None = None, *, at_once: int = 1) -> Tensor:
+        """Turn video into latents.
+
+        Args:
+            frames: per camera ``uint8 [T, height, width, 3]``, T a multiple of 4.
+            depth: per camera ``float32 [T, height, width]`` in metres; needed by a model of depth.
+            at_once: latent frames encoded together (see `Autoencoder.encode`).
+
+        Returns:
+            ``float32 [1, F, N, P]``, on the autoencoders' device.
+        """
+        if self.sizes.depth_channels and depth is None:
+            raise ValueError("this world model draws depth; give the depth of the frames, too")
+        parts = []
+        for plane in self.sizes.planes:
+            name = plane.camera.name
+            source = frames if plane.modality == "colour" else depth
+            if source is None or name not in source:
+                raise ValueError(f"camera {name!r} has no {plane.modality}; there is {sorted(source or ())}")
+            video = torch.from_numpy(np.ascontiguousarray(source[name]))
+            if len(video) % FRAMES:
+                raise ValueError(f"{len(video)} frames of {name} are not a multiple of {FRAMES}")
+            if plane.modality == "colour":
+                x = video.permute(0, 3, 1, 2).float() / 127.5 - 1
+            else:
+                x = torch.from_numpy(from_metres(video.numpy()))[:, None]
+            autoencoder = self.autoencoders[plane.modality]
+            z = autoencoder.encode(self._padded(x, plane)[None].to(autoencoder.device), at_once=at_once)
+            parts.append(self._tokens(z, plane))
+        return torch.cat(parts, 2)
+
+    def decode(self, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, NDArray[np.uint8]]:
+        """What latents show: per camera ``uint8 [B, T, height, width, 3]``.
+
+        Args:
+            before_BNP: the latent frame that was shown before them, None at the beginning of a video.
+        """
+        return {
+            name: ((x.movedim(2, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+            for name, x in self.pictures("colour", latents_BFNP, before_BNP).items()
+        }
+
+    def decode_depth(self, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, NDArray[np.float32]]:
+        """How far away what they show is: per camera ``float32 [B, T, height, width]``, in metres."""
+        return {
+            name: to_metres(x[:, :, 0].cpu().numpy())
+            for name, x in self.pictures("depth", latents_BFNP, before_BNP).items()
+        }
+
+    @torch.inference_mode()
+    def pictures(self, modality: str, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, Tensor]:
+        """Per camera ``float32 [B, T, colours, height, width]``, nominally in [-1, 1]; groups of views as one batch."""
+        if modality not in self.autoencoders:
+            raise ValueError(f"this world model draws no {modality}, but {', '.join(self.autoencoders)}")
+        autoencoder = self.autoencoders[modality]
+        found = {}
+        for group in self.sizes.groups:
+            planes = [plane for plane in self.sizes.planes if plane.camera in group and plane.modality == modality]
+            z = torch.cat([self._latents(latents_BFNP[:, :, plane.tokens], plane) for plane in planes])
+            before = None
+            if before_BNP is not None:
+                before = torch.cat([self._latents(before_BNP[:, None, plane.tokens], plane)[:, 0] for plane in planes])
+            videos = autoencoder.decode(z, before).float().chunk(len(planes))
+            for plane, video in zip(planes, videos, strict=True):
+                found[plane.camera.name] = video[..., : plane.camera.height, : plane.camera.width]
+        return {
+            plane.camera.name: found[plane.camera.name] for plane in self.sizes.planes if plane.modality == modality
+        }
+
+    def _padded(self, x_TCHW: Tensor, plane: Plane) -> Tensor:
+        """A picture that whole tokens cover."""
+        size = SCALE * self.sizes.token_latents(plane.modality)
+        right, below = plane.columns * size - plane.camera.width, plane.rows * size - plane.camera.height
+        return F.pad(x_TCHW, (0, right, 0, below), mode="replicate")
+
+    def _tokens(self, z_BFZhw: Tensor, plane: Plane) -> Tensor:
+        p = self.sizes.token_latents(plane.modality)
+        x = z_BFZhw.unflatten(-1, (plane.columns, p)).unflatten(3, (plane.rows, p))
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(2, 3).flatten(3)
+
+    def _latents(self, x_BFNP: Tensor, plane: Plane) -> Tensor:
+        p = self.sizes.token_latents(plane.modality)
+        x = x_BFNP.unflatten(-1, (-1, p, p)).unflatten(2, (plane.rows, plane.columns))
+        return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)

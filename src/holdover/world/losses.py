@@ -1,4 +1,7 @@
-"""What a step of training minimises: flow matching on recorded windows, or on rollouts of the model's own making."""
+"""What a step of training minimises: flow matching on windows of recordings, or of the model's own making.
+
+Lipman et al., arXiv 2210.02747; noisy latents are ``(1 - sigma) * clean + sigma * noise``.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdover.world.adversary import Discriminator, adversarial_gradient
 from holdover.world.kv_cache import KVCache
 from holdover.world.recipe import Recipe
-from holdover.world.sampler import denoise, noise_levels
+from holdover.world.sampler import denoise, shifted
 from holdover.world.segments import Batch
+from holdover.world.trainer import Predict
 from holdover.world.transformer import WorldModel
 
-Predict = Callable[..., Tensor]
+#: Below it a clean prediction's error is not magnified further by making a velocity of it.
+LEAST_SIGMA = 0.1
 
 
 def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
@@ -25,9 +29,9 @@ def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
     )
 
 
-def error(prediction: Tensor, target: Tensor, sigma: float, recipe: Recipe) -> Tensor:
+def error(prediction: Tensor, target: Tensor, sigma_B: Tensor, recipe: Recipe) -> Tensor:
     """Flow matching's velocity error of a clean prediction, and an absolute error beside it."""
-    difference = (prediction.float() - target) / sigma
+    difference = (prediction.float() - target) / sigma_B.clamp(min=LEAST_SIGMA)[:, None, None, None]
     return difference.square().mean() + recipe.l1 * difference.abs().mean()
 
 
@@ -48,14 +52,15 @@ def sequence_loss(
         own: replace the contexts, and half of the noisy inputs, by what the model makes itself; the last chunk is
             then the only target.
     """
-    config, sigmas = model.config, noise_levels(recipe.levels, recipe.shift)
+    config, sigmas = model.sizes, recipe.sampler
     chunk = 1 if plain else config.window
     chunks = batch.latents.shape[1] // chunk
     first_target = config.context // chunk
-    generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
+    device = batch.latents.device
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
     def noise_like(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device)
+        return torch.randn(x.shape, generator=generator, device=device)
 
     kv, losses = model.new_cache(), []
     for i in range(chunks):
@@ -68,9 +73,13 @@ def sequence_loss(
             if own and level and rng.random() < 0.5:
                 known = latents[:, : int(rng.integers(chunk))]
                 clean = _generate(predict, known, noise_like, latents, held, kv, sigmas[:level])
-            sigma = sigmas[level]
+            sigma_B = torch.full((len(latents),), sigmas[level], device=device)
+            if not recipe.levels and clean is latents:
+                sigma_B = shifted(torch.rand(len(latents), generator=generator, device=device), recipe.shift)
+            sigma = sigma_B[:, None, None, None]
             noisy = (1 - sigma) * clean + sigma * noise_like(latents)
-            losses.append(error(predict(noisy, sigma=sigma, action_BFA=held, cache=kv), latents, sigma, recipe))
+            told = None if rng.random() < recipe.unconditional_share else held
+            losses.append(error(predict(noisy, sigma=sigma_B, action_BFA=told, cache=kv), latents, sigma_B, recipe))
         if i == chunks - 1:
             break
         context = latents
@@ -82,78 +91,6 @@ def sequence_loss(
         with torch.set_grad_enabled(i >= first_target or i == chunks - 2):
             predict(context, sigma=0.0, action_BFA=shown, cache=kv, write=True)
     return torch.stack(losses).mean()
-
-
-def rollout_loss(
-    predict: Predict,
-    model: WorldModel,
-    batch: Batch,
-    rng: np.random.Generator,
-    recipe: Recipe,
-    judge: Discriminator,
-    *,
-    plain: bool,
-    weight: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A rollout from recorded context, every later chunk of which is generated from those before it.
-
-    In each chunk the sampler stops after a random pass; in the last chunks that one carries the gradient. What it
-    predicts is the context of the next chunk. A fifth of those chunks is continued as in the window cadence: their
-    first latent frames are known, from a generation of the same chunk before.
-
-    Returns:
-        A loss with the gradient of regression and adversary, the regression's value, and what was generated.
-    """
-    config, sigmas = model.config, noise_levels(recipe.levels, recipe.shift)
-    chunk = 1 if plain else config.window
-    generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
-
-    def noise_like(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device)
-
-    kv = model.new_cache()
-    with torch.no_grad():
-        for latents, actions in zip(
-            batch.latents[:, : config.context].split(chunk, 1), batch.actions.split(chunk, 1), strict=False
-        ):
-            context = latents + recipe.context_noise * rng.random() ** 2 * noise_like(latents)
-            predict(context, sigma=0.0, action_BFA=actions, cache=kv, write=True)
-    surrogate, values, generated = torch.zeros((), device=batch.latents.device), [], []
-    through_context = bool(rng.random() < 0.5)
-    chunks = list(
-        zip(
-            batch.latents[:, config.context :].split(chunk, 1),
-            batch.actions[:, config.context :].split(chunk, 1),
-            strict=True,
-        )
-    )
-    for i, (latents, actions) in enumerate(chunks):
-        graded = plain or i >= len(chunks) - recipe.graded
-        held = hold_actions(actions, int(rng.integers(chunk)))
-        known, committed = latents[:, :0], None
-        if graded and not plain and rng.random() < 0.2:
-            committed = _generate(predict, known, noise_like, latents, held, kv, sigmas)
-            known = committed[:, : int(rng.integers(1, chunk))]
-        level = int(rng.integers(len(sigmas)))
-        noisy = noise_like(latents)
-        if level:
-            clean = _generate(predict, known, noise_like, latents, held, kv, sigmas[:level])
-            noisy = (1 - sigmas[level]) * clean + sigmas[level] * noisy
-        with torch.set_grad_enabled(graded):
-            prediction = predict(noisy, sigma=sigmas[level], action_BFA=held, cache=kv).float()
-        if graded:
-            leaf = prediction.detach().requires_grad_(True)
-            value = error(leaf, latents, sigmas[level], recipe)
-            (pull,) = torch.autograd.grad(value, leaf)
-            push = adversarial_gradient(judge, prediction, latents, pull, weight)
-            surrogate = surrogate + (prediction * (pull + push)).sum()
-            values.append(value.detach())
-        generated.append(prediction.detach())
-        committed = prediction.detach() if committed is None else committed
-        shown = held if rng.random() < 0.5 else actions
-        with torch.set_grad_enabled(graded and through_context):
-            predict(committed, sigma=0.0, action_BFA=shown, cache=kv, write=True)
-    return surrogate / len(values), torch.stack(values).mean(), torch.cat(generated, 1)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdover.world.config import WorldConfig, ray_directions
+from holdover.world.config import WorldConfig, token_rays
 
 Table = tuple[Tensor, Tensor]
 
@@ -40,7 +40,7 @@ class RotaryTables:
     def temporal(
         self, starts: Sequence[int], frames: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Table, ...]:
-        """Per view group over time, row and column; stacked per row of the batch where these start at different times.
+        """Per group of cameras over time, row and column; per row of the batch where these start at different times.
 
         Args:
             starts: per row, the time of the first latent frame.
@@ -59,7 +59,9 @@ class RotaryTables:
             quarter = self._half // 4
             azimuth = torch.linspace(1, 24, self._half - quarter).round()
             elevation = torch.linspace(1, 24, quarter)
-            cos, sin = rotary_table(torch.from_numpy(ray_directions(self._config)), [azimuth, elevation])
+            x, y, up = torch.from_numpy(token_rays(self._config))[:, :3].unbind(1)
+            directions = torch.stack([torch.atan2(y, x), torch.atan2(up, torch.hypot(x, y))], 1)
+            cos, sin = rotary_table(directions, [azimuth, elevation])
             self._tables[key] = cos.to(device, dtype), sin.to(device, dtype)
         table: Table = self._tables[key]
         return table
@@ -76,10 +78,16 @@ class RotaryTables:
                 0.5 ** torch.linspace(0, 5, quarter),
             ]
             tables = []
-            for group in self._config.view_groups:
-                axes = torch.arange(start, start + frames), torch.arange(group.height), torch.arange(group.width)
-                grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).float()
-                cos, sin = rotary_table(grid, frequencies)
+            for cameras in self._config.groups:
+                # Rows and columns count in tokens of colour, in every modality, so that what lies together meets.
+                places = []
+                for modality in self._config.modalities:
+                    ratio = self._config.token_latents(modality) / self._config.patch
+                    axes = (torch.arange(n) * ratio + (ratio - 1) / 2 for n in self._config.grid(cameras[0], modality))
+                    places.append(torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2))
+                place = torch.cat(places)
+                time = torch.arange(start, start + frames, dtype=torch.float32).repeat_interleave(len(place))
+                cos, sin = rotary_table(torch.cat([time[:, None], place.repeat(frames, 1)], 1), frequencies)
                 tables.append((cos.to(device, dtype), sin.to(device, dtype)))
             self._tables[key] = tuple(tables)
         found: tuple[Table, ...] = self._tables[key]

@@ -15,8 +15,12 @@ def noise_levels(steps: int, shift: float) -> tuple[float, ...]:
     """
     if steps < 1 or shift <= 0:
         raise ValueError(f"steps={steps} must be at least 1 and shift={shift} positive")
-    uniform = [1 - i / steps for i in range(steps)]
-    return tuple(shift * s / (1 + (shift - 1) * s) for s in uniform)
+    return tuple(shifted(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), shift).tolist())
+
+
+def shifted(uniform: Tensor, shift: float) -> Tensor:
+    """Noise levels from values that are spread evenly over [0, 1]."""
+    return shift * uniform / (1 + (shift - 1) * uniform)
 
 
 def denoise(

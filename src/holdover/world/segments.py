@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from holdover.world.clips import Clip, list_clips, read_clip
-from holdover.world.config import WorldConfig
-from holdover.world.latents import patchify
+from holdover.world.autoencoder import FRAMES
+from holdover.world.clips import list_clips, read_clip
+from holdover.world.latents import Codec
 
 
 @dataclass(frozen=True)
@@ -23,54 +25,69 @@ class Batch:
 
 
 class Segments:
-    """Random segments of recorded clips.
+    """Random segments of recorded clips, encoded once.
 
-    Decoded clips are kept in memory, up to ``keep_bytes``; decoding every segment anew would take a tenth of a step.
+    Latents are kept in memory (a clip of 20 seconds takes 4 MB) and, for the next run with the same autoencoders, in
+    ``.latents`` beside the clips.
     """
 
-    def __init__(self, folder: Path, config: WorldConfig, *, keep_bytes: int = 4 << 30) -> None:
-        self.config = config
-        self._kept: dict[Path, Clip] = {}
-        self._room = keep_bytes
-        self.clips = list_clips(folder)
-        if not self.clips:
+    def __init__(self, folder: Path, codec: Codec) -> None:
+        clips = list_clips(folder)
+        if not clips:
             raise ValueError(f"{folder} holds no clips; record some with `holdover world record --out {folder}`")
+        kept = folder / ".latents" / _digest(codec)
+        kept.mkdir(parents=True, exist_ok=True)
+        self.clips: list[Batch] = []
+        for clip in track(clips, description="encoding clips"):
+            file = kept / f"{clip.name}.safetensors"
+            if not file.is_file():
+                partial = file.with_suffix(".partial")
+                save_file(_encode(clip, codec), partial)
+                partial.replace(file)
+            self.clips.append(Batch(**load_file(file)))
 
-    def read(self, clip: Path, start: int, latent_frames: int) -> Clip:
-        """A segment that begins at video frame ``start``."""
-        frames = latent_frames * self.config.frames_per_latent
-        if clip not in self._kept and self._room > 0:
-            self._kept[clip] = read_clip(clip)
-            self._room -= sum(video.nbytes for video in self._kept[clip].frames.values())
-        if clip not in self._kept:
-            return read_clip(clip, start=start, frames=frames)
-        whole, part = self._kept[clip], slice(start, start + frames)
-        return replace(
-            whole,
-            frames={name: video[part] for name, video in whole.frames.items()},
-            actions=whole.actions[part],
-            poses=whole.poses[part],
-            motion=whole.motion[part],
-        )
+    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[tuple[int, int]]:
+        """Segments to take: a clip and its first latent frame, each.
 
-    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[Clip]:
-        per = self.config.frames_per_latent
-        segments = []
-        for _ in range(batch):
-            clip = self.clips[rng.integers(len(self.clips))]
-            length = json.loads((clip / "clip.json").read_text())["frames"]
-            if length < latent_frames * per:
-                raise ValueError(f"{clip} has {length} frames; training needs {latent_frames * per} or more")
-            # Commands change where latent frames begin, so that none straddles two commands.
-            start = int(rng.integers((length - latent_frames * per) // per + 1)) * per
-            segments.append(self.read(clip, start, latent_frames))
-        return segments
+        Raises:
+            ValueError: a clip is too short.
+        """
+        chosen = []
+        for clip in rng.integers(len(self.clips), size=batch):
+            length = self.clips[clip].latents.shape[1]
+            if length < latent_frames:
+                raise ValueError(
+                    f"a clip has {length} latent frames; training needs {latent_frames}: record longer ones"
+                )
+            chosen.append((int(clip), int(rng.integers(length - latent_frames + 1))))
+        return chosen
 
-    def batch(self, segments: Sequence[Clip], device: str | torch.device) -> Batch:
-        """Segments of one length, as the model takes them."""
-        names = [camera.name for camera in self.config.cameras]
-        frames = {name: torch.from_numpy(np.stack([s.frames[name] for s in segments])) for name in names}
-        latents = patchify(frames, self.config)
-        actions = torch.from_numpy(np.stack([s.actions for s in segments]))
-        actions = actions.unflatten(1, (-1, self.config.frames_per_latent)).mean(2)
-        return Batch(latents.to(device), actions.to(device))
+    def batch(self, chosen: list[tuple[int, int]], latent_frames: int, device: str | torch.device) -> Batch:
+        """Segments as the model takes them."""
+
+        def take(name: str) -> Tensor:
+            parts: list[Any] = [getattr(self.clips[n], name)[:, first : first + latent_frames] for n, first in chosen]
+            return torch.cat(parts).to(device).float()
+
+        return Batch(take("latents"), take("actions"))
+
+
+def _encode(clip: Path, codec: Codec) -> dict[str, Tensor]:
+    recording = read_clip(clip, depth="depth" in codec.sizes.modalities, cameras=[c.name for c in codec.sizes.cameras])
+    whole = len(recording.actions) // FRAMES * FRAMES
+    frames = {name: video[:whole] for name, video in recording.frames.items()}
+    depth = {name: video[:whole] for name, video in recording.depth.items()} if recording.depth else None
+    # Commands change where latent frames begin, so that none straddles two commands.
+    actions = torch.from_numpy(recording.actions[:whole]).unflatten(0, (-1, FRAMES)).mean(1)[None]
+    latents = codec.encode(frames, depth, at_once=20).to("cpu", torch.bfloat16)
+    return {"latents": latents.contiguous(), "actions": actions.contiguous()}
+
+
+def _digest(codec: Codec) -> str:
+    """Of the autoencoders' weights and the layout."""
+    found = hashlib.sha256(repr((codec.sizes.cameras, codec.sizes.patch, codec.sizes.depth_patch)).encode())
+    for modality, autoencoder in sorted(codec.autoencoders.items()):
+        found.update(modality.encode())
+        for name, tensor in sorted(autoencoder.state_dict().items()):
+            found.update(name.encode() + tensor.cpu().float().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -30,10 +30,10 @@ class AutoencoderSchedule(Schedule):
         kl: weight of the latents' divergence from a unit Gaussian, per value.
     """
 
-    steps: int = 3000
+    steps: int = 1600
     batch: int = 3
     muon_weight_decay: float = 0.0
-    decay: float = 0.6
+    decay: float = 0.9
     ema: float = 0.99
     latent_frames: int = 2
     squared: float = 4.0
@@ -63,13 +63,14 @@ def train_autoencoder(
         ValueError: ``data`` holds no clips, or ``out`` belongs to a run with other numbers.
     """
     torch.manual_seed(schedule.seed)
-    sizes = {"colours": 1, "latent_channels": 4, "widths": (64, 128)} if depth else {}
+    sizes = {"colours": 1, "latent_channels": 12, "widths": (64, 128)} if depth else {}
     model = Autoencoder(**{**sizes, **(config or {})}).to(device)
     clips = list_clips(data)
     if not clips:
         raise ValueError(f"{data} holds no clips; record some with `holdover world record --out {data}`")
     groups = _groups(data)
     kept: dict[Path, Pictures] = {}
+    model.take_principal_components(_some_blocks(clips, depth).to(device))
     frames = schedule.latent_frames * FRAMES
 
     def plan(_: int, rng: np.random.Generator) -> list[NDArray[Any]]:
@@ -138,7 +139,17 @@ def normalise(model: Autoencoder, clips: Sequence[Pictures]) -> None:
     ]
     std, mean = torch.std_mean(torch.cat(values, 1), 1)
     model.mean_Z.copy_(mean)
-    model.std_Z.copy_(std)
+    model.std_Z.copy_(std.clamp(min=0.3))  # a channel that tells nothing is not to be blown up
+
+
+def _some_blocks(clips: Sequence[Path], depth: bool) -> Tensor:
+    """Blocks of pixels from all over the recordings."""
+    found = []
+    for clip in clips[:: max(1, len(clips) // 24)]:
+        for start in (0, 80, 160):
+            pictures = _pictures(clip, depth, start=start, frames=FRAMES)
+            found += [Autoencoder.blocks(as_video(video[None])) for video in pictures.values()]
+    return torch.cat(found)
 
 
 def as_video(pictures: NDArray[Any]) -> Tensor:

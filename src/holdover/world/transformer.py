@@ -1,40 +1,47 @@
 """The reference world model: X-World in miniature, a block-causal diffusion transformer over a camera rig.
 
-A *latent frame* packs ``frames_per_latent`` video frames of every camera into patches of pixels; a *window* is
-``window`` latent frames that are denoised together, attending to each other and to the windows before them through a
-rolling KV cache. Blocks alternate between temporal attention (one camera over the window and the KV cache) and
-cross-view attention (all cameras at one instant); the newest committed latent frame is also shown to every token
-directly, as image-to-video models do with their first frame; noise level and action enter by adaLN (Peebles & Xie, DiT,
-arXiv 2212.09748; one shared projection with a learned offset per block, as in PixArt-alpha, arXiv 2310.00426). The
-model predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
+A *latent frame* holds four video frames of every camera, in colour and in depth, as an autoencoder's latents; a few of
+them, side by side, make a token. A *window* is ``window`` latent frames that are denoised together, attending to each
+other and to the windows before them through a rolling KV cache. Blocks alternate between temporal attention (one
+camera, both modalities, over the window and the KV cache) and cross-view attention (everything at one instant); the
+newest committed latent frame is also shown to every token directly, as image-to-video models do with their first
+frame. Noise level and action enter by adaLN-Zero (Peebles & Xie, DiT, arXiv 2212.09748; one shared projection with a
+learned offset per block, as in PixArt-alpha, arXiv 2310.00426), cameras by the ray through each token. The model
+predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
 
-Shape suffixes: B batch, F latent frames, N tokens of one latent frame (in the order group, view, h, w), L = F*N,
-P values of one patch, C channels, V views of a group, H heads, D channels of a head, S tokens of an attention
+Shape suffixes: B batch, F latent frames, N tokens of one latent frame (in the order modality, group, view, h, w),
+L = F*N, P values of one token, C channels, V views of a group, H heads, D channels of a head, S tokens of an attention
 sequence, A dimensions of the action.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from holdover.engine.slots import Slot, ViewGroup
-from holdover.world.config import WorldConfig
+from holdover.world.checkpoints import read_network, write_network
+from holdover.world.config import WorldConfig, token_rays
 from holdover.world.kv_cache import KVBatch, KVCache
+from holdover.world.latents import Codec
 from holdover.world.rotary import RotaryTables, Table, rotate
 
 #: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
 #: channel to carry them past a norm, and X-Cache's deviation test, largest element over mean, needs none to be still.
 NORM_EPS = 1.0
+
+#: R, values of `ray_features`.
+RAY_FEATURES = 32
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Block(nn.Module):
         self.out = nn.Linear(c, c, bias=False)
         self.up = nn.Linear(c, config.mlp_ratio * c)
         self.down = nn.Linear(config.mlp_ratio * c, c)
+        self._parts = group_tokens(config)
 
     def forward(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
         x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
@@ -128,23 +136,24 @@ class Block(nn.Module):
     def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
         """Each camera for itself, over the window and the windows held in the KV cache."""
         b, f, _, c = x_BFNC.shape
-        qkv, outputs, start = self.qkv(x_BFNC), [], 0
-        for g, group in enumerate(self.config.view_groups):
-            size = group.height * group.width
-            stop = start + group.views * size
-            part = qkv[:, :, start:stop].reshape(b, f, group.views, size, 3, self.config.heads, -1)
-            q, k, v = part.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, b * group.views, self.config.heads, f * size, -1)
-            table = shared.rotary(g, group.views)
+        qkv, heads = self.qkv(x_BFNC), self.config.heads
+        made: list[list[Tensor]] = [[] for _ in self.config.modalities]
+        for g, group in enumerate(self.config.groups):
+            views, parts = len(group), self._parts[g]
+            part = torch.cat([qkv[:, :, p].reshape(b, f, views, -1, 3, heads, c // heads) for p in parts], 3)
+            q, k, v = part.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, b * views, heads, -1, c // heads)
+            table = shared.rotary(g, views)
             q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
             held = shared.cache.get(self.index, g) if shared.cache else None
             if shared.cache and shared.write:
                 shared.cache.stage(self.index, g, k, v)
             if held:
                 k, v = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
-            out = attention(q, k, v).view(b, group.views, self.config.heads, f, size, -1)
-            outputs.append(out.permute(0, 3, 1, 4, 2, 5).reshape(b, f, stop - start, c))
-            start = stop
-        return torch.cat(outputs, 2)
+            out = attention(q, k, v).view(b, views, heads, f, -1, c // heads).permute(0, 3, 1, 4, 2, 5)
+            sizes = [(p.stop - p.start) // views for p in parts]
+            for outputs, tokens in zip(made, out.split(sizes, 3), strict=True):
+                outputs.append(tokens.reshape(b, f, -1, c))
+        return torch.cat([tokens for outputs in made for tokens in outputs], 2)
 
     def attend_cross(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
         """All cameras at one instant; positions are viewing directions, so that overlapping cameras meet."""
@@ -154,57 +163,96 @@ class Block(nn.Module):
         return attention(q, k, v).transpose(2, 3).reshape(b, f, n, c)
 
 
-class WorldModel(nn.Module):
-    """Predicts the clean latents of a window from its noisy ones, the noise level, the actions and the KV cache."""
+class WorldModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Predicts the clean latents of a window from its noisy ones, the noise level, the actions and the KV cache.
 
-    def __init__(self, config: WorldConfig) -> None:
+    The arguments are those of `WorldConfig`, cameras as dictionaries; `WorldModel.of` takes one whole. ``sizes`` is the
+    `WorldConfig`, ``config`` what diffusers keeps of it.
+
+    Attributes:
+        codec: from video to latents and back; set by `load`, or by hand.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 256,
+        layers: int = 30,
+        heads: int = 4,
+        mlp_ratio: int = 4,
+        latent_channels: int = 48,
+        patch: int = 2,
+        depth_channels: int = 12,
+        depth_patch: int = 4,
+        window: int = 4,
+        context: int = 4,
+        action_dims: int = 2,
+        cameras: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         super().__init__()
-        c = config.channels
-        self.config = config
-        self.embed = nn.Linear(config.patch_values, c)
-        self.last_embed = nn.Linear(9 * config.patch_values, c, bias=False)
-        self.position_NC = nn.Parameter(torch.randn(config.tokens, c) * 0.02)
+        sizes = WorldConfig.from_dict({k: v for k, v in self.config.items() if not k.startswith("_")})
+        c, p = sizes.channels, sizes.patch_values
+        self.sizes = sizes
+        self.codec: Codec | None = None
+        self.embed = nn.ModuleList(nn.Linear(p, c) for _ in sizes.modalities)
+        self.last_embed = nn.ModuleList(nn.Linear(9 * p, c, bias=False) for _ in sizes.modalities)
+        self.ray_mlp = nn.Sequential(nn.Linear(RAY_FEATURES, c), nn.SiLU(), nn.Linear(c, c))
         self.sigma_mlp = nn.Sequential(nn.Linear(128, c), nn.SiLU(), nn.Linear(c, c))
-        self.action_mlp = nn.Sequential(nn.Linear(17 * config.action_dims, c), nn.SiLU(), nn.Linear(c, c))
+        self.action_mlp = nn.Sequential(nn.Linear(17 * sizes.action_dims, c), nn.SiLU(), nn.Linear(c, c))
+        self.no_action_C = nn.Parameter(torch.zeros(c))
         self.modulation = nn.Linear(c, 6 * c)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.blocks = nn.ModuleList(Block(sizes, i) for i in range(sizes.layers))
         self.final_norm = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
         self.final_modulation = nn.Linear(c, 2 * c)
-        self.head = nn.Linear(c, config.patch_values)
-        self.keep = nn.Linear(c, config.frames_per_latent)
-        self.motion = nn.Linear(c, 6 * config.frames_per_latent)
-        for layer in (self.modulation, self.final_modulation, self.head, self.keep, self.motion):
+        self.head = nn.ModuleList(nn.Linear(c, p) for _ in sizes.modalities)
+        self.keep = nn.Linear(c, 1)
+        for layer in (self.modulation, self.final_modulation, *self.head, self.keep):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.neighbours_N9: Tensor
-        self.register_buffer("neighbours_N9", neighbourhoods(config), persistent=False)
-        self._rotary = RotaryTables(config)
+        self.rays_NR: Tensor
+        self.register_buffer("neighbours_N9", neighbourhoods(sizes), persistent=False)
+        self.register_buffer("rays_NR", ray_features(sizes), persistent=False)
+        ends = [
+            max(plane.tokens.stop for plane in sizes.planes if plane.modality == modality)
+            for modality in sizes.modalities
+        ]
+        self._modality_tokens = [slice(a, b) for a, b in pairwise([0, *ends])]
+        self._rotary = RotaryTables(sizes)
+
+    @classmethod
+    def of(cls, sizes: WorldConfig) -> WorldModel:
+        """A model of these sizes, with random weights."""
+        return cls(**sizes.to_dict())
 
     def forward(
         self,
         x_BFNP: Tensor,
         *,
         sigma: float | Tensor,
-        action_BFA: Tensor,
+        action_BFA: Tensor | None,
         cache: KVCache | KVBatch | None = None,
         write: bool = False,
     ) -> Tensor:
         """Predict clean latents.
 
         Args:
-            x_BFNP: noisy latents, `patchify`'s layout.
+            x_BFNP: noisy latents, `Codec.encode`'s layout.
             sigma: noise level in [0, 1], a number or one per row ``[B]``.
-            action_BFA: the normalised action of each latent frame; frames not yet commanded hold the newest.
+            action_BFA: the normalised action of each latent frame; frames not yet commanded hold the newest. None: any
+                (the other branch of classifier-free guidance).
             cache: the KV cache of the stream, or those of a stream per row; its windows are attended to.
             write: commit this pass's keys and values to the cache (the clean pass of the KV update).
         """
         b, f, n, _ = x_BFNP.shape
-        dtype = self.head.weight.dtype
+        dtype = self.keep.weight.dtype
         sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=x_BFNP.device).expand(b)
-        condition_BFC = self.sigma_mlp(sigma_features(sigma_B).to(dtype))[:, None] + self.action_mlp(
-            action_features(action_BFA.float()).to(dtype)
-        )
-        condition_BFC = F.silu(condition_BFC)
+        action = self.no_action_C.expand(b, f, -1)
+        if action_BFA is not None:
+            action = self.action_mlp(action_features(action_BFA.float()).to(dtype))
+        condition_BFC = F.silu(self.sigma_mlp(sigma_features(sigma_B).to(dtype))[:, None] + action)
         shared = Pass(
             modulation_BF6C=self.modulation(condition_BFC).unflatten(-1, (6, -1)),
             rotary_temporal=self._rotary.temporal(cache.starts if cache else (0,), f, x_BFNP.device, dtype),
@@ -212,68 +260,32 @@ class WorldModel(nn.Module):
             cache=cache,
             write=write,
         )
-        hidden_BFNC = self.embed(x_BFNP.to(dtype)) + self.position_NC
+        hidden_BFNC = self._each(self.embed, x_BFNP.to(dtype)) + self.ray_mlp(self.rays_NR.to(dtype))
         last_BNP = cache.last.to(dtype) if cache is not None and cache.last is not None else None
         if last_BNP is not None:
             # What was there a moment ago, and around it: attention alone takes long to learn to look there.
             around_BN9P = F.pad(last_BNP, (0, 0, 0, 1))[:, self.neighbours_N9]
-            hidden_BFNC = hidden_BFNC + self.last_embed(around_BN9P.flatten(2))[:, None]
+            hidden_BFNC = hidden_BFNC + self._each(self.last_embed, around_BN9P.flatten(2))[:, None]
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
         if cache is not None and write:
             cache.commit(x_BFNP)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
-        final_BFNC = self.final_norm(hidden.view(b, f, n, -1)) * (1 + scale) + shift
-        clean: Tensor = self.head(final_BFNC)
+        final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
+        clean = self._each(self.head, final_BFNC)
         if last_BNP is not None:
-            clean = clean + self.carried(last_BNP, self.motion(final_BFNC), torch.sigmoid(self.keep(final_BFNC)))
+            # Much of a picture stays: the blocks need not carry it through.
+            clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), last_BNP[:, None])
         return clean
 
-    def carried(self, last_BNP: Tensor, motion_BFNM: Tensor, share_BFNT: Tensor) -> Tensor:
-        """What the newest video frame contributes to each prediction, ``[B, F, N, P]``.
-
-        Every patch of every predicted video frame looks where in the newest one its content was, by an affine motion of
-        its own (Finn et al., arXiv 1605.07157, predict motion rather than pixels, too). It takes over the mean colour
-        it finds, so that the blocks need not carry brightness through the residual stream, and a share of the detail.
-
-        Args:
-            last_BNP: the newest latent frame.
-            motion_BFNM: per token and video frame T of a latent one, six numbers: offset down and right, and how both
-                change from the patch's centre to its lower and right edge, in half patches.
-            share_BFNT: of the detail that is taken over.
-        """
-        config, half = self.config, self.config.patch / 2
-        b, f, _, _ = motion_BFNM.shape
-        inside = (torch.arange(config.patch, device=last_BNP.device) + 0.5) / half - 1
-        down_X, right_X = (t.flatten() for t in torch.meshgrid(inside, inside, indexing="ij"))
-        basis_3X = torch.stack([torch.ones_like(down_X), down_X, right_X])
-        motion_BFNT2X = motion_BFNM.float().unflatten(-1, (config.frames_per_latent, 2, 3)) @ basis_3X
-        newest_BNX3 = last_BNP.float().unflatten(-1, (config.frames_per_latent, -1, 3))[:, :, -1]
-        found, start = [], 0
-        for camera in (camera for group in config.groups for camera in group):
-            rows, columns = config.grid(camera)
-            part = slice(start, start + rows * columns)
-            start = part.stop
-            image = newest_BNX3[:, part].unflatten(2, (config.patch, -1)).unflatten(1, (rows, columns))
-            image_B3HW = image.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, camera.height, camera.width)
-            # From half patches about a patch's centre to grid_sample's -1..1 over the whole image.
-            row, column = torch.meshgrid(
-                torch.arange(rows, device=image.device), torch.arange(columns, device=image.device), indexing="ij"
-            )
-            moved = motion_BFNT2X[:, :, part]
-            y = (2 * row.flatten()[:, None, None] + 1 + moved[..., 0, :] + down_X) / rows - 1
-            x = (2 * column.flatten()[:, None, None] + 1 + moved[..., 1, :] + right_X) / columns - 1
-            grid = torch.stack([x, y], -1).flatten(1, 3)
-            sampled = F.grid_sample(image_B3HW, grid, padding_mode="border", align_corners=False)
-            found.append(sampled.permute(0, 2, 3, 1).unflatten(1, (f, rows * columns, config.frames_per_latent)))
-        found_BFNTX3 = torch.cat(found, 2)
-        colour_BFNT13 = found_BFNTX3.mean(4, keepdim=True)
-        taken = torch.lerp(colour_BFNT13, found_BFNTX3, share_BFNT[..., None, None].float())
-        return taken.flatten(3).to(share_BFNT.dtype)
+    def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
+        """Every modality's tokens ``[..., N, *]`` through its own layer."""
+        parts = zip(layers, self._modality_tokens, strict=True)
+        return torch.cat([layer(x[..., tokens, :]) for layer, tokens in parts], -2)
 
     def new_cache(self) -> KVCache:
-        return KVCache(self.config.context)
+        return KVCache(self.sizes.context)
 
     def holdover_slots(self) -> list[Slot]:
         """Where `holdover.attach` finds the blocks, and attention and MLP within them."""
@@ -287,48 +299,59 @@ class WorldModel(nn.Module):
         return slots
 
     def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
-        return self.config.view_groups
-
-    def save(self, path: Path) -> None:
-        """Write weights (bfloat16) and configuration to one safetensors file, whole or not at all."""
-        tensors = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in self.state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        save_file(tensors, temporary, metadata={"config": self.config.to_json()})
-        temporary.replace(path)
+        return self.sizes.view_groups
 
     @classmethod
-    def load(cls, path: Path, *, dtype: torch.dtype = torch.bfloat16) -> WorldModel:
-        """Read a model that `save` wrote, in evaluation mode.
+    def load(cls, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> WorldModel:
+        """Read a model and its codec, in evaluation mode.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not a world model, or not one of this version.
+            FileNotFoundError: there is no such folder.
+            ValueError: the folder does not hold a world model, or not one of this version.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint at {path}; train one with `holdover world train`")
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if "config" not in metadata:
-                raise ValueError(f"{path} carries no world model configuration; write checkpoints with WorldModel.save")
-            model = cls(WorldConfig.from_json(metadata["config"]))
-            try:
-                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            except RuntimeError as error:  # tensors that are missing, left over or of other sizes
-                raise ValueError(f"{path} is not a world model of this version; train it again") from error
-        return model.to(dtype).eval().requires_grad_(False)
+        if not (folder / cls.config_name).is_file():
+            raise FileNotFoundError(f"no world model in {folder}; train one with `holdover world train`")
+        model = read_network(cls, folder, dtype)
+        model.codec = Codec.load(folder, model.sizes, dtype=dtype)
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Write weights (bfloat16), configuration and codec to a folder, each file whole or not at all."""
+        write_network(self, folder)
+        if self.codec:
+            self.codec.save(folder)
+
+
+def group_tokens(config: WorldConfig) -> list[list[slice]]:
+    """Per group of cameras, and modality, where its tokens lie."""
+    found = []
+    for group in config.groups:
+        planes = [plane for plane in config.planes if plane.camera in group]
+        by_modality = ([p.tokens for p in planes if p.modality == modality] for modality in config.modalities)
+        found.append([slice(tokens[0].start, tokens[-1].stop) for tokens in by_modality])
+    return found
 
 
 def neighbourhoods(config: WorldConfig) -> Tensor:
     """Of each token, the nine tokens around it in its camera, ``[N, 9]``; N itself stands for none."""
-    index, start = [], 0
-    for camera in (camera for group in config.groups for camera in group):
-        rows, columns = config.grid(camera)
-        grid = torch.arange(start, start + rows * columns).view(rows, columns)
+    index = []
+    for plane in config.planes:
+        grid = torch.arange(plane.tokens.start, plane.tokens.stop).view(plane.rows, plane.columns)
         padded = F.pad(grid, (1, 1, 1, 1), value=config.tokens)
         index.append(padded.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
-        start += rows * columns
     return torch.cat(index)
+
+
+def ray_features(config: WorldConfig) -> Tensor:
+    """Of the ray through each token its direction in Fourier features, the camera's place, and the modality,
+    ``[N, R]``."""
+    rays = torch.from_numpy(token_rays(config))
+    angles = (rays[:, :3, None] * (math.pi * 2.0 ** torch.arange(4))).flatten(1)
+    modality = [
+        torch.full((len(range(*plane.tokens.indices(config.tokens))),), config.modalities.index(plane.modality))
+        for plane in config.planes
+    ]
+    return torch.cat([rays, angles.sin(), angles.cos(), F.one_hot(torch.cat(modality), 2)], 1)
 
 
 def sigma_features(sigma_B: Tensor) -> Tensor:
@@ -339,7 +362,8 @@ def sigma_features(sigma_B: Tensor) -> Tensor:
 
 
 def action_features(action_BFA: Tensor) -> Tensor:
-    """The action itself and its Fourier features at eight octaves, ``[B, F, 17*A]``."""
+    """The action's symmetric logarithm, and its Fourier features at eight octaves, ``[B, F, 17*A]``."""
+    action = action_BFA.sign() * action_BFA.abs().log1p()
     octaves = math.pi * 2.0 ** torch.arange(-1, 7, device=action_BFA.device)
-    angles = (action_BFA[..., None] * octaves).flatten(-2)
-    return torch.cat([action_BFA, angles.sin(), angles.cos()], -1)
+    angles = (action[..., None] * octaves).flatten(-2)
+    return torch.cat([action, angles.sin(), angles.cos()], -1)

@@ -1,0 +1,38 @@
+"""Networks on disk: diffusers' folders of configuration and weights, in bfloat16, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+
+Network = TypeVar("Network", bound=ModelMixin)
+
+
+def write_network(network: ModelMixin, folder: Path) -> None:
+    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``; other files of the folder stay."""
+    twin = type(network).from_config(network.config)
+    twin.load_state_dict(network.state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    torch.nn.Module.to(twin, dtype=torch.bfloat16).save_pretrained(temporary)  # ModelMixin.to would warn of nothing
+    for file in temporary.iterdir():
+        file.replace(folder / file.name)
+    temporary.rmdir()
+
+
+def read_network(kind: type[Network], folder: Path, dtype: torch.dtype) -> Network:
+    """Read what `write_network` wrote, in evaluation mode.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    try:
+        network = kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    except (OSError, TypeError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} does not hold a {kind.__name__} of this version; train it again") from error
+    return network.eval().requires_grad_(False)
