@@ -230,11 +230,11 @@ def test_the_table_in_the_docs_is_that_of_the_hosts() -> None:
 
 
 def test_the_table_says_what_was_tested() -> None:
-    piped = {
+    piped = {  # test_diffusers.py, test_wan.py
         "WanTransformer3DModel",
         "AnyFlowFARTransformer3DModel",
         "CogVideoXTransformer3DModel",
-    }  # test_diffusers.py
+    }
     contracts = {find(contract.model()) for contract in CONTRACTS}
     for host in hosts():
         expected = "contract" if host in contracts else "pipeline" if host.model in piped else "class"

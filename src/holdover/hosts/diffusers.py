@@ -69,7 +69,13 @@ def far_writes(model: nn.Module, *args: Any, kv_cache_flag: dict[str, Any] | Non
 
 def _wan(model: str, family: str, **more: Any) -> Host:
     """A model of Wan's blocks: ``block(hidden_states, encoder_hidden_states, temb, ...)``."""
-    fields = {"blocks": ("blocks",), "taps": {"modulated": modulated}, "rows": first_three, "grid": patches}
+    fields = {
+        "blocks": ("blocks",),
+        "taps": {"modulated": modulated},
+        "rows": first_three,
+        "grid": patches,
+        "condition": ("encoder_hidden_states", "encoder_hidden_states_image"),
+    }
     return Host(model=model, family=family, **{**fields, **more})
 
 
