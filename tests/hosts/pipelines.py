@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.hosts.models import COLUMNS, ROWS, TINY, WAN
+from tests.hosts.inputs import COLUMNS, ROWS, TEXT, WAN, fixed
+from tests.hosts.models import TINY
 
 #: Wan 2.2: the share of the noise down to which the first transformer works.
 BOUNDARY = 0.5
@@ -117,6 +118,25 @@ def far() -> Any:
         vae=None,
         scheduler=diffusers.FlowMapEulerDiscreteScheduler(),
         transformer=transformer("AnyFlowFARTransformer3DModel"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def refiner() -> Any:
+    """SANA-WM's second stage: its text encoder is left out."""
+    import diffusers
+
+    class Refiner(diffusers.SanaWMLTX2Refiner):
+        def _encode_prompt(self, prompt: str, *, device: Any, dtype: Any) -> tuple[Tensor, Tensor]:
+            return fixed(1, TEXT, 16), torch.ones(1, TEXT)
+
+    pipe = Refiner(
+        transformer=transformer("SanaWMLTX2RefinerTransformer3DModel"),
+        connectors=None,
+        tokenizer=None,
+        text_encoder=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
