@@ -71,8 +71,12 @@ def enable(target: Any, policy: Policy, **options: Any) -> Enabled:
         if getattr(model, "is_cache_enabled", False):
             raise ValueError(f"diffusers' own cache is on in {name}; call {name}.disable_cache() first")
     enabled = Enabled(target, {})
-    for name, model in models.items():
-        enabled.passes[name] = _Passes(enabled, name, model, attach(model, policy, **options))
+    try:
+        for name, model in models.items():
+            enabled.passes[name] = _Passes(enabled, name, model, attach(model, policy, **options))
+    except ValueError:  # all transformers of a pipeline, or none
+        enabled.disable()
+        raise
     return enabled
 
 
@@ -273,6 +277,7 @@ class _Passes:
         if known is None:
             self._generations[stream] = _Generation(schedule, 0)
         elif known.schedule is not schedule or (schedule is None and _again(known, branch, index)):
+            self.cache.give_up(known.number, stream)  # two transformers share a schedule, a user may interrupt it
             self._generations[stream] = _Generation(schedule, known.number + 1)
         return self._generations[stream]
 

@@ -329,3 +329,20 @@ def test_a_generation_that_is_given_up_is_freed_once_another_could_have_been_don
                 run(cache, model, ones(), chunk, index=index, num_steps=3)
             held.append([key.generation for key in cache._runtime.streams["default"].held])
         assert held == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+
+
+def test_a_generation_that_its_caller_gives_up_is_freed_at_once() -> None:
+    model = Stack(Scale())
+    with holdover.attach(model, FIRST_OUTPUT) as cache:
+        for stream, chunk in (("a", 0), ("a", 1), ("b", 0)):
+            run(cache, model, ones(), chunk, num_steps=3, stream=stream)
+        one = cache.nbytes // 3
+        cache.give_up(0, "a")
+        cache.give_up(7, "a")
+        cache.give_up(0, "unknown")
+        assert cache.nbytes == 2 * one
+        assert [key.generation for key in cache._runtime.streams["a"].held] == [1]
+        run(cache, model, ones(5), 0, index=1, num_steps=3, stream="a")  # it goes on nevertheless
+        assert reasons(cache)[3:] == ["first"]
+        run(cache, model, ones(5), 1, index=1, num_steps=3, stream="a")
+        assert reasons(cache)[4:] == ["reuse"]

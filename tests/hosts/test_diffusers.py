@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import holdover
 import holdover.diffusers
 from tests.hosts import pipelines
+from tests.hosts.inputs import COLUMNS, ROWS
 from tests.hosts.models import TINY
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
@@ -137,6 +138,28 @@ def test_every_pass_that_writes_the_kv_cache_is_computed(far: Any) -> None:
     assert [(d.chunk, d.block) for d in writes] == [(chunk, block) for chunk in range(2) for block in range(3)]
     assert all(d.computed for d in writes)
     assert enabled.cache.stats().reused == 3 * 3 * 3
+
+
+def test_every_pass_that_captures_keys_and_values_is_computed() -> None:
+    """SANA-WM's refiner: a sink frame is captured, then two chunks of three steps, each captured once refined."""
+    pipe = pipelines.refiner()
+    video = torch.randn(1, 4, 7, ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+
+    def refined() -> Tensor:
+        latents: Tensor = pipe(video, "a car", fps=8.0, output_type="latent")
+        return latents
+
+    expected = refined()
+    enabled = holdover.diffusers.enable(pipe, holdover.xcache())
+    assert torch.equal(refined(), expected)  # it commits every chunk: nothing may be skipped
+    enabled.disable()
+    policy = holdover.fixed_interval(over="steps", every=3, front_anchors=0, warmup=0, protection="pass")
+    enabled = holdover.diffusers.enable(pipe, policy)
+    refined()
+    enabled.disable()
+    steps = [(d.chunk, d.index, d.role, d.computed) for d in enabled.cache.trace if d.block == 0]
+    chunks = [[(n, i, "denoise", i == 0) for i in range(3)] + [(n, 0, "kv_update", True)] for n in range(2)]
+    assert steps == [(0, 0, "kv_update", True), *chunks[0], *chunks[1]]
 
 
 def test_guidance_batched_and_a_scheduler_that_counts_no_steps() -> None:

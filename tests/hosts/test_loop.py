@@ -13,7 +13,8 @@ import holdover
 from holdover.hosts.generator import Generator, Shape
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from tests.hosts import contracts
-from tests.hosts.models import TINY, WAN, far_kv
+from tests.hosts.inputs import WAN, far_kv
+from tests.hosts.models import TINY
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*flex_attention.*"),

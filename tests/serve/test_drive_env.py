@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from holdover.serve import drive_env, session
 from holdover.serve.drive_env import Course, DriveEnv, DriveVectorEnv, road_of
 from holdover.world.scenes import SCENARIOS
 from holdover.world.vehicles import EgoState, normalise_action
@@ -58,6 +61,37 @@ def test_the_reward_is_progress_along_the_middle(course: Course) -> None:
     assert terminated
     assert reward == -1
     assert info["offset"] > 1.75
+
+
+@pytest.mark.parametrize("wall", [math.inf, 30.0, 10.0, 4.0, 3.0])
+def test_what_depth_shows_ahead_costs_and_ends(course: Course, wall: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A wall so many metres before the rear axle in the newest frame, and at half that distance in the one before.
+    newest = np.full((64, 128), min(wall - 2.0, 600.0), np.float32)
+    depth = {"front_wide": np.stack([newest / 2, newest]), "rear": np.ones((2, 8, 16), np.float32)}
+
+    def advance(*arguments: Any) -> list[Any]:
+        return [replace(made, depth=depth) for made in session.advance(*arguments)]
+
+    monkeypatch.setattr(drive_env, "advance", advance)
+    batch, single = DriveVectorEnv(scenario="town", course=course), DriveEnv(scenario="town", course=course)
+    for env, car in ((batch, batch._cars[0]), (single, single._car)):
+        env.reset(seed=1)
+        assert car.ahead is not None
+        assert car.ahead.name == "front_wide"
+        car.ahead = replace(car.ahead, pitch=0.0, width=128, height=64)
+    step = single._car.session.step
+    monkeypatch.setattr(single._car.session, "step", lambda action: replace(step(action), depth=depth))
+    action = normalise_action(10.0, 0.0)
+    _, reward, terminated, truncated, info = single.step(action)
+    if wall > 3.65:
+        seconds = (wall - 3.65) / 10.0
+        assert reward == pytest.approx(10 / 30 * min(1.0, seconds / 2), rel=1e-4)
+        assert info["time_to_collision"] == pytest.approx(seconds, rel=1e-4)
+    assert (terminated, truncated) == (wall < 3.65, False)
+    assert reward == -1 or not terminated
+    _, rewards, ends, _, infos = batch.step(action[None])
+    assert (rewards[0], ends[0]) == (reward, terminated)
+    assert infos["gap"][0] == info["gap"]
 
 
 def test_cars_of_a_batch_drive_as_they_would_alone(course: Course) -> None:

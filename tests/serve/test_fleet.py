@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet
@@ -74,3 +78,49 @@ def test_a_fleet_survives_its_workers_and_repeats_nothing(tmp_path: Path, monkey
     assert len({row["video"] for row in rows}) == 4
     done = run_fleet(rollouts, tmp_path / "out", course=fatal_course)  # nothing is left: no cluster is started
     assert pyarrow.parquet.read_table(done).to_pylist() == rows
+
+
+@pytest.fixture
+def head() -> Iterator[str]:
+    """The address of a cluster that somebody else started: a head in processes of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address", "127.0.0.1"),
+        *("--port", address.rpartition(":")[2], "--num-cpus", "2", "--include-dashboard", "false"),
+        *("--object-store-memory", str(80 * 2**20), "--disable-usage-stats"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        told = []
+        for line in process.stdout:
+            told.append(line)
+            if "Ray runtime started" in line:
+                break
+        assert process.poll() is None, "".join(told)
+        yield address
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_a_cluster_elsewhere_gives_the_same(tmp_path: Path, head: str) -> None:
+    rollouts = read_plan(write(tmp_path, PLAN.replace("[0, 1]", "[3]")), ["eager"])
+    torch.set_num_threads(1)
+    here = [drive(small_course(), rollout) for rollout in rollouts]
+    rows = pyarrow.parquet.read_table(run_fleet(rollouts, tmp_path, course=small_course, address=head)).to_pylist()
+    assert [(row["video"], row["reward"]) for row in rows] == [(row["video"], row["reward"]) for row in here]
+
+
+def test_where_no_cluster_is_is_said_at_once(tmp_path: Path) -> None:
+    rollouts = read_plan(write(tmp_path, PLAN), ["eager"])
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        nobody = f"127.0.0.1:{probe.getsockname()[1]}"
+    for address in (nobody, "junk", "127.0.0.1:99999"):
+        with pytest.raises(ValueError, match=f"address='{address}': no Ray cluster answers there"):
+            run_fleet(rollouts, tmp_path, course=small_course, address=address)
+    with pytest.raises(ValueError, match="workers=2 with address='127"):
+        run_fleet(rollouts, tmp_path, course=small_course, address=nobody, workers=2)
+    with pytest.raises(ValueError, match="workers=0"):
+        run_fleet(rollouts, tmp_path, course=small_course, workers=0)

@@ -201,11 +201,11 @@ def inspect(
 def fleet_run(
     plan: Annotated[Path, typer.Argument(help="A YAML file: scenarios, seeds, drivers, generations.")],
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated. By default xcache_reactive.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes, where the cluster is this machine.")] = 1,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine, 1 by default.")] = None,
     out: Annotated[Path, typer.Option(help="The folder of the run; finished rollouts in it are kept.")] = Path(
         "runs/fleet"
     ),
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster. By default one is started here.")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster, host:port. By default one is started.")] = None,
 ) -> None:
     """Drive every scenario, seed and driver of a plan under each policy; results come as Parquet."""
     with plain_errors():

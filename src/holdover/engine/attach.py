@@ -185,6 +185,12 @@ class Cache:
         else:
             self._runtime.streams.pop(stream, None)
 
+    def give_up(self, chunk: int, stream: str = "default") -> None:
+        """Free what a generation holds for itself: it ends before its last pass, or another model runs the rest."""
+        self._require_no_pass("give_up")
+        if stream in self._runtime.streams:
+            self._runtime.streams[stream].give_up(chunk)
+
     def fork(self, src: str, dst: str) -> None:
         """Let a new stream go on from where another stands; neither touches the other from then on.
 

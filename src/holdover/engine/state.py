@@ -216,6 +216,13 @@ class Stream:
         self.held = {k: held for k, held in self.held.items() if k.branch != branch or k.generation in in_flight}
         self.nbytes = sum(held.nbytes for held in self.held.values())
 
+    def give_up(self, chunk: int) -> None:
+        """Free what a generation holds for itself, though not all its passes ran."""
+        generation = self.generations.get(chunk)
+        for branch, run in generation.runs.items() if generation else ():
+            run.idle = run.num_steps
+            self.free(branch)
+
     def run(self, step: Step) -> Run | None:
         """The branch of a step's generation; None before its first pass."""
         generation = self.generations.get(step.chunk)

@@ -67,15 +67,28 @@ def far_writes(model: nn.Module, *args: Any, kv_cache_flag: dict[str, Any] | Non
     return bool(kv_cache_flag and kv_cache_flag["is_cache_step"])
 
 
+def refiner_writes(module: nn.Module, *args: Any, kv_cache_mode: str | None = None, **kwargs: Any) -> bool:
+    """SANA-WM's refiner and its blocks: of the sink and of each chunk once it is refined."""
+    return kv_cache_mode in ("capture_pre_rope", "inject_and_capture_post_rope")
+
+
 def _wan(model: str, family: str, **more: Any) -> Host:
     """A model of Wan's blocks: ``block(hidden_states, encoder_hidden_states, temb, ...)``."""
-    fields = {"blocks": ("blocks",), "taps": {"modulated": modulated}, "rows": first_three, "grid": patches}
+    fields = {
+        "blocks": ("blocks",),
+        "taps": {"modulated": modulated},
+        "rows": first_three,
+        "grid": patches,
+        "condition": ("encoder_hidden_states", "encoder_hidden_states_image"),
+    }
     return Host(model=model, family=family, **{**fields, **more})
 
 
 DIFFUSERS = (
     _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", tested="pipeline"),
     _wan("WanVACETransformer3DModel", "Wan VACE"),
+    # What is taken from the face enters between blocks.
+    _wan("WanAnimateTransformer3DModel", "Wan Animate"),
     _wan("ChronoEditTransformer3DModel", "ChronoEdit"),
     _wan("SkyReelsV2Transformer3DModel", "SkyReels-V2, diffusion forcing too"),
     # Its tokens begin with a history of other sizes, and each video has a rotary embedding of its own.
@@ -120,6 +133,14 @@ DIFFUSERS = (
         grid=patches,
         condition=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
     ),
+    # Its tokens begin with a history of other sizes.
+    Host(
+        model="HunyuanVideoFramepackTransformer3DModel",
+        family="FramePack",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        taps={"modulated": modulated_hunyuan},
+        condition=("encoder_hidden_states", "pooled_projections", "image_embeds"),
+    ),
     Host(model="LTXVideoTransformer3DModel", family="LTX-Video", taps={"modulated": modulated_ltx}, grid=packed),
     Host(
         model="LTX2VideoTransformer3DModel",
@@ -137,5 +158,14 @@ DIFFUSERS = (
         blocks=("blocks",),
         hidden="x",
         action="camera_conditions",
+    ),
+    Host(
+        model="SanaWMLTX2RefinerTransformer3DModel",
+        family="SANA-WM's refiner, chunk-causal with a KV cache",
+        taps={"modulated": modulated_ltx},
+        block_kv_update=refiner_writes,
+        kv_update=refiner_writes,
+        autoregressive=True,
+        tested="pipeline",
     ),
 )

@@ -1,8 +1,8 @@
 """``gymnasium.make("holdover/Drive-v1")``: drive in the world model; importing this module registers it.
 
 What is seen is generated. Where the car is, is not: its pose follows from the commands by the kinematic bicycle of the
-data (`holdover.world.vehicles`), and it is held against the lanes of the scene in which the clip began. Reward and
-termination need no depth, so the model needs none.
+data (`holdover.world.vehicles`), and it is held against the lanes of the scene in which the clip began. What stands in
+its way is known where the model draws depth (`holdover.serve.ahead`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from holdover.policies.registry import policy as policy_by_name
 from holdover.rollout.scenarios import first_clip, shipped_clips, shipped_model
+from holdover.serve.ahead import gap_ahead, time_to_collision
 from holdover.serve.session import Generation, WorldSession, advance
 from holdover.serve.world import POLICIES, World, load_starts
 from holdover.world.cameras import FPS
@@ -28,6 +29,8 @@ from holdover.world.transformer import WorldModel
 from holdover.world.vehicles import MAX_CURVATURE, MAX_SPEED, EgoState, denormalise_action, drive
 
 ID = "holdover/Drive-v1"
+#: Seconds to whatever is ahead that cost nothing: the two-second rule.
+_SAFE = 2.0
 #: Normalised speed and curvature.
 _LEAST, _MOST = np.array([0, -1], np.float32), np.array([1, 1], np.float32)
 
@@ -104,6 +107,8 @@ class _Car:
         if unknown:
             raise ValueError(f"camera {unknown[0]!r} is not one of {', '.join(sizes)}")
         self.pictures = {name: sizes[name] for name in (cameras or sizes)}
+        ahead = [camera for camera in course.world.model.config.cameras if camera.yaw == 0]
+        self.ahead = max(ahead, key=lambda camera: camera.fov, default=None)
         self.session = WorldSession(course.world, policy=policy)
 
     def reset(self, scenario: str, seed: int) -> dict[str, Any]:
@@ -112,16 +117,23 @@ class _Car:
         self.ego = self.road.start
         return self._info()
 
-    def move(self, action: NDArray[np.float32]) -> tuple[float, bool, dict[str, Any]]:
-        """Along under a normalised action: reward, whether it left the road, what is known."""
+    def move(
+        self, action: NDArray[np.float32], depth: Mapping[str, NDArray[np.float32]]
+    ) -> tuple[float, bool, dict[str, Any]]:
+        """Along under a normalised action, which led to this depth: reward, whether it is over, what is known."""
         speed, curvature = denormalise_action(action)
         for _ in range(self.course.world.model.config.frames_per_latent):
             self.ego = drive(self.ego, float(speed), float(curvature), dt=1 / FPS)
         info = self._info()
-        off = not abs(info["offset"]) <= self.max_offset
-        progress = self.ego.speed * np.cos(info["heading_error"]) / MAX_SPEED if not off else 0.0
-        centred = 1 - (info["offset"] / self.max_offset) ** 2 if not off else 0.0
-        return (-1.0 if off else float(progress * centred)), off, info
+        over, safe = not abs(info["offset"]) <= self.max_offset, 1.0
+        if self.ahead is not None and self.ahead.name in depth:
+            info["gap"] = gap_ahead(depth[self.ahead.name][-1], self.ahead, curvature=self.ego.curvature)
+            info["time_to_collision"] = time_to_collision(info["gap"], self.ego.speed)
+            over, safe = over or info["gap"] <= 0, min(1.0, info["time_to_collision"] / _SAFE)
+        if over:
+            return -1.0, True, info
+        progress = self.ego.speed * np.cos(info["heading_error"]) / MAX_SPEED
+        return float(progress * (1 - (info["offset"] / self.max_offset) ** 2) * safe), False, info
 
     def observe(self, frames: Mapping[str, NDArray[np.uint8]] | None) -> dict[str, Any]:
         """The newest frame of each camera, black before the first, and the car's own speed and curvature."""
@@ -161,7 +173,8 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     The action is normalised: speed in [0, 1], curvature in [-1, 1]. The observation is the newest frame of each camera,
     and ``ego``, speed in m/s and curvature in 1/m. The reward is speed along the lane as a share of the greatest, times
-    one less the squared offset as a share of ``max_offset``; leaving the lane ends the episode at -1.
+    one less the squared offset as a share of ``max_offset``; leaving the lane ends the episode at -1. Where the model
+    draws depth, less than two seconds to what is ahead cost their share, and running into it ends the episode likewise.
 
     Args:
         scenario: to start in; by default each episode draws one.
@@ -207,8 +220,8 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """One generation under an action, clipped to its space."""
         bounded = _clipped(action)
         self.newest = self._car.session.step(bounded.tolist())
-        reward, off, info = self._car.move(bounded)
-        return self._car.observe(self.newest.frames), reward, off, False, info
+        reward, over, info = self._car.move(bounded, self.newest.depth)
+        return self._car.observe(self.newest.frames), reward, over, False, info
 
     def render(self) -> NDArray[np.uint8] | None:
         """The newest frame of the first camera."""
@@ -225,7 +238,8 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float32], NDArray[Any]]):
     """Many cars of one world: a step advances all in shared forward passes. Arguments as for `DriveEnv`.
 
-    A car that left its lane, or drove ``max_episode_steps``, begins anew in the next step, whose action it ignores.
+    A car that left its lane, hit something or drove ``max_episode_steps`` begins anew in the next step, whose action it
+    ignores.
     """
 
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}  # noqa: RUF012
@@ -265,23 +279,23 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
         bounded = [_clipped(action) for action in actions]
         going = [n for n in range(self.num_envs) if not self._over[n]]
         made = advance([self._cars[n].session for n in going], [bounded[n].tolist() for n in going])
-        rewards, off = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+        rewards, over = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         seen: dict[int, dict[str, Any]] = {}
         infos: dict[int, dict[str, Any]] = {}
         for n, generation in zip(going, made, strict=True):
             if not isinstance(generation, Generation):
                 raise generation
-            rewards[n], off[n], infos[n] = self._cars[n].move(bounded[n])
+            rewards[n], over[n], infos[n] = self._cars[n].move(bounded[n], generation.depth)
             seen[n] = self._cars[n].observe(generation.frames)
             self._steps[n] += 1
         for n in map(int, np.flatnonzero(self._over)):
             infos[n] = self._begin(n)
             seen[n] = self._cars[n].observe(None)
         limit = self.max_episode_steps
-        truncated = np.array([limit is not None and self._steps[n] >= limit for n in range(self.num_envs)]) & ~off
-        self._over = off | truncated
-        order = range(self.num_envs)
-        return self._stacked([seen[n] for n in order]), rewards, off, truncated, self._merged([infos[n] for n in order])
+        truncated = np.array([limit is not None and self._steps[n] >= limit for n in range(self.num_envs)]) & ~over
+        self._over = over | truncated
+        cars = range(self.num_envs)
+        return self._stacked([seen[n] for n in cars]), rewards, over, truncated, self._merged([infos[n] for n in cars])
 
     def close_extras(self, **_: Any) -> None:
         for car in self._cars:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -147,7 +148,7 @@ def run_fleet(
     rollouts: Sequence[Rollout],
     out: Path,
     *,
-    workers: int = 1,
+    workers: int | None = None,
     course: Callable[[], Course] = shipped_course,
     address: str | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -157,13 +158,13 @@ def run_fleet(
     Args:
         rollouts: what to drive.
         out: the folder of the run; rollouts that finished in it are not driven again.
-        workers: processes, where the cluster is this machine.
+        workers: processes on this machine, 1 by default; with an address the cluster has its own.
         course: makes what workers drive on; called for each rollout, so it should remember what it made.
-        address: of a Ray cluster that runs already.
+        address: of a Ray cluster that runs already, ``host:port``; Holdover is installed there.
         progress: is told how many are done, of how many.
 
     Raises:
-        ValueError: a rollout asks for what the course has not.
+        ValueError: a rollout asks for what the course has not, or no cluster is at the address.
     """
     parts = out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -200,20 +201,35 @@ def _drive_in_worker(course: Callable[[], Course], rollout: Rollout) -> dict[str
 
 
 @contextmanager
-def _cluster(workers: int, address: str | None) -> Iterator[None]:
+def _cluster(workers: int | None, address: str | None) -> Iterator[None]:
     """A cluster of our own, or the one there is."""
-    if workers < 1:
-        raise ValueError(f"workers={workers}: give at least 1")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
-        _ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+        count = 1 if workers is None else workers
+        if count < 1:
+            raise ValueError(f"workers={workers}: give at least 1")
+        _ray.init("local", num_cpus=count, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     else:
+        if workers is not None:
+            raise ValueError(f"workers={workers} with address={address!r}: the cluster has its own; leave one out")
+        _knock(address)
         _ray.init(address=address, log_to_driver=False)
     try:
         yield
     finally:
         _ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """See that somebody answers, for which Ray would wait two minutes and then end the process."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError(
+            f"address={address!r}: no Ray cluster answers there ({error}); give host:port of `ray start --head`"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

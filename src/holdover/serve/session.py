@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -64,6 +64,7 @@ class Generation:
         exact: whether every block was computed.
         seconds: of the batch it was made in.
         batch: sessions in that batch.
+        depth: per camera ``float32 [T, height, width]``, metres along the viewing axis, where the model draws any.
     """
 
     index: int
@@ -72,6 +73,7 @@ class Generation:
     exact: bool
     seconds: float
     batch: int
+    depth: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class Kept(NamedTuple):
