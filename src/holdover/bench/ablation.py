@@ -95,12 +95,10 @@ def run_ablation(
     Raises:
         ValueError: ``generations`` is too short for a cycle after the warm-up, or a clip for the generations.
     """
-    if generations < 2 * model.config.window:
-        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.config.window}")
+    if generations < 2 * model.sizes.window:
+        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.sizes.window}")
     distance = StLpips()
-    load = {
-        name: load_scenario(name, model.config, clips=clips, generations=generations) for name in {*scenarios, *KINDS}
-    }
+    load = {name: load_scenario(name, model, clips=clips, generations=generations) for name in {*scenarios, *KINDS}}
     first = load[scenarios[0]]
     shares: dict[str, float] = {loop.cadence: cadence_block_share(model, first, loop) for loop in (WINDOW, PLAIN)}
     metrics = Metrics(every=every, distance=distance, block_shares=shares)
@@ -133,7 +131,7 @@ def _run(
     progress: Progress,
     task: TaskID,
 ) -> dict[str, Any]:
-    at = moments(scenario.actions, model.config.window, MOMENTS)
+    at = moments(scenario.actions, model.sizes.window, MOMENTS)
     with Race(model, scenario, arms, seed=seed) as race, warnings.catch_warnings():
         # That full protection leaves nothing to reuse in the plain cadence is one of the results.
         warnings.filterwarnings("ignore", message=".*could reuse nothing")

@@ -77,7 +77,7 @@ def fit(pairs: Sequence[tuple[float, float]], degree: int) -> list[float]:
 
 def world_loop(model: WorldModel, *, steps: int, generations: int, seed: int, clips: Path | None) -> Loop:
     """Drives the world model through the start of the urban scenario."""
-    scenario = load_scenario("urban", model.config, clips=clips, generations=generations)
+    scenario = load_scenario("urban", model, clips=clips, generations=generations)
     config = LoopConfig(steps=steps)
 
     def loop(cache: Cache) -> None:

@@ -80,13 +80,11 @@ def run_demo(
     Raises:
         ValueError: ``generations`` is too short for a cycle after the warm-up, or a clip for the generations.
     """
-    shortest = 2 * model.config.window
+    shortest = 2 * model.sizes.window
     if options.generations < shortest:
         raise ValueError(f"generations={options.generations} has no cycle after the warm-up; give {shortest} or more")
     distance, started = StLpips(), perf_counter()
-    scenarios = [
-        load_scenario(name, model.config, clips=clips, generations=options.generations) for name in options.scenarios
-    ]
+    scenarios = [load_scenario(name, model, clips=clips, generations=options.generations) for name in options.scenarios]
     total = progress.add_task("demo", total=len(scenarios) * (options.generations + 1) + 1)
     share = cadence_block_share(model, scenarios[0], LoopConfig())
     progress.advance(total)
@@ -118,7 +116,7 @@ def run_demo(
 
 def steady_skip_ceiling(model: WorldModel) -> float:
     """The most that X-Cache can skip: all but the first generation of a cycle, all but the first block."""
-    window, blocks = model.config.window, model.config.depth
+    window, blocks = model.sizes.window, model.sizes.layers
     return (window - 1) / window * (blocks - 1) / blocks
 
 
@@ -133,7 +131,7 @@ def _run_scenario(
     total: TaskID,
 ) -> dict[str, Any]:
     arms = [Arm(name=name, policy=policy(name), loop=loop) for name, loop in ARMS]
-    at = moments(scenario.actions, model.config.window, MOMENTS)
+    at = moments(scenario.actions, model.sizes.window, MOMENTS)
     progress.update(total, description=f"{scenario.name}: driving")
     with Race(model, scenario, arms, seed=options.seed) as race:
         held = {arm.name: list[int]() for arm in arms}
@@ -161,7 +159,7 @@ def _run_scenario(
     return {
         "name": scenario.name,
         "split": scenario.name.removesuffix(STEADY),
-        "frames": options.generations * model.config.frames_per_latent,
+        "frames": options.generations * model.sizes.frames_per_latent,
         "actions": scenario.actions.tolist(),
         "reaction_measured_at": at,
         "policies": policies,
@@ -191,7 +189,7 @@ class _Writer:
         generations = [
             Generation(
                 chunk=g,
-                frames=lane.loop.model.config.frames_per_latent,
+                frames=lane.loop.model.sizes.frames_per_latent,
                 seconds=lane.end_to_end_seconds[g],
                 dit_seconds=lane.dit_seconds[g],
                 bytes_held=held[g] if held else None,

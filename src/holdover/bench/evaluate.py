@@ -25,7 +25,6 @@ from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.cameras import FPS, Camera
 from holdover.world.clips import Clip, list_clips, read_clip
 from holdover.world.config import camera_rays
-from holdover.world.latents import patchify, unpatchify
 from holdover.world.transformer import WorldModel
 
 #: Seconds from the start at which a rollout is compared with the simulator, the last `EVERY` frames before each.
@@ -48,33 +47,40 @@ class Rollout:
 
     scenario: str
     made: Video
+    depth: Mapping[str, NDArray[np.float32]] | None
     clip: Clip  # from the first frame that was generated
 
 
 def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, generations: int) -> Rollout:
     """Drive a clip's own actions from its first two windows, everything computed."""
-    config = model.config
-    per, start = config.frames_per_latent, 2 * config.window
-    clip = read_clip(path, cameras=[camera.name for camera in config.cameras])
+    sizes, codec = model.sizes, model.codec
+    per, start = sizes.frames_per_latent, 2 * sizes.window
+    clip = read_clip(path, cameras=[camera.name for camera in sizes.cameras], depth="depth" in sizes.modalities)
     first = start * per
-    device = next(model.parameters()).device
-    latents = patchify({n: torch.from_numpy(v[:first])[None] for n, v in clip.frames.items()}, config).to(device)
+    before = {name: video[:first] for name, video in clip.frames.items()}
+    latents = codec.encode(before, clip.depth and {name: video[:first] for name, video in clip.depth.items()})
     whole = min(len(clip.actions) // per, start + generations)
-    actions = torch.from_numpy(clip.actions[: whole * per]).float().unflatten(0, (-1, per)).mean(1).to(device)
+    actions = torch.from_numpy(clip.actions[: whole * per]).float().unflatten(0, (-1, per)).mean(1).to(latents.device)
     running = ClosedLoop(model, latents, actions[None, :start], config=loop, seed=seed)
-    pieces = [unpatchify(piece.latents, config) for piece in running.run(actions[start:])]
-    made = {name: torch.cat([piece[name][0] for piece in pieces]).cpu().numpy() for name in clip.frames}
+    pieces = list(running.run(actions[start:]))
+    made = _joined([codec.decode(piece.latents, piece.before) for piece in pieces])
+    depth = _joined([codec.decode_depth(piece.latents, piece.before) for piece in pieces]) if clip.depth else None
     part = slice(first, whole * per)
     follows = Clip(
         scenario=clip.scenario,
         seed=clip.seed,
         frames={name: video[part] for name, video in clip.frames.items()},
-        depth=None,
+        depth=clip.depth and {name: video[part] for name, video in clip.depth.items()},
         actions=clip.actions[part],
         poses=clip.poses[part],
         motion=clip.motion[part],
     )
-    return Rollout(clip.scenario, made, follows)
+    return Rollout(clip.scenario, made, depth, follows)
+
+
+def _joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Per camera the pieces of one row of a batch as one video."""
+    return {name: np.concatenate([piece[name][0] for piece in pieces]) for name in pieces[0]}
 
 
 def run_evaluation(
@@ -110,7 +116,7 @@ def run_evaluation(
         rollouts.append(roll_out(model, path, loop or LoopConfig(), seed=seed, generations=generations))
         progress.advance(task)
     progress.update(task, description="evaluating: learning to read motion")
-    ahead = camera_ahead(model.config.cameras)
+    ahead = camera_ahead(model.sizes.cameras)
     reader = train_motion_reader(
         [read_clip(path, cameras=[ahead]) for path in list_clips(data)],
         ahead,
@@ -132,7 +138,7 @@ def run_evaluation(
             source: {"speed": agreement(m[:, 0], true[:, 0]), "yaw_rate": agreement(m[:, 1], true[:, 1])}
             for source, m in read.items()
         },
-        "cross_view": cross_view(rollouts, model.config.cameras),
+        "cross_view": cross_view(rollouts, model.sizes.cameras),
         "environment": environment(),
     }
     write_card(out, name, card(figures), figures)

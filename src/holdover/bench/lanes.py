@@ -16,7 +16,6 @@ from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from holdover.engine.contract import Policy
 from holdover.engine.trace import Decision, Stats
 from holdover.rollout.driver import ClosedLoop, LoopConfig, Piece
 from holdover.rollout.scenarios import Scenario
-from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
 
 STREAM = "default"
@@ -47,7 +45,7 @@ class Lane:
         frames: per camera the decoded pieces, each ``uint8 [frames_per_latent, height, width, 3]``.
         dit_seconds, end_to_end_seconds: per generation; the latter with decoding to frames.
         exact: per generation, whether every block was computed.
-        latents: the newest pieces as generated, those of one cycle, ``[1, 1, N, P]`` each.
+        pieces: the newest as generated, those of one cycle.
         commit_errors: per KV update after the start, the mean squared difference of what it wrote and what had been
             shown, in units of 1/255 of a pixel's range.
     """
@@ -55,7 +53,7 @@ class Lane:
     def __init__(self, arm: Arm, loop: ClosedLoop) -> None:
         self.arm, self.loop = arm, loop
         self.frames: dict[str, list[NDArray[np.uint8]]] = {}
-        self.latents: deque[Tensor] = deque(maxlen=loop.chunk_frames)
+        self.pieces: deque[Piece] = deque(maxlen=loop.chunk_frames)
         self.dit_seconds: list[float] = []
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
@@ -85,8 +83,8 @@ class Lane:
         """Generate the next piece under ``action [A]``, and keep it."""
         started = perf_counter()
         piece = self.loop.step(action)
-        decoded = unpatchify(piece.latents, self.loop.model.config)
-        frames = {name: video[0].cpu().numpy() for name, video in decoded.items()}
+        decoded = self.loop.model.codec.decode(piece.latents, piece.before)
+        frames = {name: video[0] for name, video in decoded.items()}
         seconds = perf_counter() - started
         self._keep(piece, frames, seconds)
         return piece
@@ -94,8 +92,7 @@ class Lane:
     def share(self, other: Lane) -> None:
         """Take the newest generation of another lane as one's own."""
         frames = {name: pieces[-1] for name, pieces in other.frames.items()}
-        piece = Piece(latents=other.latents[-1], dit_seconds=other.dit_seconds[-1], exact=other.exact[-1])
-        self._keep(piece, frames, other.end_to_end_seconds[-1])
+        self._keep(other.pieces[-1], frames, other.end_to_end_seconds[-1])
 
     def video(self) -> dict[str, NDArray[np.uint8]]:
         """Per camera all frames so far ``uint8 [T, height, width, 3]``."""
@@ -119,10 +116,12 @@ class Lane:
     def _keep(self, piece: Piece, frames: Mapping[str, NDArray[np.uint8]], seconds: float) -> None:
         for name, video in frames.items():
             self.frames.setdefault(name, []).append(video)
-        self.latents.append(piece.latents)
+        self.pieces.append(piece)
         if self._committed is not None:
-            difference = self._committed.clamp(-1, 1) - torch.cat(list(self.latents), 1).clamp(-1, 1)
-            self.commit_errors.append(float((difference.double() * 127.5).square().mean()))
+            written = self.loop.model.codec.decode(self._committed, self.pieces[0].before)
+            shown = {name: np.concatenate(videos[-len(self.pieces) :]) for name, videos in self.frames.items()}
+            errors = [(written[name][0].astype(float) - video).ravel() for name, video in shown.items()]
+            self.commit_errors.append(float(np.square(np.concatenate(errors)).mean()))
             self._committed = None
         self.dit_seconds.append(piece.dit_seconds)
         self.end_to_end_seconds.append(seconds)

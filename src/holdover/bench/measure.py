@@ -58,7 +58,7 @@ def describe(
     assert stats is not None, "an arm without a policy is a reference; describe_full takes it"
     comparison = compare(lane.video(), reference.video(), every=metrics.every, distance=metrics.distance)
     full_time, time = _times(race.base(name)), _times(lane)
-    config = lane.loop.model.config
+    config = lane.loop.model.sizes
     bound = amdahl_bound(metrics.block_shares[lane.loop.config.cadence], stats.skip)
     faster = speedup(full_time.dit, time.dit)
     decisions = lane.decisions()
@@ -76,9 +76,9 @@ def describe(
         "truth": _truth(lane, scenario, metrics),
         "reaction": {event.name: mean_ratio(reactions, event.name) for event in EVENTS},
         "reasons": dict(stats.reasons),
-        "skip_by_block": _nullable(skip_by_block(decisions, config.depth)),
+        "skip_by_block": _nullable(skip_by_block(decisions, config.layers)),
         "cosine_by_step_and_block": [
-            _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.depth)
+            _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.layers)
         ],
         "full_generations": sum(lane.exact),
         "committed_as_emitted_db": _finite(psnr(np.array(lane.commit_errors))),

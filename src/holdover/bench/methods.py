@@ -189,10 +189,10 @@ def run_methods(
     """
     left_out = settings(steps)[1]
     generations = generations or (12 if steps == FEW else 8)
-    if generations < 2 * model.config.window:
-        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.config.window}")
-    scenario = load_scenario(SCENARIO, model.config, clips=clips, generations=generations)
-    elsewhere = load_scenario(CALIBRATION, model.config, clips=clips, generations=model.config.window)
+    if generations < 2 * model.sizes.window:
+        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.sizes.window}")
+    scenario = load_scenario(SCENARIO, model, clips=clips, generations=generations)
+    elsewhere = load_scenario(CALIBRATION, model, clips=clips, generations=model.sizes.window)
     distance = StLpips()
     cadences = by_cadence(steps)
     heats = {cadence: _heats(some) for cadence, some in cadences.items()}

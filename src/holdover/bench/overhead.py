@@ -52,7 +52,7 @@ def run_overhead(
     """
     if generations <= WARM_UP:
         raise ValueError(f"generations={generations}: give more than the {WARM_UP} of warm-up")
-    scenario = load_scenario("urban-steady", model.config, clips=clips, generations=generations)
+    scenario = load_scenario("urban-steady", model, clips=clips, generations=generations)
     policies = arms()
     task = progress.add_task("overhead", total=generations)
     different: set[str] = set()
@@ -60,7 +60,8 @@ def run_overhead(
         base = race.base("never")
         for action in scenario.actions:
             race.step(action)
-            different |= {n for n, lane in race.lanes.items() if not torch.equal(lane.latents[-1], base.latents[-1])}
+            made = base.pieces[-1].latents
+            different |= {n for n, lane in race.lanes.items() if not torch.equal(lane.pieces[-1].latents, made)}
             progress.advance(task)
         full = np.array(base.dit_seconds[WARM_UP:])
         rows = [{"name": "unattached", "dit_ms_per_generation": 1e3 * float(np.median(full)), "ratio": 1.0}]

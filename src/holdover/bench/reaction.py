@@ -1,6 +1,6 @@
 """Does a cached rollout still obey? An abrupt action in the middle of a cycle, with and without, cached and in full.
 
-The *response* is what the action changes in the picture: latents under the event minus latents without it. The
+The *response* is what the action changes: pictures under the event minus pictures without it. The
 *response ratio* is the projection of the cached response onto the full one, ``<cached, full> / |full|^2``: 1 is right,
 0 is a car that drives on as if nothing had been said.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdover.bench.lanes import Race, fork
-from holdover.rollout.driver import ClosedLoop
+from holdover.rollout.driver import ClosedLoop, Piece
 from holdover.world.vehicles import denormalise_action, normalise_action
 
 #: A response ratio from which the rollout counts as having reacted.
@@ -83,9 +83,9 @@ class Reaction:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One generation under an event: its latents, clipped to what pixels can show, and how they differ from calm."""
+    """One generation under an event: its pictures in [-1, 1], all in one row, and how they differ from calm."""
 
-    latents: Tensor
+    pictures: Tensor
     change: Tensor
 
 
@@ -137,7 +137,7 @@ def measure(
             position=position,
             ratios=tuple(response_ratio(c.change, f.change) for c, f in zip(responses, memory[name], strict=True)),
             response=_mean_square(memory[name][0].change) ** 0.5,
-            error=_mean_square(responses[0].latents - memory[name][0].latents),
+            error=_mean_square(responses[0].pictures - memory[name][0].pictures),
         )
         for name, responses in _respond(cached, action, events, horizon).items()
     ]
@@ -230,22 +230,28 @@ def _respond(loop: ClosedLoop, action: Tensor, events: Sequence[Event], horizon:
         commands = list(event.actions(action))
         commands += [commands[-1]] * (horizon - len(commands))
         eventful = _run(loop, event.name, commands[:horizon])
-        responses[event.name] = [Response(latents=e, change=e - c) for e, c in zip(eventful, calm, strict=True)]
+        responses[event.name] = [Response(pictures=e, change=e - c) for e, c in zip(eventful, calm, strict=True)]
     return responses
 
 
 def _mean_square(difference: Tensor) -> float:
-    """Of latents in [-1, 1], in units of 1/255 of a pixel's range."""
+    """Of pictures in [-1, 1], in units of 1/255 of a pixel's range."""
     return float((difference.double() * 127.5).square().mean())
 
 
 def _run(loop: ClosedLoop, name: str, actions: Sequence[Tensor]) -> list[Tensor]:
     stream = f"reaction {name}"
     twin = fork(loop, stream)
-    pieces = [twin.step(action).latents.clamp(-1, 1) for action in actions]
+    shown = [_pictures(loop, twin.step(action)) for action in actions]
     if loop.cache is not None:
         loop.cache.reset(stream)
-    return pieces
+    return shown
+
+
+def _pictures(loop: ClosedLoop, piece: Piece) -> Tensor:
+    """What a piece shows, in [-1, 1], all cameras in one row."""
+    cameras = loop.model.codec.pictures("colour", piece.latents, piece.before)
+    return torch.cat([video.flatten() for video in cameras.values()]).clamp(-1, 1)
 
 
 def _turned(action: Tensor, lateral_acceleration: float) -> Tensor:

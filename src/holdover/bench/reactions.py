@@ -42,7 +42,7 @@ def run_reactions(
     Raises:
         ValueError: there are too few generations for a moment after the first cycle.
     """
-    window = model.config.window
+    window = model.sizes.window
     arms = [
         Arm(name="xcache", policy=holdover.xcache()),
         Arm(name="xcache_reactive", policy=holdover.xcache_reactive(), loop=LoopConfig(commit="last_full")),
@@ -51,7 +51,7 @@ def run_reactions(
     found: dict[str, list[Reaction]] = {arm.name: [] for arm in arms}
     task = progress.add_task("reaction", total=len(KINDS) * generations)
     for kind in KINDS:
-        scenario = load_scenario(kind + STEADY, model.config, clips=clips, generations=generations)
+        scenario = load_scenario(kind + STEADY, model, clips=clips, generations=generations)
         at = moments(scenario.actions, window, count)
         if not at:
             raise ValueError(

@@ -108,7 +108,7 @@ def run_scale(
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
     bench = _Bench.build(size, device, compiled=compiled, seed=seed)
-    steps, blocks = LoopConfig().steps, bench.model.config.depth
+    steps, blocks = LoopConfig().steps, bench.model.sizes.layers
     arms: dict[str, tuple[float, Arrangement, Policy]] = {}
     for share in SHARES:
         for arrangement in get_args(Arrangement):
@@ -151,7 +151,7 @@ def run_scale(
         "compiled": compiled,
         "repeats": repeats,
         "weights": sum(p.numel() for p in bench.model.parameters()),
-        "tokens_per_pass": bench.model.config.window * bench.model.config.tokens,
+        "tokens_per_pass": bench.model.sizes.window * bench.model.sizes.tokens,
         "block_share": share_of_blocks,
         "rows": rows,
         "environment": environment(),
@@ -173,7 +173,7 @@ class _Bench:
         torch.manual_seed(seed)
         config = CONFIGS[size]
         with torch.device(device):
-            model = WorldModel(config).to(torch.bfloat16).eval().requires_grad_(False)
+            model = WorldModel.of(config).to(torch.bfloat16).eval().requires_grad_(False)
             start = torch.randn(1, config.context, config.tokens, config.patch_values) * 0.5
             actions = torch.zeros(1, config.context, config.action_dims)
         if compiled:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from holdover.cli.common import Benchmarks, Model, Seed, keep_memory, load, plain_errors, show, typer
+
+if TYPE_CHECKING:
+    from holdover.world.trainer import Schedule
+
+S = TypeVar("S", bound="Schedule")
 
 world = typer.Typer(no_args_is_help=True, help="Record clips; train and evaluate world models.")
 
@@ -30,34 +35,69 @@ def record(
 
 
 @world.command()
+def train_autoencoder(
+    data: Annotated[Path, typer.Option(help="A folder of clips.")],
+    out: Annotated[Path, typer.Option(help="The folder of the autoencoders; an interrupted run goes on.")],
+    modality: Annotated[str, typer.Option(help="colour or depth.")] = "colour",
+    heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the schedule's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Videos per camera and step. By default the schedule's.")] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+) -> None:
+    """Train the autoencoder of colour or of depth, or continue; each has a folder of its own in OUT."""
+    with plain_errors():
+        keep_memory()
+        from holdover.world.train_autoencoder import SCHEDULES
+        from holdover.world.train_autoencoder import train_autoencoder as run
+
+        if modality not in SCHEDULES:
+            raise ValueError(f"modality {modality!r} is not one of {', '.join(SCHEDULES)}")
+        schedule = _with(SCHEDULES[modality], steps=steps, batch=batch)
+        weights = run(data, out / modality, schedule, heldout=heldout, depth=modality == "depth", device=device)
+        typer.echo(f"weights: {weights}")
+
+
+@world.command()
 def train(
     data: Annotated[Path, typer.Option(help="A folder of clips.")],
     out: Annotated[Path, typer.Option(help="The folder for weights, log and curve; an interrupted run goes on.")],
+    autoencoders: Annotated[
+        Path | None, typer.Option(help="What train-autoencoder wrote. By default the shipped ones.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="tiny, small, base or xworld-5b.")] = "small",
+    camera: Annotated[list[str] | None, typer.Option(help="One to train on, again for more. Default: all.")] = None,
+    depth: Annotated[bool, typer.Option(help="Draw depth as well as colour.")] = True,
     heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
     start_from: Annotated[Path | None, typer.Option(help="Checkpoint to begin with; default: random weights.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data, noise and weights. By default the recipe's.")] = None,
-    recipe: Annotated[str, typer.Option(help="base, or sharpen, which goes on from a base checkpoint.")] = "base",
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
 ) -> None:
-    """Train a world model, or continue; writes model.safetensors, log.jsonl and curve.png."""
+    """Train a world model, or continue; writes the model, log.jsonl and curve.png."""
     with plain_errors():
         keep_memory()
         from holdover.report.plots import plot_training
-        from holdover.world.recipe import RECIPES
-        from holdover.world.train import read_log
+        from holdover.rollout.scenarios import shipped_model
+        from holdover.world.config import CONFIGS, config_for
+        from holdover.world.latents import Codec
+        from holdover.world.recipe import Recipe
         from holdover.world.train import train as run
+        from holdover.world.trainer import read_log
 
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
-        if RECIPES[recipe].adversary and start_from is None:
-            raise ValueError(f"recipe {recipe!r} goes on from a trained checkpoint; name it with --start-from")
-        given = {"steps": steps, "batch": batch, "seed": seed}
-        numbers = replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None})
-        weights = run(data, out, numbers, heldout=heldout, start_from=start_from, device=device)
+        if size not in CONFIGS:
+            raise ValueError(f"size {size!r} is not one of {', '.join(CONFIGS)}")
+        sizes = config_for(size, data, cameras=camera, depth=depth)
+        codec = Codec.load(autoencoders or shipped_model(), sizes)
+        recipe = _with(Recipe(), steps=steps, batch=batch, seed=seed)
+        weights = run(data, out, recipe, codec=codec, heldout=heldout, start_from=start_from, device=device)
         plot_training(out / "curve.png", list(read_log(out)))
         typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
+
+
+def _with(schedule: S, **given: int | None) -> S:
+    """A schedule with the numbers that were given."""
+    return replace(schedule, **{name: value for name, value in given.items() if value is not None})
 
 
 @world.command("eval")

@@ -67,11 +67,13 @@ class Piece:
 
     Attributes:
         latents: ``float32 [B, 1, N, P]``.
+        before: the latent frame that was shown before it, ``[B, N, P]``: decoding needs both.
         dit_seconds: time in the transformer, a KV update that followed included; that of the whole batch.
         exact: whether every block of it was computed.
     """
 
     latents: Tensor
+    before: Tensor
     dit_seconds: float
     exact: bool
 
@@ -85,6 +87,7 @@ class LoopState:
         generation: the number of the next generation.
         noise_source: the state of the generator that draws the noise.
         noise: of the cycle ``[S, B, F, N, P]``; None at its beginning.
+        shown: the latent frame that was shown last ``[B, N, P]``.
         emitted, actions: of the cycle so far, per generation ``[B, 1, N, P]`` and ``[B, A]``.
         committed: latents ``[B, F, N, P]`` and actions ``[B, F, A]`` that the KV update will write.
     """
@@ -93,6 +96,7 @@ class LoopState:
     generation: int
     noise_source: Tensor
     noise: Tensor | None
+    shown: Tensor
     emitted: tuple[Tensor, ...]
     actions: tuple[Tensor, ...]
     committed: tuple[Tensor, Tensor] | None
@@ -100,7 +104,7 @@ class LoopState:
     def tensors(self) -> dict[str, Tensor]:
         """Everything, by name."""
         named = {f"kv.{name}": tensor for name, tensor in self.kv.state_dict().items()}
-        named |= {"generation": torch.tensor(self.generation), "noise_source": self.noise_source}
+        named |= {"generation": torch.tensor(self.generation), "noise_source": self.noise_source, "shown": self.shown}
         named |= {"noise": self.noise} if self.noise is not None else {}
         named |= {f"emitted.{n}": piece for n, piece in enumerate(self.emitted)}
         named |= {f"actions.{n}": action for n, action in enumerate(self.actions)}
@@ -120,6 +124,7 @@ class LoopState:
             generation=int(tensors["generation"]),
             noise_source=tensors["noise_source"],
             noise=tensors.get("noise"),
+            shown=tensors["shown"],
             emitted=tuple(tensors[f"emitted.{n}"] for n in range(count)),
             actions=tuple(tensors[f"actions.{n}"] for n in range(count)),
             committed=(tensors["committed.latents"], tensors["committed.actions"]) if committed else None,
@@ -150,7 +155,7 @@ class ClosedLoop:
         cache: Cache | None = None,
         stream: str = "default",
     ) -> None:
-        window = model.config.window
+        window = model.sizes.window
         if start.shape[1] == 0 or start.shape[1] % window:
             raise ValueError(f"start has {start.shape[1]} latent frames; give a multiple of the window, {window}")
         if start_actions.shape[:2] != start.shape[:2]:
@@ -160,6 +165,7 @@ class ClosedLoop:
         self.generation = 0
         self._noise_source = torch.Generator(start.device).manual_seed(seed)
         self._committed: tuple[Tensor, Tensor] | None = None
+        self._shown = start[:, -1]
         self._begin_cycle()
         chunk = 1 if self.config.cadence == "plain" else window
         for first in range(0, start.shape[1], chunk):
@@ -189,7 +195,7 @@ class ClosedLoop:
     @property
     def chunk_frames(self) -> int:
         """Latent frames denoised together."""
-        return 1 if self.config.cadence == "plain" else self.model.config.window
+        return 1 if self.config.cadence == "plain" else self.model.sizes.window
 
     @property
     def rows(self) -> int:
@@ -204,6 +210,7 @@ class ClosedLoop:
             generation=self.generation,
             noise_source=self._noise_source.get_state(),
             noise=self._noise,
+            shown=self._shown,
             emitted=tuple(self._emitted),
             actions=tuple(self._actions),
             committed=self._committed,
@@ -214,6 +221,7 @@ class ClosedLoop:
         self.kv, self.generation = state.kv.fork(), state.generation
         self._noise_source.set_state(state.noise_source)
         self._noise: Tensor | None = state.noise
+        self._shown = state.shown
         self._emitted, self._actions, self._committed = list(state.emitted), list(state.actions), state.committed
 
     def step(self, action: Tensor) -> Piece:
@@ -250,8 +258,8 @@ class ClosedLoop:
             commits=position == announced,
         )
 
-    def _finish(self, made: _Generation, window: Tensor) -> tuple[Tensor, bool]:
-        """Emit the next piece of a window, and choose what will be committed."""
+    def _finish(self, made: _Generation, window: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Emit the next piece of a window after the one shown before, and choose what will be committed."""
         exact = self.cache is None or self.cache.exact(self.stream)
         position = len(self._emitted)
         piece = window[:, position : position + 1].clone()
@@ -260,7 +268,8 @@ class ClosedLoop:
             self._committed = window, made.actions_BFA
         if len(self._emitted) == self.chunk_frames and self.config.commit == "emitted":
             self._committed = torch.cat(self._emitted, 1), torch.stack(self._actions, 1)
-        return piece, exact
+        before, self._shown = self._shown, piece[:, -1]
+        return piece, before, exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,8 +329,8 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
     for loop in loops:
         loop.generation += 1
     return [
-        Piece(latents=latents, dit_seconds=sum(seconds) + writing * (loop in full), exact=exact)
-        for loop, (latents, exact) in zip(loops, pieces, strict=True)
+        Piece(latents=latents, before=before, dit_seconds=sum(seconds) + writing * (loop in full), exact=exact)
+        for loop, (latents, before, exact) in zip(loops, pieces, strict=True)
     ]
 
 

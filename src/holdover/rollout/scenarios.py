@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover.world.clips import list_clips, read_clip
-from holdover.world.config import WorldConfig
-from holdover.world.latents import patchify
+from holdover.world.transformer import WorldModel
 
 KINDS = ("urban", "highway", "uturn")
 STEADY = "-steady"
@@ -53,8 +52,8 @@ def shipped_model() -> Path:
     Raises:
         FileNotFoundError: this installation has none.
     """
-    path = _assets() / "model.safetensors"
-    if not path.is_file():
+    path = _assets() / "model"
+    if not path.is_dir():
         raise FileNotFoundError("this installation ships no world model; train one and pass it with --model")
     return path
 
@@ -87,12 +86,12 @@ def first_clip(folder: Path, kind: str, frames: int) -> Path:
     raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer generations")
 
 
-def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, generations: int = 60) -> Scenario:
+def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, generations: int = 60) -> Scenario:
     """Load a scenario from the first clip of its kind.
 
     Args:
         name: one of `NAMES`.
-        config: of the model that will be driven.
+        model: that will be driven.
         clips: a folder of recordings; by default the shipped ones.
         generations: how many actions; a steady scenario needs no recording of that length, a scripted one does.
 
@@ -105,22 +104,22 @@ def load_scenario(name: str, config: WorldConfig, *, clips: Path | None = None, 
         raise ValueError(f"generations={generations}: give at least 1")
     folder = clips or shipped_clips()
     kind, steady = name.removesuffix(STEADY), name.endswith(STEADY)
-    start, per = 2 * config.window, config.frames_per_latent
+    sizes = model.sizes
+    start, per = 2 * sizes.window, sizes.frames_per_latent
     pieces = start if steady else start + generations
     clip = first_clip(folder, kind, pieces * per)
-    cameras = [camera.name for camera in config.cameras]
+    cameras = [camera.name for camera in sizes.cameras]
     recording = read_clip(clip, cameras=cameras, frames=None if steady else pieces * per)
     actions = _per_piece(recording.actions, per)
-    frames = {name: torch.from_numpy(video[: start * per])[None] for name, video in recording.frames.items()}
+    begun = read_clip(clip, cameras=cameras, frames=start * per, depth="depth" in sizes.modalities)
+    latents = model.codec.encode(begun.frames, begun.depth)
     if steady:
         action = _steady_action(kind, actions, start)
         follow, truth = action.expand(generations, -1), None
     else:
         follow = actions[start:]
         truth = {name: video[start * per :] for name, video in recording.frames.items()}
-    return Scenario(
-        name=name, start=patchify(frames, config), start_actions=actions[None, :start], actions=follow, truth=truth
-    )
+    return Scenario(name=name, start=latents, start_actions=actions[None, :start], actions=follow, truth=truth)
 
 
 def _assets() -> Path:

@@ -216,7 +216,7 @@ def _stream(app: FastAPI, hub: Hub, access: Access) -> None:
 
 async def _send(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
     """Hand what waits to the socket; returns the code to close it with."""
-    config = hub.world.model.config
+    config = hub.world.model.sizes
     hello = Hello(
         session=seat.id, resumes_at=seat.first, seq=seat.seq_seen, policy=seat.policy,
         policies=list(hub.world.policies), cameras={c.name: (c.width, c.height) for c in config.cameras}, fps=FPS,

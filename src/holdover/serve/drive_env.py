@@ -92,7 +92,7 @@ def shipped_course(policies: tuple[str, ...] = POLICIES) -> Course:
     """The shipped model and clips under these policies; loaded once."""
     model = WorldModel.load(shipped_model())
     starts = load_starts(model)
-    frames = 2 * model.config.window * model.config.frames_per_latent
+    frames = 2 * model.sizes.window * model.sizes.frames_per_latent
     world = World(model, starts, policies={name: policy_by_name(name) for name in policies})
     return Course(world=world, roads={name: road_of(name, frames) for name in starts})
 
@@ -102,12 +102,12 @@ class _Car:
 
     def __init__(self, course: Course, cameras: Sequence[str], policy: str | None, max_offset: float) -> None:
         self.course, self.max_offset = course, max_offset
-        sizes = {c.name: (c.height, c.width, 3) for c in course.world.model.config.cameras}
+        sizes = {c.name: (c.height, c.width, 3) for c in course.world.model.sizes.cameras}
         unknown = [name for name in cameras if name not in sizes]
         if unknown:
             raise ValueError(f"camera {unknown[0]!r} is not one of {', '.join(sizes)}")
         self.pictures = {name: sizes[name] for name in (cameras or sizes)}
-        ahead = [camera for camera in course.world.model.config.cameras if camera.yaw == 0]
+        ahead = [camera for camera in course.world.model.sizes.cameras if camera.yaw == 0]
         self.ahead = max(ahead, key=lambda camera: camera.fov, default=None)
         self.session = WorldSession(course.world, policy=policy)
 
@@ -122,7 +122,7 @@ class _Car:
     ) -> tuple[float, bool, dict[str, Any]]:
         """Along under a normalised action, which led to this depth: reward, whether it is over, what is known."""
         speed, curvature = denormalise_action(action)
-        for _ in range(self.course.world.model.config.frames_per_latent):
+        for _ in range(self.course.world.model.sizes.frames_per_latent):
             self.ego = drive(self.ego, float(speed), float(curvature), dt=1 / FPS)
         info = self._info()
         over, safe = not abs(info["offset"]) <= self.max_offset, 1.0

@@ -41,7 +41,7 @@ class Hub:
         self.keeper = Keeper(world, folder=folder, max_bytes=self.limits.max_bytes)
         self.metrics = Metrics()
         self.draining = False
-        self.period = world.model.config.frames_per_latent / FPS
+        self.period = world.model.sizes.frames_per_latent / FPS
         self._tasks: list[asyncio.Task[None]] = []
 
     # Life of the server.
@@ -170,7 +170,7 @@ class Hub:
 
     def act(self, seat: Seat, seq: int, action: list[float]) -> str | None:
         """Take an action; says why not where it is not taken."""
-        dims = self.world.model.config.action_dims
+        dims = self.world.model.sizes.action_dims
         if len(action) != dims:
             raise ValueError(f"action has {len(action)} numbers; give {dims}")
         if seq <= seat.seq_seen:

@@ -128,7 +128,7 @@ class WorldSession:
     @property
     def seconds(self) -> float:
         """The clock: seconds of video since the reset."""
-        return self.generation * self.world.model.config.frames_per_latent / FPS
+        return self.generation * self.world.model.sizes.frames_per_latent / FPS
 
     @property
     def nbytes(self) -> int:
@@ -221,7 +221,7 @@ class WorldSession:
         model, cache = self.world.lane(plain["policy"])
         own = {n[5:]: t.to(self.world.device) for n, t in snapshot.tensors.items() if n.startswith("loop.")}
         own["noise_source"] = own["noise_source"].cpu()
-        state = LoopState.from_tensors(own, capacity=model.config.context)
+        state = LoopState.from_tensors(own, capacity=model.sizes.context)
         loop = ClosedLoop.resume(model, state, config=config, cache=cache, stream=self._name)
         if (held := plain["held"]) is not None:
             if held["policy"] != repr(self.world.policies[plain["policy"]]):
@@ -248,7 +248,7 @@ class WorldSession:
         Raises:
             ValueError: it is not that many finite numbers in [-1, 1].
         """
-        dims = self.world.model.config.action_dims
+        dims = self.world.model.sizes.action_dims
         try:
             values = [float(value) for value in action]
         except (TypeError, ValueError) as error:

@@ -20,7 +20,6 @@ from holdover.engine.snapshot import model_digest
 from holdover.policies.registry import policy as policy_by_name
 from holdover.rollout.driver import LoopConfig, Piece
 from holdover.rollout.scenarios import KINDS, load_scenario
-from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
 
 #: The policies a world offers unless told otherwise; the first is the default, because it heeds every action.
@@ -75,7 +74,7 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return self.model.head.weight.device
+        return self.model.device
 
     def lane(self, policy: str) -> tuple[WorldModel, Cache]:
         """The model under a policy, and its cache.
@@ -100,14 +99,14 @@ class World:
 
     def frames(self, piece: Piece) -> dict[str, NDArray[np.uint8]]:
         """What a piece of one row shows: per camera ``uint8 [T, height, width, 3]``."""
-        return {name: video[0].cpu().numpy() for name, video in unpatchify(piece.latents, self.model.config).items()}
+        return {name: video[0] for name, video in self.model.codec.decode(piece.latents, piece.before).items()}
 
 
 def load_starts(model: WorldModel, scenarios: Sequence[str] = KINDS) -> dict[str, Start]:
     """The starts of the shipped clips, for a model of the shipped cameras."""
-    device = model.head.weight.device
+    device = model.device
     starts = {}
     for name in scenarios:
-        scenario = load_scenario(f"{name}-steady", model.config, generations=1)
+        scenario = load_scenario(f"{name}-steady", model, generations=1)
         starts[name] = Start(latents=scenario.start.to(device), actions=scenario.start_actions.to(device))
     return starts

@@ -75,7 +75,7 @@ class Up(nn.Module):
         return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.repeats, 1), self.factor)
 
 
-class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Autoencoder(ModelMixin, ConfigMixin):
     """A causal video autoencoder.
 
     Args:
@@ -174,11 +174,16 @@ class Autoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = x + F.pixel_shuffle((linear + self.centre_Q.to(x)).movedim(-1, 1), SCALE)
         return x.reshape(b, f * FRAMES, -1, *(SCALE * n for n in z_BFZhw.shape[-2:]))
 
-    def encode(self, video_BTCHW: Tensor) -> Tensor:
-        """Normalised latents ``[B, F, Z, h, w]`` of video in [-1, 1]; latent frame by latent frame, so that a stream
-        gives the very same as the whole."""
-        frames = [self.posterior(part)[0].float() for part in video_BTCHW.to(self.dtype).split(FRAMES, 1)]
-        return (torch.cat(frames, 1) - self.mean_Z[:, None, None].float()) / self.std_Z[:, None, None].float()
+    def encode(self, video_BTCHW: Tensor, *, at_once: int = 1) -> Tensor:
+        """Normalised latents ``[B, F, Z, h, w]`` of video in [-1, 1].
+
+        Args:
+            at_once: latent frames encoded together. One at a time, a stream gives the very same as the whole; many
+                at a time are faster, and equal within rounding.
+        """
+        parts = video_BTCHW.to(self.dtype).split(FRAMES * at_once, 1)
+        mean = torch.cat([self.posterior(part)[0].float() for part in parts], 1)
+        return (mean - self.mean_Z[:, None, None].float()) / self.std_Z[:, None, None].float()
 
     def decode(self, z_BFZhw: Tensor, before_BZhw: Tensor | None = None) -> Tensor:
         """Video ``[B, T, C, H, W]``, nominally in [-1, 1], of normalised latents; latent frame by latent frame.

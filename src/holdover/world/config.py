@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from holdover.engine.slots import ViewGroup
 from holdover.world.autoencoder import FRAMES, SCALE
 from holdover.world.cameras import RIG, Camera, enlarged
+from holdover.world.clips import read_cameras
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class WorldConfig:
     @property
     def tokens(self) -> int:
         """N, tokens of one latent frame."""
-        return self.planes[-1].tokens.stop
+        last = self.planes[-1]
+        return last.start + last.rows * last.columns
 
     @property
     def patch_values(self) -> int:
@@ -143,13 +146,34 @@ class WorldConfig:
         return cls(**{**fields, "cameras": cameras})
 
 
-#: Sizes by name. `small` is the shipped checkpoints'. `base` and `xworld-5b` are twice and eight times as wide a rig...
+#: Sizes by name. `small` is the shipped checkpoint's. `xworld-5b` has X-World's layers, tokens (its cameras are
+#: eight times as wide) and about its five billion weights. `base` and `xworld-5b` have never been trained; they are
+#: there to be timed.
 CONFIGS: Mapping[str, WorldConfig] = {
     "tiny": WorldConfig(channels=64, layers=12, heads=2),
     "small": WorldConfig(),
     "base": WorldConfig(channels=768, heads=12),
     "xworld-5b": WorldConfig(channels=3072, heads=24, mlp_ratio=6, cameras=enlarged(RIG, 8)),
 }
+
+
+def config_for(size: str, folder: Path, *, cameras: Sequence[str] | None = None, depth: bool = True) -> WorldConfig:
+    """A named size for the cameras of a folder of clips.
+
+    Args:
+        size: a key of `CONFIGS`.
+        cameras: names of those to use; by default all.
+
+    Raises:
+        ValueError: the folder has no camera of such a name.
+    """
+    recorded = {camera.name: camera for camera in read_cameras(folder)}
+    for name in cameras or ():
+        if name not in recorded:
+            raise ValueError(f"camera {name!r} is not one of {', '.join(recorded)}, those of {folder}")
+    chosen = tuple(camera for name, camera in recorded.items() if not cameras or name in cameras)
+    sizes = replace(CONFIGS[size], cameras=chosen)
+    return sizes if depth else replace(sizes, depth_channels=0)
 
 
 def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:

@@ -34,6 +34,10 @@ class Codec:
     sizes: WorldConfig
     autoencoders: Mapping[str, Autoencoder]
 
+    def __deepcopy__(self, _: dict[int, object]) -> Codec:
+        """Itself: nothing changes it, so copies of a model share it."""
+        return self
+
     @classmethod
     def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype = torch.bfloat16) -> Codec:
         """Read the autoencoders that lie beside a transformer."""
@@ -122,9 +126,11 @@ class Codec:
     def _tokens(self, z_BFZhw: Tensor, plane: Plane) -> Tensor:
         p = self.sizes.token_latents(plane.modality)
         x = z_BFZhw.unflatten(-1, (plane.columns, p)).unflatten(3, (plane.rows, p))
-        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(2, 3).flatten(3)
+        tokens: Tensor = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(2, 3).flatten(3)
+        return tokens
 
     def _latents(self, x_BFNP: Tensor, plane: Plane) -> Tensor:
         p = self.sizes.token_latents(plane.modality)
         x = x_BFNP.unflatten(-1, (-1, p, p)).unflatten(2, (plane.rows, plane.columns))
-        return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+        latents: Tensor = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+        return latents

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.world.autoencoder import FRAMES, Autoencoder
+from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
 from holdover.world.clips import list_clips, read_cameras, read_clip
 from holdover.world.depth import from_metres
 from holdover.world.trainer import Predict, Schedule, fit
@@ -30,7 +30,7 @@ class AutoencoderSchedule(Schedule):
         kl: weight of the latents' divergence from a unit Gaussian, per value.
     """
 
-    steps: int = 1600
+    steps: int = 1500
     batch: int = 3
     muon_weight_decay: float = 0.0
     decay: float = 0.9
@@ -38,6 +38,10 @@ class AutoencoderSchedule(Schedule):
     latent_frames: int = 2
     squared: float = 4.0
     kl: float = 5e-4
+
+
+#: By modality, of the shipped autoencoders.
+SCHEDULES = {"colour": AutoencoderSchedule(), "depth": AutoencoderSchedule(steps=800)}
 
 
 def train_autoencoder(
@@ -95,9 +99,8 @@ def train_autoencoder(
         total, squares, divergence = torch.zeros((), device=device), 0.0, 0.0
         for batch in batches:
             video = as_video(batch).to(device)
-            b, t, _, height, width = video.shape
-            shape = b, t // FRAMES, model.config.latent_channels, height // 8, width // 8
-            made, mean, log_variance = predict(video, torch.randn(shape, generator=generator, device=device))
+            noise = torch.randn(_latents_of(video, model), generator=generator, device=device)
+            made, mean, log_variance = predict(video, noise)
             difference, mean, log_variance = made.float() - video, mean.float(), log_variance.float()
             square = difference.square().mean()
             kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
@@ -154,17 +157,21 @@ def _some_blocks(clips: Sequence[Path], depth: bool) -> Tensor:
 
 def as_video(pictures: NDArray[Any]) -> Tensor:
     """``[B, T, H, W, C]``, colours as uint8 or depth in [-1, 1], as ``float32 [B, T, C, H, W]`` in [-1, 1]."""
-    video = torch.from_numpy(pictures).permute(0, 1, 4, 2, 3).float()
+    video = torch.tensor(pictures).permute(0, 1, 4, 2, 3).float()
     return video / 127.5 - 1 if pictures.dtype == np.uint8 else video
 
 
 def _mean_reconstruction(predict: Predict, video: Tensor, model: Autoencoder) -> Tensor:
     """What is left of a video when its latents are the means, not draws."""
-    b, t, _, height, width = video.shape
-    shape = b, t // FRAMES, model.config.latent_channels, height // 8, width // 8
-    made, _, _ = predict(video, torch.zeros(shape, device=video.device))
+    made, _, _ = predict(video, torch.zeros(_latents_of(video, model), device=video.device))
     result: Tensor = made.float()
     return result
+
+
+def _latents_of(video: Tensor, model: Autoencoder) -> tuple[int, ...]:
+    """The shape of a video's latents."""
+    b, t, _, height, width = video.shape
+    return b, t // FRAMES, len(model.deviation_Z), height // SCALE, width // SCALE
 
 
 def _groups(folder: Path) -> list[list[str]]:

@@ -163,14 +163,11 @@ class Block(nn.Module):
         return attention(q, k, v).transpose(2, 3).reshape(b, f, n, c)
 
 
-class WorldModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class WorldModel(ModelMixin, ConfigMixin):
     """Predicts the clean latents of a window from its noisy ones, the noise level, the actions and the KV cache.
 
     The arguments are those of `WorldConfig`, cameras as dictionaries; `WorldModel.of` takes one whole. ``sizes`` is the
     `WorldConfig`, ``config`` what diffusers keeps of it.
-
-    Attributes:
-        codec: from video to latents and back; set by `load`, or by hand.
     """
 
     config_name = "config.json"
@@ -195,7 +192,7 @@ class WorldModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         sizes = WorldConfig.from_dict({k: v for k, v in self.config.items() if not k.startswith("_")})
         c, p = sizes.channels, sizes.patch_values
         self.sizes = sizes
-        self.codec: Codec | None = None
+        self._codec: Codec | None = None
         self.embed = nn.ModuleList(nn.Linear(p, c) for _ in sizes.modalities)
         self.last_embed = nn.ModuleList(nn.Linear(9 * p, c, bias=False) for _ in sizes.modalities)
         self.ray_mlp = nn.Sequential(nn.Linear(RAY_FEATURES, c), nn.SiLU(), nn.Linear(c, c))
@@ -221,6 +218,21 @@ class WorldModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         ]
         self._modality_tokens = [slice(a, b) for a, b in pairwise([0, *ends])]
         self._rotary = RotaryTables(sizes)
+
+    @property
+    def codec(self) -> Codec:
+        """From video to latents and back.
+
+        Raises:
+            ValueError: the model has none yet.
+        """
+        if self._codec is None:
+            raise ValueError("this model has no autoencoder; set model.codec, or read both with WorldModel.load")
+        return self._codec
+
+    @codec.setter
+    def codec(self, codec: Codec) -> None:
+        self._codec = codec
 
     @classmethod
     def of(cls, sizes: WorldConfig) -> WorldModel:
@@ -318,8 +330,8 @@ class WorldModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def save(self, folder: Path) -> None:
         """Write weights (bfloat16), configuration and codec to a folder, each file whole or not at all."""
         write_network(self, folder)
-        if self.codec:
-            self.codec.save(folder)
+        if self._codec:
+            self._codec.save(folder)
 
 
 def group_tokens(config: WorldConfig) -> list[list[slice]]:
