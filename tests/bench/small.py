@@ -22,7 +22,7 @@ CAMERAS = (
 def world_model(seed: int = 0) -> WorldModel:
     """A seeded model in float32 whose every layer matters, with windows of four latent frames."""
     torch.manual_seed(seed)
-    model = WorldModel(
+    model = WorldModel.of(
         WorldConfig(channels=32, depth=4, heads=2, window=4, context=4, frames_per_latent=2, cameras=CAMERAS)
     )
     for parameter in model.parameters():

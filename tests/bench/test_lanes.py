@@ -18,7 +18,7 @@ from holdover.world.transformer import WorldModel
 
 @pytest.fixture
 def scenario(model: WorldModel, clips: Path) -> Scenario:
-    return load_scenario("urban", model.config, clips=clips, generations=10)
+    return load_scenario("urban", model.sizes, clips=clips, generations=10)
 
 
 def alone(model: WorldModel, scenario: Scenario, **changes: str) -> Tensor:
@@ -60,7 +60,7 @@ def test_a_race_gives_what_each_run_gives_alone(model: WorldModel, scenario: Sce
     assert torch.equal(shown["base of plain"], alone(model, scenario, cadence="plain"))
     assert "plain" not in race.lanes
     frames = race.lanes["never"].video()
-    decoded = unpatchify(shown["never"], model.config)
+    decoded = unpatchify(shown["never"], model.sizes)
     assert all((frames[name] == decoded[name][0].numpy()).all() for name in decoded)
     assert not any(module.__dict__.get("forward") for module in model.modules())  # the model itself was left alone
 
@@ -82,7 +82,7 @@ def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: S
 def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_window(
     model: WorldModel, clips: Path
 ) -> None:
-    steady = load_scenario("urban-steady", model.config, clips=clips, generations=9)
+    steady = load_scenario("urban-steady", model.sizes, clips=clips, generations=9)
     eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
         for action in steady.actions:

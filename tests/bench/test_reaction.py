@@ -150,7 +150,7 @@ def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, 
     """With every block held over nothing of an action reaches the tokens; the cache that reacts shows all of it."""
     model = copy.deepcopy(model)
     torch.nn.init.zeros_(model.final_modulation.weight)  # the one way for an action past the blocks
-    scenario = load_scenario("urban-steady", model.config, clips=clips, generations=8)
+    scenario = load_scenario("urban-steady", model.sizes, clips=clips, generations=8)
     deaf = holdover.xcache(front_anchors=0, tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     arms = [Arm(name="deaf", policy=deaf), Arm(name="reactive", policy=holdover.xcache_reactive())]
     with Race(model, scenario, arms) as race:

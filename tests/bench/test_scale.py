@@ -36,10 +36,10 @@ def test_a_pattern_reuses_the_share_asked_for(share: float, reused: int, arrange
 @pytest.mark.parametrize("fingerprint", [True, False])
 def test_a_replay_skips_exactly_its_pattern(fingerprint: bool) -> None:
     model = small_model()
-    pattern = decision_pattern(0.5, 4, model.config.depth, "scattered")
-    actions = torch.zeros(1, model.config.context, 2)
+    pattern = decision_pattern(0.5, 4, model.sizes.depth, "scattered")
+    actions = torch.zeros(1, model.sizes.context, 2)
     with holdover.attach(model, replay(pattern, fingerprint=fingerprint)) as cache:
-        loop = ClosedLoop(model, latents(model, model.config.context), actions, cache=cache)
+        loop = ClosedLoop(model, latents(model, model.sizes.context), actions, cache=cache)
         for _ in range(3):
             loop.step(actions[0, 0])
     seen = np.zeros((2, *pattern.shape), bool)
@@ -54,7 +54,7 @@ def test_the_largest_size_is_xworlds() -> None:
     """Thirty blocks, five billion weights, and a token for every 16 x 16 pixels of cameras eight times as wide."""
     config = CONFIGS["xworld-5b"]
     with torch.device("meta"):
-        weights = sum(p.numel() for p in WorldModel(config).parameters())
+        weights = sum(p.numel() for p in WorldModel.of(config).parameters())
     assert config.depth == 30
     assert weights == pytest.approx(5e9, rel=0.1)
     assert config.tokens == sum((8 * c.width // 16) * (8 * c.height // 16) for c in config.cameras)

@@ -16,7 +16,7 @@ from holdover.world.transformer import WorldModel
 
 
 def loop(model: WorldModel) -> ClosedLoop:
-    start = torch.zeros(1, 4, model.config.tokens, model.config.patch_values)
+    start = torch.zeros(1, 4, model.sizes.tokens, model.sizes.patch_values)
     return ClosedLoop(model, start, torch.zeros(1, 4, 2))
 
 

@@ -144,8 +144,8 @@ def test_streams_of_a_batch_choose_their_own_tokens() -> None:
 def test_toca_recomputes_a_share_of_the_world_models_tokens() -> None:
     """With all tokens fresh only the attention is held over; with none, the MLPs too."""
     model = world_model()
-    x = torch.randn(1, 4, model.config.tokens, model.config.patch_values, generator=torch.Generator().manual_seed(0))
-    action = torch.zeros(1, 4, model.config.action_dims)
+    x = torch.randn(1, 4, model.sizes.tokens, model.sizes.patch_values, generator=torch.Generator().manual_seed(0))
+    action = torch.zeros(1, 4, model.sizes.action_dims)
 
     def second(**options: float) -> Tensor:
         with holdover.attach(model, holdover.policy("toca", **options)) as cache:
@@ -170,8 +170,8 @@ def test_toca_recomputes_a_share_of_the_world_models_tokens() -> None:
 @torch.no_grad()
 def test_attention_that_is_a_method_is_held_over_in_the_world_model() -> None:
     model = world_model()
-    x = torch.randn(1, 4, model.config.tokens, model.config.patch_values, generator=torch.Generator().manual_seed(0))
-    action = torch.zeros(1, 4, model.config.action_dims)
+    x = torch.randn(1, 4, model.sizes.tokens, model.sizes.patch_values, generator=torch.Generator().manual_seed(0))
+    action = torch.zeros(1, 4, model.sizes.action_dims)
     expected = [model(x, sigma=sigma, action_BFA=action) for sigma in (1.0, 0.5)]
     outputs = []
     with holdover.attach(model, holdover.policy("pab", start=0.0, stop=1.0)) as cache:

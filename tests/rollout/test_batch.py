@@ -74,7 +74,7 @@ def test_a_state_goes_on_bit_by_bit(generations: int) -> None:
     state = original.state
     file = save({name: tensor.contiguous() for name, tensor in state.tensors().items()})
     expected = drive(original, 4, generations)
-    read = LoopState.from_tensors(load(file), capacity=model.config.context)
+    read = LoopState.from_tensors(load(file), capacity=model.sizes.context)
     resumed = ClosedLoop.resume(small_model(), read, config=config)
     assert all(torch.equal(a, b) for a, b in zip(drive(resumed, 4, generations), expected, strict=True))
     original.state = state  # and back in place

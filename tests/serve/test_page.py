@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; run `make
 
 def seven_cameras() -> World:
     torch.manual_seed(0)
-    model = WorldModel(
+    model = WorldModel.of(
         WorldConfig(channels=32, depth=4, heads=2, window=2, context=2, frames_per_latent=2, cameras=RIG)
     )
     for parameter in model.parameters():

@@ -24,12 +24,12 @@ def small_config(**changes: int) -> WorldConfig:
 def small_model(seed: int = 0, **changes: int) -> WorldModel:
     """A seeded model in float32 whose every layer matters (a fresh one predicts zeros)."""
     torch.manual_seed(seed)
-    model = WorldModel(small_config(**changes))
+    model = WorldModel.of(small_config(**changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model.eval().requires_grad_(False)
 
 
 def latents(model: WorldModel, frames: int, *, seed: int = 0, batch: int = 1) -> Tensor:
-    shape = batch, frames, model.config.tokens, model.config.patch_values
+    shape = batch, frames, model.sizes.tokens, model.sizes.patch_values
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.5

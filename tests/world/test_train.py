@@ -102,16 +102,16 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     path = train(tmp_path, tmp_path / "still", still, start_from=tmp_path / "start.safetensors")
     assert path.read_bytes() == (tmp_path / "start.safetensors").read_bytes()
     path = train(tmp_path, tmp_path / "moved", Recipe(steps=1, batch=1), start_from=path)
-    assert WorldModel.load(path).config == model.config
+    assert WorldModel.load(path).config == model.sizes
     assert path.read_bytes() != (tmp_path / "start.safetensors").read_bytes()
     with pytest.raises(ValueError, match="brings its own sizes"):
-        train(tmp_path, tmp_path / "two", still, start_from=path, config=model.config)
+        train(tmp_path, tmp_path / "two", still, start_from=path, config=model.sizes)
 
 
 def test_the_gradient_of_a_rollout_without_an_adversary_is_the_regressions() -> None:
     """Of a "model" whose prediction is a parameter: the mean of its errors against the last windows."""
     model = small_model()
-    config, recipe = model.config, Recipe(adversary=1.0)
+    config, recipe = model.sizes, Recipe(adversary=1.0)
     x = latents(model, config.context + 3 * config.window)
     batch = Batch(x, torch.zeros(1, x.shape[1], config.action_dims))
     guess = latents(model, config.window, seed=7).requires_grad_(True)

@@ -96,7 +96,7 @@ def _camera_ends() -> list[int]:
 
 def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: Tensor) -> Tensor:
     """All windows at once in one sequence, with a mask instead of a KV cache."""
-    config = model.config
+    config = model.sizes
     frames, window = x.shape[1], config.window
     condition = model.sigma_mlp(sigma_features(sigma_F))[None] + model.action_mlp(_action_features(actions))
     modulation = model.modulation(F.silu(condition)).unflatten(-1, (6, -1))
@@ -210,11 +210,11 @@ def test_a_patch_is_found_where_it_was() -> None:
     """A motion of whole pixels moves the newest video frame by so many."""
     model = small_model()
     before = latents(model, 1).clamp(-1, 1)
-    motion = torch.zeros(1, 1, model.config.tokens, model.config.frames_per_latent, 2, 3)
+    motion = torch.zeros(1, 1, model.sizes.tokens, model.sizes.frames_per_latent, 2, 3)
     motion[..., 0, 0], motion[..., 1, 0] = 3 / 4, -2 / 4  # 3 pixels down, 2 left, in half patches
-    share = torch.ones(1, 1, model.config.tokens, model.config.frames_per_latent)
-    after = unpatchify(model.carried(before[:, 0], motion.flatten(3), share), model.config)
-    for name, frames in unpatchify(before, model.config).items():
+    share = torch.ones(1, 1, model.sizes.tokens, model.sizes.frames_per_latent)
+    after = unpatchify(model.carried(before[:, 0], motion.flatten(3), share), model.sizes)
+    for name, frames in unpatchify(before, model.sizes).items():
         assert torch.equal(after[name][0, 0, :-3, 2:], frames[0, -1, 3:, :-2])
         assert torch.equal(after[name][0, 0, -1, 2:], frames[0, -1, -1, :-2])  # past the border, what lies there
 
@@ -227,10 +227,10 @@ def test_what_is_unmoved_is_carried_over() -> None:
         torch.nn.init.zeros_(layer.bias)
     shown, actions, cache = latents(model, 2).clamp(-1, 1), torch.zeros(1, 2, 2), model.new_cache()
     model(shown, sigma=0.0, action_BFA=actions, cache=cache, write=True)
-    before = unpatchify(shown, model.config)
+    before = unpatchify(shown, model.sizes)
     for bias in (50.0, -50.0):
         torch.nn.init.constant_(model.keep.bias, bias)
-        after = unpatchify(model(latents(model, 2, seed=1), sigma=1.0, action_BFA=actions, cache=cache), model.config)
+        after = unpatchify(model(latents(model, 2, seed=1), sigma=1.0, action_BFA=actions, cache=cache), model.sizes)
         for name, frames in after.items():
             newest = before[name][:, -1:]
             if bias < 0:
@@ -248,7 +248,7 @@ def test_the_cache_rolls_forks_and_survives_a_failed_pass() -> None:
     held = cache.get(0, 0)
     assert held is not None
     assert cache.frames == 6
-    assert held[0].shape[2] == model.config.context * 2 * 4  # four of six latent frames, eight patches a view
+    assert held[0].shape[2] == model.sizes.context * 2 * 4  # four of six latent frames, eight patches a view
     twin = cache.fork()
     handle = model.blocks[-1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("lost power")))
     with pytest.raises(RuntimeError, match="lost power"):
@@ -259,7 +259,7 @@ def test_the_cache_rolls_forks_and_survives_a_failed_pass() -> None:
     model(x + 1, sigma=0.0, action_BFA=actions, cache=cache, write=True)
     assert twin.frames == 6
     assert torch.equal(twin.get(0, 0)[0], held[0])  # type: ignore[index]
-    restored = KVCache(model.config.context)
+    restored = KVCache(model.sizes.context)
     restored.load_state_dict(cache.state_dict())
     expected = model(x, sigma=0.5, action_BFA=actions, cache=cache)
     assert torch.equal(model(x, sigma=0.5, action_BFA=actions, cache=restored), expected)
@@ -278,7 +278,7 @@ def test_a_checkpoint_keeps_weights_and_configuration(tmp_path: Path) -> None:
     model = small_model()
     model.save(tmp_path / "model.safetensors")
     loaded = WorldModel.load(tmp_path / "model.safetensors", dtype=torch.float32)
-    assert loaded.config == model.config
+    assert loaded.config == model.sizes
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.bfloat16().float())
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]

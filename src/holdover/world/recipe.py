@@ -22,9 +22,9 @@ class Recipe(Schedule):
         shift: of the noise levels.
     """
 
-    steps: int = 4000
-    batch: int = 8
-    own_context_from: float = 1.0
+    steps: int = 1050
+    batch: int = 3
+    own_context_from: float = 0.75
     plain_share: float = 0.15
     context_noise: float = 0.15
     unconditional_share: float = 0.05
