@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from holdover.world.autoencoder import Autoencoder
 from holdover.world.cameras import Camera
 from holdover.world.config import WorldConfig
+from holdover.world.latents import Codec
 from holdover.world.transformer import WorldModel
 
+#: Tokens of depth, 32 pixels wide, reach beyond the edge of all of them.
 CAMERAS = (
-    Camera(name="front_wide", group="front", width=32, height=16, fov=100, yaw=0, pitch=4, position=(2, 0, 1.5)),
-    Camera(name="front_narrow", group="front", width=32, height=16, fov=50, yaw=0, pitch=1, position=(2, 0, 1.5)),
-    Camera(name="rear", group="rear", width=16, height=8, fov=90, yaw=180, pitch=4, position=(-1, 0, 1.4)),
+    Camera(name="front_wide", group="front", width=48, height=32, fov=100, yaw=0, pitch=4, position=(2, 0, 1.5)),
+    Camera(name="front_narrow", group="front", width=48, height=32, fov=50, yaw=0, pitch=1, position=(2, 0, 1.5)),
+    Camera(name="rear", group="rear", width=16, height=16, fov=90, yaw=180, pitch=4, position=(-1, 0, 1.4)),
 )
 
 
-def small_config(**changes: int) -> WorldConfig:
-    fields = {"channels": 32, "depth": 4, "heads": 2, "window": 2, "context": 4, "frames_per_latent": 2, **changes}
-    return WorldConfig(cameras=CAMERAS, **fields)
+def small_config(*, cameras: tuple[Camera, ...] = CAMERAS, **changes: int) -> WorldConfig:
+    fields = {
+        "channels": 32,
+        "layers": 4,
+        "heads": 2,
+        "latent_channels": 4,
+        "depth_channels": 1,
+        "window": 2,
+        "context": 4,
+        **changes,
+    }
+    return WorldConfig(cameras=cameras, **fields)
 
 
-def small_model(seed: int = 0, **changes: int) -> WorldModel:
-    """A seeded model in float32 whose every layer matters (a fresh one predicts zeros)."""
+def small_model(seed: int = 0, *, sizes: WorldConfig | None = None, **changes: int) -> WorldModel:
+    """A seeded model in float32 whose every layer matters (a fresh one predicts zeros), with a codec."""
+    sizes = sizes or small_config(**changes)
+    codec = small_codec(sizes, seed)
     torch.manual_seed(seed)
-    model = WorldModel.of(small_config(**changes))
+    model = WorldModel.of(sizes)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
+        nn.init.normal_(parameter, std=0.15)
+    model.codec = codec
+    return model.eval().requires_grad_(False)
+
+
+def small_codec(sizes: WorldConfig, seed: int = 0) -> Codec:
+    """Seeded autoencoders in float32 whose every layer and buffer matters."""
+    torch.manual_seed(seed)
+    autoencoders = {"colour": small_autoencoder(3, sizes.latent_channels)}
+    if sizes.depth_channels:
+        autoencoders["depth"] = small_autoencoder(1, sizes.depth_channels)
+    return Codec(sizes, autoencoders)
+
+
+def small_autoencoder(colours: int, latent_channels: int) -> Autoencoder:
+    model = Autoencoder(colours, latent_channels, widths=(8, 16), encoder_blocks=1, decoder_blocks=1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    nn.init.normal_(model.centre_Q, std=0.1)
+    model.basis_QZ.copy_(torch.linalg.qr(torch.randn_like(model.basis_QZ))[0])
+    model.deviation_Z.fill_(10)
+    nn.init.normal_(model.mean_Z, std=0.1)
+    nn.init.uniform_(model.std_Z, 0.5, 1.5)
     return model.eval().requires_grad_(False)
 
 
