@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import holdover
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.sampler import noise_levels
 from holdover.world.transformer import WorldModel
@@ -105,3 +106,30 @@ def test_mistakes_are_named() -> None:
         ClosedLoop(model, latents(model, 3), torch.zeros(1, 3, 2))
     with pytest.raises(ValueError, match="start_actions"):
         ClosedLoop(model, latents(model, 2), torch.zeros(1, 4, 2))
+
+
+def test_guidance_moves_away_from_the_unguided_prediction() -> None:
+    model = small_model()
+    (piece,), spy = drive(model, 1, guidance=3.0, sampler="euler", steps=2)
+    passes = [call for call in spy.calls if not call["write"]]
+    assert [call["action_BFA"] is None for call in passes] == [False, True] * 2
+    told, free = (call["output"] for call in passes[2:])
+    torch.testing.assert_close(piece, (free + 3 * (told - free))[:, :1])
+    sigma = noise_levels(2, 5.0)[1]
+    clean = passes[1]["output"] + 3 * (passes[0]["output"] - passes[1]["output"])
+    torch.testing.assert_close(passes[2]["x"], (1 - sigma) * clean + sigma * passes[0]["x"])  # at level 1 all is noise
+    with pytest.raises(ValueError, match=r"guidance=0\.5"):
+        LoopConfig(guidance=0.5)
+
+
+def test_guided_branches_are_kept_apart() -> None:
+    """With a gate that never opens a guided rollout is what it is with nothing attached, and both branches are scored."""
+    plain, cached = small_model(), small_model()
+    expected, _ = drive(plain, 3, guidance=2.0)
+    with holdover.attach(cached, holdover.xcache(tau_floor=2.0)) as cache:
+        run = ClosedLoop(
+            cached, latents(cached, 2), torch.zeros(1, 2, 2), config=LoopConfig(guidance=2.0), seed=3, cache=cache
+        )
+        made = [piece.latents for piece in run.run(torch.rand(3, 2, generator=torch.Generator().manual_seed(5)))]
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    assert {decision.branch for decision in cache.trace} == {"", "uncond"}

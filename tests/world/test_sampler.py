@@ -35,3 +35,24 @@ def test_known_frames_are_renoised_with_the_noise_of_their_step() -> None:
         torch.testing.assert_close(seen[i][:, 2:], (1 - sigmas[i]) * (i - 1.0) + sigmas[i] * noise[i, :, 2:])
     assert torch.equal(window[:, :2], known)
     assert torch.equal(window[:, 2:], guesses[2][:, 2:])
+
+
+@pytest.mark.parametrize("known", [0, 2])
+def test_eulers_steps_follow_the_flow_of_a_gaussian(known: int) -> None:
+    """Of data from a normal distribution the flow is known: noise e ends at mean + deviation * e."""
+    mean, deviation = 0.7, 0.4
+    noise = torch.randn(1, 1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    sigmas, seen = noise_levels(400, 5.0), []
+
+    def posterior_mean(step: int, noisy: Tensor) -> Tensor:
+        sigma = sigmas[step]
+        seen.append(noisy)
+        gain = (1 - sigma) * deviation**2 / ((1 - sigma) ** 2 * deviation**2 + sigma**2)
+        return mean + gain * (noisy - (1 - sigma) * mean)
+
+    done = torch.full((known, 3, 5), 9.0)
+    window = denoise(posterior_mean, noise, sigmas, [done], sampler="euler")
+    torch.testing.assert_close(window[:, known:], (mean + deviation * noise[0])[:, known:], atol=0.02, rtol=0.0)
+    for step in (0, 200, 399):  # what is known comes with the first noise, at every level
+        expected = (1 - sigmas[step]) * done + sigmas[step] * noise[0, 0, :known]
+        torch.testing.assert_close(seen[step][0, :known], expected)

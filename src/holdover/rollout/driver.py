@@ -21,7 +21,7 @@ from torch import Tensor
 from holdover.engine.attach import Cache
 from holdover.engine.step import Step
 from holdover.world.kv_cache import KVBatch, KVCache
-from holdover.world.sampler import denoise, noise_levels
+from holdover.world.sampler import Sampler, denoise, noise_levels
 from holdover.world.transformer import WorldModel
 
 Cadence = Literal["window", "plain"]
@@ -39,6 +39,9 @@ class LoopConfig:
         protected: the generation of a cycle that is announced as committed, hence computed in full by policies with
             KV protection: the ``first`` or the ``last``.
         fresh_noise: draw new noise for every generation, not for every cycle.
+        sampler: what a pass starts from: new noise (``renoise``), or Euler's step from the pass before, for many steps.
+        guidance: classifier-free guidance (Ho & Salimans, arXiv 2207.12598) on the action: every pass is also made
+            without it, as branch "uncond", and its prediction moved away from that so many times; 1 for none.
         steps: denoising passes per generation.
         shift: timestep shift of their noise levels.
     """
@@ -47,6 +50,8 @@ class LoopConfig:
     commit: Commit = "first"
     protected: Literal["first", "last"] = "first"
     fresh_noise: bool = False
+    sampler: Sampler = "renoise"
+    guidance: float = 1.0
     steps: int = 4
     shift: float = 5.0
 
@@ -55,9 +60,12 @@ class LoopConfig:
             ("cadence", self.cadence, get_args(Cadence)),
             ("commit", self.commit, get_args(Commit)),
             ("protected", self.protected, ("first", "last")),
+            ("sampler", self.sampler, get_args(Sampler)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        if not 1 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance={self.guidance} must be 1, for none, or more")
         noise_levels(self.steps, self.shift)
 
 
@@ -244,7 +252,8 @@ class ClosedLoop:
         assert last_BNP is not None
         action_BA = action.to(last_BNP.device, torch.float32).expand(last_BNP.shape[0], -1)
         if self._noise is None or self.config.fresh_noise:
-            draw = self.config.steps, last_BNP.shape[0], self.chunk_frames, *last_BNP.shape[1:]
+            draws = 1 if self.config.sampler == "euler" else self.config.steps
+            draw = draws, last_BNP.shape[0], self.chunk_frames, *last_BNP.shape[1:]
             self._noise = torch.randn(draw, generator=self._noise_source, device=last_BNP.device)
         position = len(self._emitted)
         self._actions.append(action_BA)
@@ -314,11 +323,17 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
         ]
         output, took = _forward(loops, fields, noisy, sigma=sigma, action_BFA=actions_BFA)
         seconds.append(took)
-        return output
+        if config.guidance == 1:
+            return output
+        free = [{**each, "branch": "uncond"} for each in fields]
+        unguided, took = _forward(loops, free, noisy, sigma=sigma, action_BFA=None)
+        seconds.append(took)
+        return unguided + config.guidance * (output - unguided)
 
     noise = torch.cat([each.noise_SBFNP for each in made], 1)
     known = [row for each in made for row in each.known_BFNP]
-    windows = denoise(predict, noise, loops[0].sigmas, known).split([len(each.action) for each in made])
+    window = denoise(predict, noise, loops[0].sigmas, known, sampler=loops[0].config.sampler)
+    windows = window.split([len(each.action) for each in made])
     if len(loops) > 1:  # a view would keep the whole batch in memory
         windows = tuple(window.clone() for window in windows)
     pieces = [loop._finish(each, window) for loop, each, window in zip(loops, made, windows, strict=True)]

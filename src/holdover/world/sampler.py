@@ -1,11 +1,14 @@
-"""Few-step sampling of one window: shifted flow-matching noise levels, and the known part re-noised at each of them."""
+"""Sampling of one window: shifted flow-matching noise levels, and the known part re-noised at each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Sampler = Literal["renoise", "euler"]
 
 
 def noise_levels(steps: int, shift: float) -> tuple[float, ...]:
@@ -24,16 +27,23 @@ def shifted(uniform: Tensor, shift: float) -> Tensor:
 
 
 def denoise(
-    predict: Callable[[int, Tensor], Tensor], noise_SBFNP: Tensor, sigmas: Sequence[float], known: Iterable[Tensor]
+    predict: Callable[[int, Tensor], Tensor],
+    noise_SBFNP: Tensor,
+    sigmas: Sequence[float],
+    known: Iterable[Tensor],
+    *,
+    sampler: Sampler = "renoise",
 ) -> Tensor:
     """Denoise one window whose first latent frames are known already.
 
-    At each level the sample is ``(1 - sigma)*clean + sigma*noise[step]``, where ``clean`` is the last prediction, and
-    the known latents in their place (METHODS: the window cadence).
+    At each level the sample is ``(1 - sigma)*clean + sigma*noise``, where ``clean`` is the last prediction, and the
+    known latents in their place (METHODS: the window cadence). ``renoise`` takes a new draw at every level, as few-step
+    models do (consistency sampling, Song et al., arXiv 2303.01469, algorithm 1); ``euler`` what the last prediction
+    took for noise, which is Euler's step along the flow, for models that take many.
 
     Args:
         predict: maps (step, noisy window) to predicted clean latents.
-        noise_SBFNP: one draw of Gaussian noise per step.
+        noise_SBFNP: Gaussian noise, a draw per step; ``euler`` uses the first.
         sigmas: noise levels, the first 1.
         known: per row of the batch the latents of the window's first frames ``[f, N, P]``: rows may differ in how many,
             and have none.
@@ -43,8 +53,18 @@ def denoise(
     """
     rows = list(known)
     clean = _put(rows, torch.zeros_like(noise_SBFNP[0]))
+    noise = noise_SBFNP[0]
     for i, sigma in enumerate(sigmas):
-        clean = _put(rows, predict(i, (1 - sigma) * clean + sigma * noise_SBFNP[i]).to(noise_SBFNP.dtype))
+        if sampler == "renoise":
+            noise = noise_SBFNP[i]
+        noisy = (1 - sigma) * clean + sigma * noise
+        clean = predict(i, noisy).to(noise.dtype)
+        if sampler == "euler":
+            noise = _put(
+                [first[: len(each)] for first, each in zip(noise_SBFNP[0], rows, strict=False)],
+                (noisy - (1 - sigma) * clean) / sigma,
+            )
+        clean = _put(rows, clean)
     return clean
 
 
