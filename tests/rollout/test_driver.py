@@ -123,7 +123,7 @@ def test_guidance_moves_away_from_the_unguided_prediction() -> None:
 
 
 def test_guided_branches_are_kept_apart() -> None:
-    """With a gate that never opens a guided rollout is what it is with nothing attached, and both branches are scored."""
+    """With a gate that never opens a guided rollout is what it is with nothing attached, in both branches."""
     plain, cached = small_model(), small_model()
     expected, _ = drive(plain, 3, guidance=2.0)
     with holdover.attach(cached, holdover.xcache(tau_floor=2.0)) as cache:
