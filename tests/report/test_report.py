@@ -11,9 +11,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from holdover.engine.trace import Decision
-from holdover.report import tables
+from holdover.report import plots, tables
 from holdover.report.canvas import arrange
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
 from holdover.report.files import whole, write_json, write_text
@@ -187,9 +188,35 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
     plot_generations(tmp_path / "time.png", {"a": values, "b": values}, label="ms", bounds={"a": values})
     plot_reactions(tmp_path / "reaction.png", {"a": {"brake": [0.1, None, 1.0]}, "b": {"steer": [1.0]}})
     plot_front(tmp_path / "front.png", {"a": [("urban", 2.0, 45.0)]})
-    log = [{"step": i, "loss": 1 / (i + 1)} for i in range(120)]
-    log[50] |= {"heldout_psnr_db": [14.0, 15.0]}
-    log[119] |= {"heldout_psnr_db": [18.0, 20.0]}
-    plot_training(tmp_path / "curve.png", log)
+    plot_training(tmp_path / "curve.png", [{"step": i, "loss": 1 / (i + 1)} for i in range(120)])
     for name in ("skip", "maps", "psnr", "time", "reaction", "front", "curve"):
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("held", "axis", "curves"),
+    [
+        (
+            {50: {"heldout": [0.4, 0.5]}, 119: {"heldout": [0.1, 0.2]}},
+            "mean squared error of latents",
+            {"held out, one pass": [0.4, 0.1], "held out, sampled": [0.5, 0.2]},
+        ),
+        (
+            {50: {"heldout_psnr_db": 21.5}, 119: {"heldout_psnr_db": 25.0}},
+            "PSNR, dB",
+            {"held out": [21.5, 25.0]},
+        ),
+    ],
+)
+def test_a_learning_curve_shows_what_held_out_clips_say(
+    held: dict[int, dict[str, Any]], axis: str, curves: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda path, figure: figures.append(figure))
+    plot_training(Path("curve.png"), [{"step": i, "loss": 1 / (i + 1), **held.get(i, {})} for i in range(120)])
+    left, right = figures[0].axes
+    assert right.get_ylabel() == axis
+    assert {str(line.get_label()): line.get_ydata().tolist() for line in right.get_lines()} == curves  # type: ignore[union-attr]
+    assert all(np.array_equal(line.get_xdata(), [50, 119]) for line in right.get_lines())
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["loss", *curves]
+    assert left.get_ylabel() == "loss"

@@ -170,28 +170,35 @@ def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def plot_training(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
-    """Draw a training log, as `holdover.world.train.read_log` gives it: the loss, and PSNR on held-out clips."""
+    """Draw a training log, as `holdover.world.trainer.read_log` gives it: the loss, and what held-out clips say."""
     figure, axes = _figure(6.4, 3.2)
     steps = np.array([line["step"] for line in log])
     loss = np.array([line["loss"] for line in log], dtype=float)
     width = max(1, len(loss) // 100)
     axes.plot(steps, loss, color=COLOURS[0], alpha=0.2, linewidth=0.7)
     smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-    axes.plot(steps[width - 1 :], smooth, color=COLOURS[0], label="loss")
+    lines = axes.plot(steps[width - 1 :], smooth, color=COLOURS[0], label="loss")
     axes.set(xlabel="step", ylabel="loss")
     if (loss > 0).all():
         axes.set_yscale("log")
-    held = [(line["step"], *line["heldout_psnr_db"]) for line in log if "heldout_psnr_db" in line]
-    if held:
-        right = axes.twinx()
-        at, one, sampled = np.array(held).T
-        right.plot(at, one, color=COLOURS[2], linestyle=":", label="held out, one pass")
-        right.plot(at, sampled, color=COLOURS[1], label="held out, sampled")
-        right.set_ylabel("PSNR, dB")
-        _tint(right)
-        lines = [*axes.get_lines()[1:], *right.get_lines()]
-        figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
-    _finish(path, figure, axes, legend=not held)
+    for key, (label, names) in _HELD_OUT.items():
+        held = [(line["step"], *np.atleast_1d(line[key])) for line in log if key in line]
+        if held:
+            right = axes.twinx()
+            at, *curves = np.array(held).T
+            for name, values, style in zip(names, curves, ((COLOURS[1], "-"), (COLOURS[2], ":")), strict=False):
+                lines += right.plot(at, values, color=style[0], linestyle=style[1], label=f"held out{name}")
+            right.set_ylabel(label)
+            _tint(right)
+    figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
+    _finish(path, figure, axes, legend=False)
+
+
+#: What a log says of held-out clips: the axis, and the curves; of a world model, and of an autoencoder.
+_HELD_OUT = {
+    "heldout": ("mean squared error of latents", (", one pass", ", sampled")),
+    "heldout_psnr_db": ("PSNR, dB", ("",)),
+}
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
