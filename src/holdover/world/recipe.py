@@ -22,9 +22,9 @@ class Recipe(Schedule):
         shift: of the noise levels.
     """
 
-    steps: int = 1050
+    steps: int = 850
     batch: int = 3
-    own_context_from: float = 0.75
+    own_context_from: float = 0.85
     plain_share: float = 0.15
     context_noise: float = 0.15
     unconditional_share: float = 0.05
