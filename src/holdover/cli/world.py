@@ -69,6 +69,7 @@ def train(
     depth: Annotated[bool, typer.Option(help="Draw depth as well as colour.")] = True,
     heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
     start_from: Annotated[Path | None, typer.Option(help="Checkpoint to begin with; default: random weights.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint to distil into one of four steps.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of data, noise and weights. By default the recipe's.")] = None,
@@ -81,7 +82,7 @@ def train(
         from holdover.rollout.scenarios import shipped_model
         from holdover.world.config import CONFIGS, config_for
         from holdover.world.latents import Codec
-        from holdover.world.recipe import Recipe
+        from holdover.world.recipe import STUDENT, Recipe
         from holdover.world.train import train as run
         from holdover.world.trainer import read_log
 
@@ -89,8 +90,10 @@ def train(
             raise ValueError(f"size {size!r} is not one of {', '.join(CONFIGS)}")
         sizes = config_for(size, data, cameras=camera, depth=depth)
         codec = Codec.load(autoencoders or shipped_model(), sizes)
-        recipe = _with(Recipe(), steps=steps, batch=batch, seed=seed)
-        weights = run(data, out, recipe, codec=codec, heldout=heldout, start_from=start_from, device=device)
+        recipe = _with(STUDENT if teacher else Recipe(), steps=steps, batch=batch, seed=seed)
+        weights = run(
+            data, out, recipe, codec=codec, heldout=heldout, start_from=start_from, teacher=teacher, device=device
+        )
         plot_training(out / "curve.png", list(read_log(out)))
         typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
 

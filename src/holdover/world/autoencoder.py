@@ -90,6 +90,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        *,
         colours: int = 3,
         latent_channels: int = 48,
         widths: tuple[int, int] = (128, 256),

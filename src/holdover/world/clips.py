@@ -85,6 +85,11 @@ def read_cameras(folder: Path | str) -> tuple[Camera, ...]:
     return tuple(Camera(**{**fields, "position": tuple(fields["position"])}) for fields in content["cameras"])
 
 
+def frame_count(clip: Path) -> int:
+    """How many frames a clip has; errors as in :func:`read_clip`."""
+    return int(_read_json(clip / "clip.json")["frames"])
+
+
 def read_clip(
     path: Path | str,
     *,

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from holdover.world.kv_cache import KVCache
 from holdover.world.recipe import Recipe
-from holdover.world.sampler import denoise, shifted
+from holdover.world.sampler import denoise, follow_flow, shifted
 from holdover.world.segments import Batch
 from holdover.world.trainer import Predict
 from holdover.world.transformer import WorldModel
 
 #: Below it a clean prediction's error is not magnified further by making a velocity of it.
-LEAST_SIGMA = 0.1
+LEAST_SIGMA = 0.02
 
 
 def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
@@ -91,6 +91,50 @@ def sequence_loss(
         with torch.set_grad_enabled(i >= first_target or i == chunks - 2):
             predict(context, sigma=0.0, action_BFA=shown, cache=kv, write=True)
     return torch.stack(losses).mean()
+
+
+def distillation_loss(
+    predict: Predict, teacher: Predict, model: WorldModel, batch: Batch, rng: np.random.Generator, recipe: Recipe
+) -> Tensor:
+    """The loss of a few-step student: to say at once where its teacher's flow ends.
+
+    The context is a recorded window, then windows of the student's own making (Huang et al., Self Forcing, arXiv
+    2506.08009). In the last window the student's sampler stops at a random level; from there the teacher follows the
+    flow (the regression on a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3).
+    """
+    sizes, sigmas = model.sizes, recipe.sampler
+    generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
+
+    def noise_like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, device=x.device)
+
+    kv, teachers_kv = model.new_cache(), model.new_cache()
+    chunks = list(zip(batch.latents.split(sizes.window, 1), batch.actions.split(sizes.window, 1), strict=True))
+    for i, (latents, actions) in enumerate(chunks[:-1]):
+        context = latents
+        if i * sizes.window >= sizes.context:
+            context = _generate(predict, latents[:, :0], noise_like, latents, actions, kv, sigmas)
+        with torch.no_grad():
+            teacher(context, sigma=0.0, action_BFA=actions, cache=teachers_kv, write=True)
+        with torch.set_grad_enabled(i == len(chunks) - 2):
+            predict(context, sigma=0.0, action_BFA=actions, cache=kv, write=True)
+    latents, actions = chunks[-1]
+    held = hold_actions(actions, int(rng.integers(sizes.window)))
+    level = int(rng.integers(len(sigmas)))
+    noisy = noise_like(latents)
+    if level:
+        clean = _generate(predict, latents[:, :0], noise_like, latents, held, kv, sigmas[:level])
+        noisy = (1 - sigmas[level]) * clean + sigmas[level] * noisy
+    remaining = 1 - level / len(sigmas)  # of the way, before the shift
+    steps = remaining * torch.linspace(1, 1 / recipe.teacher_steps, recipe.teacher_steps)
+    with torch.no_grad():
+        target = follow_flow(
+            lambda sigma, x: teacher(x, sigma=sigma, action_BFA=held, cache=teachers_kv).float(),
+            noisy,
+            shifted(steps, recipe.shift).tolist(),
+        )
+    sigma_B = torch.full((len(latents),), sigmas[level], device=latents.device)
+    return error(predict(noisy, sigma=sigma_B, action_BFA=held, cache=kv), target, sigma_B, recipe)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ class Recipe(Schedule):
         l1: weight of an absolute error beside the squared one; it keeps edges sharper.
         levels: a few-step model is trained at so many noise levels alone, the sampler's; 0: at all noise levels.
         shift: of the noise levels.
+        teacher_steps: Euler steps in which a teacher, where there is one, follows the flow to what is learned from it.
     """
 
     steps: int = 850
@@ -31,9 +32,12 @@ class Recipe(Schedule):
     l1: float = 0.5
     levels: int = 0
     shift: float = 5.0
+    teacher_steps: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teacher_steps < 1:
+            raise ValueError(f"teacher_steps={self.teacher_steps} must be at least 1")
         for name in ("own_context_from", "plain_share", "unconditional_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, between 0 and 1")
@@ -42,3 +46,7 @@ class Recipe(Schedule):
     def sampler(self) -> tuple[float, ...]:
         """The noise levels of a sample in training."""
         return noise_levels(self.levels or 4, self.shift)
+
+
+#: Of a few-step student, which begins with its teacher's weights.
+STUDENT = Recipe(steps=400, levels=4, muon_rate=0.005, adam_rate=0.0003, ema=0.99, seed=1)

@@ -68,6 +68,19 @@ def denoise(
     return clean
 
 
+def follow_flow(predict: Callable[[float, Tensor], Tensor], noisy: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Where Euler's steps along the flow lead from a noisy sample at the first of these levels: clean latents.
+
+    Args:
+        predict: maps (noise level, noisy latents) to predicted clean latents.
+    """
+    clean = noisy
+    for sigma, following in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+        clean = predict(sigma, noisy)
+        noisy = clean + following / sigma * (noisy - clean)
+    return clean
+
+
 def _put(rows: Sequence[Tensor], clean_BFNP: Tensor) -> Tensor:
     """Write what is known into its place."""
     for n, known in enumerate(rows):

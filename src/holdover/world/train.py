@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from holdover.world.latents import Codec
-from holdover.world.losses import sequence_loss
+from holdover.world.losses import distillation_loss, sequence_loss
 from holdover.world.recipe import Recipe
 from holdover.world.sampler import denoise, noise_levels
 from holdover.world.segments import Batch, Segments
@@ -36,6 +36,7 @@ def train(
     codec: Codec,
     heldout: Path | None = None,
     start_from: Path | None = None,
+    teacher: Path | None = None,
     device: str = "cpu",
     save_every: int = 100,
 ) -> Path:
@@ -49,28 +50,41 @@ def train(
         codec: trained autoencoders, and the sizes of the model.
         heldout: clips for the learning curve.
         start_from: a checkpoint of these sizes whose weights to begin with.
+        teacher: a checkpoint of these sizes to distil into fewer steps; the student begins with its weights.
         save_every: steps from one save, and one point of the learning curve, to the next.
 
     Raises:
-        ValueError: ``data`` holds no clips, ``out`` belongs to another recipe, or ``start_from`` has other sizes.
+        ValueError: ``data`` holds no clips, ``out`` belongs to another recipe, ``start_from`` or ``teacher`` has other
+            sizes, or there are both.
     """
     torch.manual_seed(recipe.seed)
     model, sizes = WorldModel.of(codec.sizes), codec.sizes
-    if start_from is not None:
-        begun = WorldModel.load(start_from, dtype=torch.float32)
-        if begun.sizes != sizes:
-            raise ValueError(f"start_from={start_from} has {begun.sizes}, not {sizes}")
-        model.load_state_dict(begun.state_dict())
+    if teacher is not None and start_from is not None:
+        raise ValueError(f"a student begins with its teacher's weights; leave out start_from={start_from}")
+    if teacher is not None and not recipe.levels:
+        raise ValueError("levels=0: a student has few noise levels; give their number")
+    begun, teach = teacher or start_from, None
+    if begun is not None:
+        found = WorldModel.load(begun)
+        if found.sizes != sizes:
+            raise ValueError(f"{begun} has {found.sizes}, not {sizes}")
+        model.load_state_dict(found.state_dict())
+        teach = found.to(device) if teacher is not None else None
     model.to(device)
     segments, held = Segments(data, codec), Segments(heldout, codec) if heldout else None
 
     def plan(step: int, rng: np.random.Generator) -> _Plan:
         plain, own = bool(rng.random() < recipe.plain_share), step >= recipe.own_context_from * recipe.steps
-        frames = sizes.context + (4 if plain else sizes.window * (int(rng.integers(1, 5)) if own else 2))
+        windows = int(rng.integers(1, 5)) if own else 2
+        if teach is not None:
+            plain, own, windows = False, True, int(rng.integers(1, 4))
+        frames = sizes.context + (4 if plain else sizes.window * windows)
         return _Plan(plain, own, frames, segments.sample(rng, recipe.batch, frames))
 
     def loss(predict: Predict, plan: _Plan, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         batch = segments.batch(plan.segments, plan.frames, device)
+        if teach is not None:
+            return distillation_loss(predict, teach, model, batch, rng, recipe), {}
         value = sequence_loss(predict, model, batch, rng, recipe, plain=plan.plain, own=plan.own)
         return value, {"plain": plan.plain, "own": plan.own}
 

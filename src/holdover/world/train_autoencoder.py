@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
-from holdover.world.clips import list_clips, read_cameras, read_clip
+from holdover.world.checkpoints import read_network, write_network
+from holdover.world.clips import frame_count, list_clips, read_cameras, read_clip
 from holdover.world.depth import from_metres
 from holdover.world.trainer import Predict, Schedule, fit
 
@@ -123,33 +124,39 @@ def train_autoencoder(
     def save(average: Mapping[str, Tensor]) -> None:
         shipped = Autoencoder.from_config(model.config)
         shipped.load_state_dict({**model.state_dict(), **average})
-        shipped.to(torch.bfloat16).save_pretrained(out)
+        write_network(shipped, out)
 
     fit(model, out, schedule, plan=plan, loss=loss, validate=validate, save=save, save_every=save_every)
-    shipped = Autoencoder.from_pretrained(out)
+    shipped = read_network(Autoencoder, out, torch.bfloat16)
     normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
-    shipped.save_pretrained(out)
+    write_network(shipped, out)
     return out
 
 
 @torch.no_grad()
 def normalise(model: Autoencoder, clips: Sequence[Pictures]) -> None:
-    """Set the mean and the deviation of each latent channel to those of some clips."""
+    """Set the mean and the deviation of each latent channel to those of some clips.
+
+    Channels get a variance in proportion to the deviation of their principal component, one on average: what tells
+    much of a picture emerges from noise first and weighs most in a loss.
+    """
     values = [
         model.posterior(as_video(video[None, :48]).to(model.dtype))[0].float().transpose(0, 2).flatten(1)
         for pictures in clips
         for video in pictures.values()
     ]
     std, mean = torch.std_mean(torch.cat(values, 1), 1)
+    weight = (model.deviation_Z / model.deviation_Z.mean()).float().sqrt()
     model.mean_Z.copy_(mean)
-    model.std_Z.copy_(std.clamp(min=0.3))  # a channel that tells nothing is not to be blown up
+    model.std_Z.copy_(std.clamp(min=0.3) / weight)  # a channel that tells nothing is not to be blown up
 
 
 def _some_blocks(clips: Sequence[Path], depth: bool) -> Tensor:
     """Blocks of pixels from all over the recordings."""
     found = []
     for clip in clips[:: max(1, len(clips) // 24)]:
-        for start in (0, 80, 160):
+        total = frame_count(clip)
+        for start in range(0, total - FRAMES + 1, max(FRAMES, total // 3)):
             pictures = _pictures(clip, depth, start=start, frames=FRAMES)
             found += [Autoencoder.blocks(as_video(video[None])) for video in pictures.values()]
     return torch.cat(found)

@@ -101,7 +101,7 @@ def fit(
     ]
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(out, schedule, model, average, [optimiser for optimiser, _ in optimisers])
-    first = run.resume()
+    first = run.resume(cut_log=rank == 0)
 
     def draw(step: int) -> tuple[np.random.Generator, Sample]:
         rng = np.random.default_rng([schedule.seed, step, rank])
@@ -120,8 +120,8 @@ def fit(
             value.backward()
             if ranks > 1:
                 for p in parameters.values():
-                    if p.grad is not None:
-                        dist.all_reduce(p.grad.div_(ranks))
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # another rank's loss may have used it
+                    dist.all_reduce(p.grad.div_(ranks))
             norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             for optimiser, peak in optimisers:
                 for group in optimiser.param_groups:
@@ -179,11 +179,12 @@ class _Run:
         torch.save(state, partial)
         partial.replace(self.out / "state.pt")
 
-    def resume(self) -> int:
-        """Take up the last saved state, cut the log back to it, and return the step to go on from."""
+    def resume(self, *, cut_log: bool) -> int:
+        """Take up the last saved state, cut the log back to it if asked, and return the step to go on from."""
         saved = self.out / "state.pt"
         if not saved.is_file():
-            self.log.unlink(missing_ok=True)
+            if cut_log:
+                self.log.unlink(missing_ok=True)
             return 0
         state = torch.load(saved, map_location="cpu", weights_only=True)
         if state["schedule"] != asdict(self.schedule):
@@ -194,6 +195,8 @@ class _Run:
         for optimiser, saved_state in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved_state)
         step: int = state["step"]
+        if not cut_log:
+            return step
         lines = self.log.read_text().splitlines(keepends=True)
         partial = self.log.with_suffix(".partial")
         partial.write_text("".join(lines[:step]))
