@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.world.clips import list_clips, read_clip
+from holdover.world.clips import frame_count, list_clips, read_clip
 from holdover.world.transformer import WorldModel
 
 KINDS = ("urban", "highway", "uturn")
@@ -81,7 +80,7 @@ def first_clip(folder: Path, kind: str, frames: int) -> Path:
         command = f"holdover world record --scenario {kind} --out {folder}"
         raise ValueError(f"{folder} holds no {kind} clip; record one: {command}")
     for clip in found:
-        if json.loads((clip / "clip.json").read_text())["frames"] >= frames:
+        if frame_count(clip) >= frames:
             return clip
     raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer generations")
 
