@@ -15,5 +15,5 @@ def model() -> WorldModel:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One clip of each kind: a frame that no command led to, 8 latent frames of start and 16 more."""
-    return write_clips(tmp_path_factory.mktemp("clips"), 1 + 2 * (8 + 16))
+    """One clip of each kind: 8 latent frames of start and 16 more."""
+    return write_clips(tmp_path_factory.mktemp("clips"), 4 * (8 + 16))

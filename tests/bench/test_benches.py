@@ -56,7 +56,7 @@ def test_the_ablation_writes_a_card(
     assert rows["last protected"]["committed_as_emitted_db"] is None  # commits what it showed
     assert len(rows["default"]["psnr_db_by_window"]) == 2
     control = {row["name"]: row for row in figures["control"][0]["rows"]}
-    assert control["plain cadence"]["truth"]["psnr_db_by_horizon"].keys() == {"1"}
+    assert control["plain cadence"]["truth"]["psnr_db_by_horizon"].keys() == {"1", "2"}
     text = (tmp_path / "ablation.md").read_text()
     assert "| PSNR by window | 1 | 2 |" in text
     assert "| urban | DiT ms |" in text

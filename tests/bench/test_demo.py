@@ -20,7 +20,6 @@ from holdover.report.progress import bar
 from holdover.report.run_read import read_run
 from holdover.rollout.driver import ClosedLoop
 from holdover.rollout.scenarios import load_scenario
-from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
 
 SCENARIOS = ("urban", "uturn-steady")
@@ -53,7 +52,7 @@ def test_the_report_has_the_documented_shape(report: dict[str, Any]) -> None:
     assert {"torch", "python", "processor", "block_share"} <= report["environment"].keys()
     number = int | float
     for scenario in report["scenarios"]:
-        assert scenario["frames"] == GENERATIONS * 2
+        assert scenario["frames"] == GENERATIONS * 4
         assert [policy["name"] for policy in scenario["policies"]] == ["full", "xcache", "xcache_reactive"]
         for policy in scenario["policies"]:
             for key in ("skip", "speedup", "speedup_bound", "dit_ms_per_generation", "end_to_end_ms_per_generation"):
@@ -69,12 +68,13 @@ def test_the_report_has_the_documented_shape(report: dict[str, Any]) -> None:
 def frames_alone(
     model: WorldModel, clips: Path, policy: holdover.Policy | None
 ) -> tuple[dict[str, NDArray[np.uint8]], holdover.Stats | None]:
-    scenario = load_scenario("urban", model.sizes, clips=clips, generations=GENERATIONS)
+    scenario = load_scenario("urban", model, clips=clips, generations=GENERATIONS)
     own = copy.deepcopy(model)
     cache = holdover.attach(own, policy) if policy else None
     loop = ClosedLoop(own, scenario.start, scenario.start_actions, seed=0, cache=cache)
-    video = unpatchify(torch.cat([piece.latents for piece in loop.run(scenario.actions)], 1), model.sizes)
-    return {name: frames[0].numpy() for name, frames in video.items()}, cache.stats() if cache else None
+    made = torch.cat([piece.latents for piece in loop.run(scenario.actions)], 1)
+    video = model.codec.decode(made, scenario.start[:, -1])
+    return {name: frames[0] for name, frames in video.items()}, cache.stats() if cache else None
 
 
 def test_the_figures_are_those_of_runs_without_the_demo(report: dict[str, Any], model: WorldModel, clips: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_figures_are_those_of_runs_without_the_demo(report: dict[str, Any], 
     share = report["environment"]["block_share"]
     assert figures["speedup_bound"] == pytest.approx(1 / (1 - share * stats.skip))
     assert figures["share_of_bound"] == pytest.approx(figures["speedup"] / figures["speedup_bound"])
-    scenario = load_scenario("urban", model.sizes, clips=clips, generations=GENERATIONS)
+    scenario = load_scenario("urban", model, clips=clips, generations=GENERATIONS)
     assert scenario.truth is not None
     error = [((full[name].astype(float) - scenario.truth[name]) ** 2).ravel() for name in full]
     truth = policy_of(report, "urban", "full")["truth"]
@@ -136,7 +136,7 @@ def test_what_is_recorded_is_what_was_driven(out: Path, report: dict[str, Any], 
     figures = policy_of(report, "urban", "xcache")
     assert Counter(d.reason for d in cached.decisions) == figures["reasons"]
     assert cached.generations[-1].bytes_held == figures["bytes_held"]
-    scenario = load_scenario("urban", model.sizes, clips=clips, generations=GENERATIONS)
+    scenario = load_scenario("urban", model, clips=clips, generations=GENERATIONS)
     assert [g.action for g in cached.generations] == [tuple(action) for action in scenario.actions.tolist()]
     for name, errors in cached.errors.items():
         shown = figures["stitched"] if name == "stitched" else figures["cameras"][name]

@@ -12,13 +12,12 @@ import holdover
 from holdover.bench.lanes import Arm, Lane, Race, fork
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.rollout.scenarios import Scenario, load_scenario
-from holdover.world.latents import unpatchify
 from holdover.world.transformer import WorldModel
 
 
 @pytest.fixture
 def scenario(model: WorldModel, clips: Path) -> Scenario:
-    return load_scenario("urban", model.sizes, clips=clips, generations=10)
+    return load_scenario("urban", model, clips=clips, generations=10)
 
 
 def alone(model: WorldModel, scenario: Scenario, **changes: str) -> Tensor:
@@ -38,7 +37,7 @@ class Shown:
         runs = dict(self.race.lanes)
         runs |= {f"reference of {name}": self.race.reference(name) for name in self.race.arms}
         runs |= {f"base of {name}": self.race.base(name) for name in self.race.arms}
-        self.pieces.append({name: lane.latents[-1] for name, lane in runs.items()})
+        self.pieces.append({name: lane.pieces[-1].latents for name, lane in runs.items()})
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.cat([pieces[name] for pieces in self.pieces], 1)
@@ -60,8 +59,8 @@ def test_a_race_gives_what_each_run_gives_alone(model: WorldModel, scenario: Sce
     assert torch.equal(shown["base of plain"], alone(model, scenario, cadence="plain"))
     assert "plain" not in race.lanes
     frames = race.lanes["never"].video()
-    decoded = unpatchify(shown["never"], model.sizes)
-    assert all((frames[name] == decoded[name][0].numpy()).all() for name in decoded)
+    decoded = model.codec.decode(shown["never"], scenario.start[:, -1])
+    assert all((frames[name] == decoded[name][0]).all() for name in decoded)
     assert not any(module.__dict__.get("forward") for module in model.modules())  # the model itself was left alone
 
 
@@ -82,7 +81,7 @@ def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: S
 def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_window(
     model: WorldModel, clips: Path
 ) -> None:
-    steady = load_scenario("urban-steady", model.sizes, clips=clips, generations=9)
+    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
     eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
         for action in steady.actions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,15 +34,19 @@ from holdover.world.vehicles import denormalise_action, normalise_action
 DRIVING = torch.from_numpy(normalise_action(10.0, 0.0))
 
 
+def _pictures(_modality: str, latents: Tensor, _before: Tensor | None) -> dict[str, Tensor]:
+    return {"front": latents}
+
+
 @dataclass
 class FakeLoop:
-    """Shows ``gain`` times the action of ``delay`` generations ago."""
+    """Shows ``gain`` times the action of ``delay`` generations ago; its latents are its pictures."""
 
     gain: float
     delay: int = 0
     generation: int = 5
     chunk_frames: int = 4
-    model: Any = None
+    model: Any = field(default_factory=lambda: SimpleNamespace(codec=SimpleNamespace(pictures=_pictures)))
     cache: Any = None
     stream: str = "default"
 
@@ -53,7 +57,7 @@ class FakeLoop:
         self.actions.append(action)
         self.generation += 1
         shown = self.actions[max(0, len(self.actions) - 1 - self.delay)]
-        return SimpleNamespace(latents=0.5 * self.gain * shown.repeat(3))
+        return SimpleNamespace(latents=0.5 * self.gain * shown.repeat(3), before=None)
 
 
 def fake(gain: float, delay: int = 0) -> ClosedLoop:
@@ -150,7 +154,7 @@ def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, 
     """With every block held over nothing of an action reaches the tokens; the cache that reacts shows all of it."""
     model = copy.deepcopy(model)
     torch.nn.init.zeros_(model.final_modulation.weight)  # the one way for an action past the blocks
-    scenario = load_scenario("urban-steady", model.sizes, clips=clips, generations=8)
+    scenario = load_scenario("urban-steady", model, clips=clips, generations=8)
     deaf = holdover.xcache(front_anchors=0, tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     arms = [Arm(name="deaf", policy=deaf), Arm(name="reactive", policy=holdover.xcache_reactive())]
     with Race(model, scenario, arms) as race:

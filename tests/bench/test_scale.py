@@ -11,6 +11,7 @@ from rich.progress import Progress
 import holdover
 from holdover.bench.scale import Arrangement, decision_pattern, replay, run_scale
 from holdover.rollout.driver import ClosedLoop
+from holdover.world.cameras import RIG
 from holdover.world.config import CONFIGS
 from holdover.world.transformer import WorldModel
 
@@ -36,7 +37,7 @@ def test_a_pattern_reuses_the_share_asked_for(share: float, reused: int, arrange
 @pytest.mark.parametrize("fingerprint", [True, False])
 def test_a_replay_skips_exactly_its_pattern(fingerprint: bool) -> None:
     model = small_model()
-    pattern = decision_pattern(0.5, 4, model.sizes.depth, "scattered")
+    pattern = decision_pattern(0.5, 4, model.sizes.layers, "scattered")
     actions = torch.zeros(1, model.sizes.context, 2)
     with holdover.attach(model, replay(pattern, fingerprint=fingerprint)) as cache:
         loop = ClosedLoop(model, latents(model, model.sizes.context), actions, cache=cache)
@@ -51,13 +52,15 @@ def test_a_replay_skips_exactly_its_pattern(fingerprint: bool) -> None:
 
 
 def test_the_largest_size_is_xworlds() -> None:
-    """Thirty blocks, five billion weights, and a token for every 16 x 16 pixels of cameras eight times as wide."""
+    """Thirty blocks, five billion weights, cameras eight times as wide; a token for every 16 x 16 pixels of colour, and
+    one for every 32 x 32 of depth."""
     config = CONFIGS["xworld-5b"]
     with torch.device("meta"):
         weights = sum(p.numel() for p in WorldModel.of(config).parameters())
-    assert config.depth == 30
+    assert config.layers == 30
     assert weights == pytest.approx(5e9, rel=0.1)
-    assert config.tokens == sum((8 * c.width // 16) * (8 * c.height // 16) for c in config.cameras)
+    sizes = [(8 * c.width, 8 * c.height) for c in RIG]
+    assert config.tokens == sum((w // 16) * (h // 16) + (w // 32) * (h // 32) for w, h in sizes)
 
 
 def test_the_bench_is_complete_and_consistent(tmp_path: Path) -> None:
