@@ -31,8 +31,11 @@ def read_network(kind: type[Network], folder: Path, dtype: torch.dtype) -> Netwo
     Raises:
         ValueError: the folder holds something else.
     """
+    default = torch.get_default_dtype()
     try:
         network = kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     except (OSError, TypeError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} does not hold a {kind.__name__} of this version; train it again") from error
+    finally:
+        torch.set_default_dtype(default)  # which diffusers changes, and leaves changed where it fails
     return network.eval().requires_grad_(False)

@@ -361,7 +361,8 @@ def ray_features(config: WorldConfig) -> Tensor:
     """Of the ray through each token its direction in Fourier features, the camera's place, and the modality,
     ``[N, R]``."""
     rays = torch.tensor(token_rays(config))  # on the device that is being built on
-    angles = (rays[:, :3, None] * (math.pi * 2.0 ** torch.arange(4))).flatten(1)
+    octaves = math.pi * 2.0 ** torch.arange(4, dtype=rays.dtype)  # not the default, which is another while reading
+    angles = (rays[:, :3, None] * octaves).flatten(1)
     modality = [
         torch.full((len(range(*plane.tokens.indices(config.tokens))),), config.modalities.index(plane.modality))
         for plane in config.planes
