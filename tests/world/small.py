@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from holdover.world.autoencoder import Autoencoder
 from holdover.world.cameras import Camera
+from holdover.world.clips import ClipWriter, open_dataset
 from holdover.world.config import WorldConfig
 from holdover.world.latents import Codec
 from holdover.world.transformer import WorldModel
@@ -55,7 +59,9 @@ def small_codec(sizes: WorldConfig, seed: int = 0) -> Codec:
 
 
 def small_autoencoder(colours: int, latent_channels: int) -> Autoencoder:
-    model = Autoencoder(colours, latent_channels, widths=(8, 16), encoder_blocks=1, decoder_blocks=1)
+    model = Autoencoder(
+        colours=colours, latent_channels=latent_channels, widths=(8, 16), encoder_blocks=1, decoder_blocks=1
+    )
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     nn.init.normal_(model.centre_Q, std=0.1)
@@ -69,3 +75,19 @@ def small_autoencoder(colours: int, latent_channels: int) -> Autoencoder:
 def latents(model: WorldModel, frames: int, *, seed: int = 0, batch: int = 1) -> Tensor:
     shape = batch, frames, model.sizes.tokens, model.sizes.patch_values
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.5
+
+
+def write_clip(folder: Path, seed: int, frames: int, *, depth: bool = True) -> Path:
+    """A clip of stripes that move, over a road whose depth grows upwards; the car drives faster and faster."""
+    open_dataset(folder, CAMERAS)
+    with ClipWriter(folder, "urban", seed, cameras=CAMERAS, depth=depth) as writer:
+        for k in range(frames):
+            rgb, metres = {}, {}
+            for i, camera in enumerate(CAMERAS):
+                y, x = np.mgrid[: camera.height, : camera.width]
+                stripes = 128 + 90 * np.sin((x + 2 * k + seed) / 5 + i), 100 + 2 * y, 128 + 60 * np.cos((y - k) / 4)
+                rgb[camera.name] = np.stack(stripes, -1).astype(np.uint8)
+                metres[camera.name] = (60 / (1 + y) + 5 + 3 * np.sin(k / 3 + x / 9)).astype(np.float32)
+            speed = 5 + k // 4  # a command holds for a latent frame
+            writer.add(rgb, metres if depth else None, command=(speed, 0.01), motion=(speed, 0.01), pose=(k, 0.0, 0.0))
+        return writer.finish()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,50 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdover.world.cameras import RIG, stitch
-from holdover.world.config import WorldConfig, ray_directions
+from holdover.world.clips import open_dataset
+from holdover.world.config import CONFIGS, Plane, WorldConfig, camera_rays, config_for, token_rays
 from holdover.world.kv_cache import KVCache
-from holdover.world.latents import patchify, unpatchify
 from holdover.world.rotary import RotaryTables, rotary_table, rotate
 from holdover.world.transformer import Block, WorldModel, attention, sigma_features
 
-from .small import latents, small_config, small_model
-
-
-def random_video(config: WorldConfig, frames: int) -> dict[str, Tensor]:
-    return {c.name: torch.randint(0, 256, (2, frames, c.height, c.width, 3), dtype=torch.uint8) for c in config.cameras}
-
-
-def test_patches_go_there_and_back() -> None:
-    config = WorldConfig()
-    video = random_video(config, 8)
-    x = patchify(video, config)
-    assert x.shape == (2, 2, 532, 768)
-    back = unpatchify(x, config)
-    assert list(back) == [c.name for c in RIG]
-    assert all(torch.equal(back[name], video[name]) for name in video)
-
-
-def test_tokens_are_ordered_by_group_view_row_and_column() -> None:
-    config = small_config()
-    video = {name: torch.zeros_like(frames) for name, frames in random_video(config, 4).items()}
-    video["front_narrow"][0, 2, 8:16, 16:24] = 255  # second latent frame, second row, third column
-    lit = (patchify(video, config)[0] > 0).any(-1).nonzero()
-    per_view = 2 * 4
-    assert lit.tolist() == [[1, per_view + 1 * 4 + 2]]
-
-
-def test_a_missing_camera_and_a_ragged_clip_are_named() -> None:
-    config = small_config()
-    video = random_video(config, 4)
-    with pytest.raises(ValueError, match="rear"):
-        patchify({name: v for name, v in video.items() if name != "rear"}, config)
-    with pytest.raises(ValueError, match="3 frames"):
-        patchify({name: v[:, :3] for name, v in video.items()}, config)
+from .small import CAMERAS, latents, small_config, small_model
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"heads": 5}, "heads=5"), ({"context": 3}, "context=3"), ({"patch": 7}, "patch=7"), ({"heads": 8}, "rotary")],
+    [
+        ({"heads": 5}, "heads=5"),
+        ({"context": 3}, "context=3"),
+        ({"heads": 8}, "rotary"),
+        ({"patch": 3, "depth_channels": 0}, "front_wide is 48x32, not a multiple of 24 pixels"),
+        ({"depth_channels": 2}, r"2 \* 4\*\*2 values, one of colour 16"),
+    ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -79,43 +56,91 @@ def test_plain_attention_equals_the_fused_one() -> None:
 
 
 def test_neighbouring_cameras_look_where_the_rig_says() -> None:
-    directions = dict(zip([c.name for c in RIG], np.split(ray_directions(WorldConfig()), _camera_ends()), strict=True))
-    for camera in RIG:
-        azimuth = directions[camera.name][:, 0]
-        middle = math.atan2(np.sin(azimuth).mean(), np.cos(azimuth).mean())
-        assert abs(math.remainder(middle - math.radians(camera.yaw), math.tau)) < 0.02
-    columns = WorldConfig().grid(RIG[0])[1]
-    assert directions["front_wide"][0, 0] > directions["front_wide"][columns - 1, 0]  # left is positive
-    assert directions["front_wide"][0, 1] > directions["front_wide"][-1, 1]  # the first row is the sky
+    rays = token_rays(WorldConfig())
+    for plane in WorldConfig().planes:
+        x, y = rays[plane.tokens, :2].T
+        middle = math.atan2(y.mean(), x.mean())
+        # At the right edge a token of depth may reach beyond its camera.
+        tolerance = 0.02 if plane.modality == "colour" else 0.25
+        assert abs(math.remainder(middle - math.radians(plane.camera.yaw), math.tau)) < tolerance
+        assert (rays[plane.tokens, 3:] == np.float32(plane.camera.position)).all()
+    front = rays[WorldConfig().planes[0].tokens].reshape(4, 8, 6)
+    assert (front[:, 0, 1] > front[:, -1, 1]).all()  # left is positive
+    assert (front[0, :, 2] > front[-1, :, 2]).all()  # the first row is the sky
+    np.testing.assert_allclose(np.linalg.norm(rays[:, :3], axis=1), 1, atol=1e-6)
 
 
-def _camera_ends() -> list[int]:
-    config = WorldConfig()
-    return np.cumsum([math.prod(config.grid(c)) for c in config.cameras])[:-1].tolist()
+def test_a_ray_goes_through_the_centre_of_its_square() -> None:
+    """The centre of 32 by 32 pixels lies amid the four in the middle; where there are none, on the camera's corner."""
+    wide, _, rear = small_config().cameras
+    pixels = camera_rays(wide)
+    np.testing.assert_allclose(camera_rays(wide, every=32)[0, 0], pixels[15:17, 15:17].mean((0, 1)))
+    pixels = camera_rays(rear)
+    corner = pixels[-1, -1] + (pixels[-1, -1] - pixels[-2, -2]) / 2
+    np.testing.assert_allclose(camera_rays(rear, every=32), corner[None, None])
+
+
+def test_the_shipped_rigs_tokens() -> None:
+    """By hand: of colour 16 pixels wide, of depth 32."""
+    sizes = WorldConfig()
+    assert [(group.name, group.views, group.height, group.width) for group in sizes.view_groups] == [
+        ("front", 2, 4, 8),
+        ("side", 4, 3, 4),
+        ("rear", 1, 3, 7),
+        ("front.depth", 2, 2, 4),
+        ("side.depth", 4, 2, 2),
+        ("rear.depth", 1, 2, 4),
+    ]
+    assert sizes.tokens == 2 * 32 + 4 * 12 + 21 + 2 * 8 + 4 * 4 + 8 == 173
+    assert sizes.patch_values == 48 * 4 == 12 * 16
+    assert [plane.camera for plane in sizes.planes] == [*RIG, *RIG]
+    assert [plane.start for plane in sizes.planes][:4] == [0, 32, 64, 76]
+    assert WorldConfig.from_dict(json.loads(json.dumps(sizes.to_dict()))) == sizes
+    assert replace(sizes, depth_channels=0).tokens == 133
+
+
+def test_a_size_takes_the_cameras_of_a_folder(tmp_path: Path) -> None:
+    open_dataset(tmp_path, CAMERAS)
+    assert config_for("tiny", tmp_path) == replace(CONFIGS["tiny"], cameras=CAMERAS)
+    chosen = config_for("small", tmp_path, cameras=["rear", "front_wide"], depth=False)
+    assert chosen == WorldConfig(cameras=(CAMERAS[0], CAMERAS[2]), depth_channels=0)
+    with pytest.raises(ValueError, match="camera 'left' is not one of front_wide, front_narrow, rear"):
+        config_for("small", tmp_path, cameras=["left"])
+
+
+def test_depth_stands_amid_the_colour_that_it_covers() -> None:
+    """The phases of a token of depth are the mean of those of its four tokens of colour: 3 rows stay below pi."""
+    camera = replace(CAMERAS[0], width=64, height=64)
+    sizes = small_config(cameras=(camera,), channels=64)
+    [(cos, sin)] = RotaryTables(sizes).temporal([0], 1, torch.device("cpu"), torch.float32)
+    phases = torch.complex(cos, sin)[:, cos.shape[1] // 2 :].angle()
+    colour, depth = phases[:16].view(2, 2, 2, 2, -1), phases[16:].view(2, 2, -1)
+    assert len(phases) == 16 + 4
+    torch.testing.assert_close(depth, colour.mean((1, 3)))
+    assert not torch.equal(depth[0, 0], depth[1, 1])
 
 
 def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: Tensor) -> Tensor:
     """All windows at once in one sequence, with a mask instead of a KV cache."""
-    config = model.sizes
-    frames, window = x.shape[1], config.window
-    condition = model.sigma_mlp(sigma_features(sigma_F))[None] + model.action_mlp(_action_features(actions))
+    config, frames, window = model.sizes, x.shape[1], model.sizes.window
+    condition = model.sigma_mlp(sigma_features(sigma_F))[None] + model.action_mlp(naive_action_features(actions))
     modulation = model.modulation(F.silu(condition)).unflatten(-1, (6, -1))
-    hidden = model.embed(x) + model.position_NC
+    hidden = model.ray_mlp(naive_ray_features(config)).repeat(1, frames, 1, 1)
+    kinds = [int(plane.modality == "depth") for plane in config.planes for _ in range(plane.rows * plane.columns)]
+    for n, kind in enumerate(kinds):
+        hidden[:, :, n] += model.embed[kind](x[:, :, n])
     for first in range(window, frames, window):
-        last, start = x[0, first - 1], 0
-        for camera in config.cameras:
-            rows, columns = config.grid(camera)
-            for r in range(rows):
-                for c in range(columns):
-                    around = [
-                        last[start + i * columns + j]
-                        if 0 <= i < rows and 0 <= j < columns
-                        else torch.zeros_like(last[0])
-                        for i in (r - 1, r, r + 1)
-                        for j in (c - 1, c, c + 1)
-                    ]
-                    hidden[:, first : first + window, start + r * columns + c] += model.last_embed(torch.cat(around))
-            start += rows * columns
+        last = x[0, first - 1]
+        for plane, kind in zip(config.planes, (0, 0, 0, 1, 1, 1), strict=True):
+            for r, c in product(range(plane.rows), range(plane.columns)):
+                around = [
+                    last[plane.start + i * plane.columns + j]
+                    if 0 <= i < plane.rows and 0 <= j < plane.columns
+                    else torch.zeros_like(last[0])
+                    for i, j in product((r - 1, r, r + 1), (c - 1, c, c + 1))
+                ]
+                token = plane.start + r * plane.columns + c
+                hidden[:, first : first + window, token] += model.last_embed[kind](torch.cat(around))
     for block in model.blocks:
         assert isinstance(block, Block)
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + block.table_6C).unsqueeze(2).unbind(3)
@@ -125,118 +150,124 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
         q, k = block.norm_q(q), block.norm_k(k)
         out = torch.zeros_like(v)
         if block.temporal:
-            start = 0
-            for g, group in enumerate(config.view_groups):
-                size = group.height * group.width
-                table = RotaryTables(config).temporal([0], frames, x.device, x.dtype)[g]
-                for _ in range(group.views):
-                    own = slice(start, start + size)
-                    for h in range(heads):
-                        qs, ks = (rotate(t[0, :, own, h].flatten(0, 1), table) for t in (q, k))
-                        chunk = torch.arange(frames).repeat_interleave(size) // window
-                        age = chunk[:, None] - chunk[None]
-                        allowed = (age >= 0) & (age <= config.context // window)
-                        scores = (qs @ ks.T).masked_fill(~allowed, -math.inf).softmax(-1)
-                        out[0, :, own, h] = (scores @ v[0, :, own, h].flatten(0, 1)).unflatten(0, (frames, size))
-                    start += size
+            for camera in config.cameras:
+                mine = [plane for plane in config.planes if plane.camera == camera]
+                own = torch.cat([torch.arange(plane.tokens.start, plane.tokens.stop) for plane in mine])
+                places = torch.tensor([(f, *place) for f in range(frames) for p in mine for place in naive_places(p)])
+                chunk = torch.arange(frames).repeat_interleave(len(own)) // window
+                age = chunk[:, None] - chunk[None]
+                allowed = (age >= 0) & (age <= config.context // window)
+                for h in range(heads):
+                    qs, ks = (naive_rotate(t[0, :, own, h].flatten(0, 1), places) for t in (q, k))
+                    scores = (qs @ ks.T).masked_fill(~allowed, -math.inf).softmax(-1)
+                    out[0, :, own, h] = (scores @ v[0, :, own, h].flatten(0, 1)).unflatten(0, (frames, -1))
         else:
             table = RotaryTables(config).cross(x.device, x.dtype)
-            for f in range(frames):
-                for h in range(heads):
-                    scores = (rotate(q[0, f, :, h], table) @ rotate(k[0, f, :, h], table).T).softmax(-1)
-                    out[0, f, :, h] = scores @ v[0, f, :, h]
+            for f, h in product(range(frames), range(heads)):
+                scores = (rotate(q[0, f, :, h], table) @ rotate(k[0, f, :, h], table).T).softmax(-1)
+                out[0, f, :, h] = scores @ v[0, f, :, h]
         hidden = hidden + gate1 * block.out(out.flatten(-2))
         y = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale2) + shift2
         hidden = hidden + gate2 * block.down(F.gelu(block.up(y)))
     shift, scale = model.final_modulation(F.silu(condition)).unsqueeze(2).chunk(2, -1)
     final = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale) + shift
-    clean = model.head(final).unflatten(-1, (config.frames_per_latent, -1, 3))
-    motion = model.motion(final).unflatten(-1, (config.frames_per_latent, 2, 3))
-    share = torch.sigmoid(model.keep(final))
+    clean = torch.stack([model.head[kind](final[:, :, n]) for n, kind in enumerate(kinds)], 2)
     for f in range(window, frames):
-        newest, start = x[0, f // window * window - 1].unflatten(-1, (config.frames_per_latent, -1, 3))[:, -1], 0
-        for camera in config.cameras:
-            rows, columns = config.grid(camera)
-            tokens = newest[start : start + rows * columns].view(rows, columns, 8, 8, 3)
-            image = tokens.permute(0, 2, 1, 3, 4).reshape(8 * rows, 8 * columns, 3)
-            for token in range(rows * columns):
-                for t in range(config.frames_per_latent):
-                    moved = naive_patch(image, divmod(token, columns), motion[0, f, start + token, t])
-                    colour = moved.mean(0)
-                    clean[0, f, start + token, t] += colour + share[0, f, start + token, t] * (moved - colour)
-            start += rows * columns
-    return clean.flatten(-3)
+        clean[:, f] += torch.sigmoid(model.keep(final[:, f])) * x[:, f // window * window - 1]
+    for f, sigma in enumerate(sigma_F.tolist()):
+        variance = sigma**2 + (1 - sigma) ** 2
+        clean[:, f] = x[:, f] * (1 - sigma) / variance + clean[:, f] * sigma / variance**0.5
+    return clean
 
 
-def naive_patch(image: Tensor, at: tuple[int, int], motion: Tensor) -> Tensor:
-    """The 8x8 patch at (row, column) of an image, each pixel fetched from where an affine motion points."""
-    height, width, _ = image.shape
-    pixels = []
-    for r in range(8):
-        for c in range(8):
-            inside = torch.tensor([1.0, (r - 3.5) / 4, (c - 3.5) / 4])
-            down, right = (4 * (motion @ inside)).tolist()
-            y = min(max(8 * at[0] + r + down, 0), height - 1)
-            x = min(max(8 * at[1] + c + right, 0), width - 1)
-            y0, x0 = min(int(y), height - 2), min(int(x), width - 2)
-            top = (1 - (x - x0)) * image[y0, x0] + (x - x0) * image[y0, x0 + 1]
-            bottom = (1 - (x - x0)) * image[y0 + 1, x0] + (x - x0) * image[y0 + 1, x0 + 1]
-            pixels.append((1 - (y - y0)) * top + (y - y0) * bottom)
-    return torch.stack(pixels)
+def naive_places(plane: Plane) -> list[tuple[float, float]]:
+    """Where the centres of a plane's tokens lie, in tokens of colour: the first one's is the origin."""
+    size = 16 if plane.modality == "colour" else 32
+    return [
+        ((size * (r + 0.5)) / 16 - 0.5, (size * (c + 0.5)) / 16 - 0.5)
+        for r, c in product(range(plane.rows), range(plane.columns))
+    ]
 
 
-def _action_features(actions: Tensor) -> Tensor:
-    octaves = [math.pi * 2.0**k for k in range(-1, 7)]
-    angles = torch.stack([actions * o for o in octaves], -1).flatten(-2)
-    return torch.cat([actions, angles.sin(), angles.cos()], -1)
+def naive_rotate(x: Tensor, places: Tensor) -> Tensor:
+    """Halves of the channels as complex numbers: the first half of them turns with time, a quarter with each axis."""
+    half = x.shape[1] // 2
+    counts = half - 2 * (half // 4), half // 4, half // 4
+    angles = torch.cat(
+        [
+            places[:, a, None] * torch.tensor([2.0 ** (-5 * i / (n - 1)) for i in range(n)])
+            for a, n in enumerate(counts)
+        ],
+        1,
+    )
+    turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], 1)
+
+
+def naive_ray_features(config: WorldConfig) -> Tensor:
+    features = []
+    for plane in config.planes:
+        for direction, at in zip(*token_rays(config)[plane.tokens].reshape(-1, 2, 3).swapaxes(0, 1), strict=True):
+            angles = [math.pi * 2**k * float(d) for d in direction for k in range(4)]
+            kind = [plane.modality == "colour", plane.modality == "depth"]
+            features.append([*direction, *at, *map(math.sin, angles), *map(math.cos, angles), *kind])
+    return torch.tensor(features)
+
+
+def naive_action_features(actions: Tensor) -> Tensor:
+    logarithm = torch.where(actions < 0, -torch.log(1 - actions), torch.log(1 + actions))
+    angles = torch.stack([logarithm * math.pi * 2.0**k for k in range(-1, 7)], -1).flatten(-2)
+    return torch.cat([logarithm, angles.sin(), angles.cos()], -1)
 
 
 def test_streaming_with_the_kv_cache_equals_one_masked_pass() -> None:
     model = small_model()
-    x, actions = latents(model, 8), torch.rand(1, 8, 2)
-    sigma_F = torch.tensor([0.0] * 6 + [0.8] * 2)
+    x, actions = latents(model, 8), torch.rand(1, 8, 2) * 4 - 2
+    sigma_F = torch.tensor([0.3] * 6 + [0.8] * 2)
     expected = naive_block_causal(model, x, sigma_F, actions)
     cache = model.new_cache()
     for start in (0, 2, 4):
         window = slice(start, start + 2)
-        written = model(x[:, window], sigma=0.0, action_BFA=actions[:, window], cache=cache, write=True)
+        written = model(x[:, window], sigma=0.3, action_BFA=actions[:, window], cache=cache, write=True)
         torch.testing.assert_close(written, expected[:, window], atol=1e-4, rtol=1e-4)
     noisy = model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:], cache=cache)
     torch.testing.assert_close(noisy, expected[:, 6:], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(noisy, model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:]), atol=1e-2)
 
 
-def test_a_patch_is_found_where_it_was() -> None:
-    """A motion of whole pixels moves the newest video frame by so many."""
+def test_what_stays_is_carried_over() -> None:
+    """A model that adds nothing repeats the newest latent frame where it keeps it, or draws nothing."""
     model = small_model()
-    before = latents(model, 1).clamp(-1, 1)
-    motion = torch.zeros(1, 1, model.sizes.tokens, model.sizes.frames_per_latent, 2, 3)
-    motion[..., 0, 0], motion[..., 1, 0] = 3 / 4, -2 / 4  # 3 pixels down, 2 left, in half patches
-    share = torch.ones(1, 1, model.sizes.tokens, model.sizes.frames_per_latent)
-    after = unpatchify(model.carried(before[:, 0], motion.flatten(3), share), model.sizes)
-    for name, frames in unpatchify(before, model.sizes).items():
-        assert torch.equal(after[name][0, 0, :-3, 2:], frames[0, -1, 3:, :-2])
-        assert torch.equal(after[name][0, 0, -1, 2:], frames[0, -1, -1, :-2])  # past the border, what lies there
-
-
-def test_what_is_unmoved_is_carried_over() -> None:
-    """A model that adds nothing repeats the newest video frame, or its mean colour per patch."""
-    model = small_model()
-    for layer in (model.head, model.keep, model.motion):
+    for layer in (*model.head, model.keep):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    shown, actions, cache = latents(model, 2).clamp(-1, 1), torch.zeros(1, 2, 2), model.new_cache()
+    shown, actions, cache = latents(model, 2), torch.zeros(1, 2, 2), model.new_cache()
     model(shown, sigma=0.0, action_BFA=actions, cache=cache, write=True)
-    before = unpatchify(shown, model.sizes)
-    for bias in (50.0, -50.0):
+    for bias, expected in ((50.0, shown[:, 1:].expand_as(shown)), (-200.0, torch.zeros_like(shown))):
         torch.nn.init.constant_(model.keep.bias, bias)
-        after = unpatchify(model(latents(model, 2, seed=1), sigma=1.0, action_BFA=actions, cache=cache), model.sizes)
-        for name, frames in after.items():
-            newest = before[name][:, -1:]
-            if bias < 0:
-                rows = newest.float().unflatten(2, (-1, 8)).unflatten(4, (-1, 8))  # [B, 1, rows, 8, columns, 8, 3]
-                newest = rows.mean((3, 5), keepdim=True).expand_as(rows).flatten(4, 5).flatten(2, 3)
-            assert (frames.float() - newest.float()).abs().max() <= (0 if bias > 0 else 1)
+        drawn = model(latents(model, 2, seed=1), sigma=1.0, action_BFA=actions, cache=cache)
+        assert torch.equal(drawn, expected)
+
+
+def test_a_fresh_model_says_what_the_noisy_latents_tell() -> None:
+    """Of latents and noise of unit variance: the regression of one on the other."""
+    model, rng = WorldModel.of(small_config()), torch.Generator().manual_seed(0)
+    shape = 1, 60, model.sizes.tokens, model.sizes.patch_values
+    clean, noise = (torch.randn(shape, generator=rng) for _ in range(2))
+    noisy = 0.3 * clean + 0.7 * noise
+    expected = (clean * noisy).mean() / noisy.square().mean() * noisy
+    with torch.no_grad():
+        said = model(noisy, sigma=0.7, action_BFA=None)
+    torch.testing.assert_close(said, expected, atol=0.1, rtol=0)
+
+
+def test_no_action_stands_for_any() -> None:
+    model = small_model()
+    x, action = latents(model, 2, batch=2), torch.tensor([0.3, -0.2]).expand(2, 2, 2)
+    model.no_action_C.copy_(model.action_mlp(naive_action_features(action[:1]))[0, 0])
+    told = model(x, sigma=0.5, action_BFA=action)
+    torch.testing.assert_close(model(x, sigma=0.5, action_BFA=None), told)
+    assert not torch.allclose(model(x, sigma=0.5, action_BFA=-action), told, atol=1e-2)
 
 
 def test_the_cache_rolls_forks_and_survives_a_failed_pass() -> None:
@@ -248,7 +279,7 @@ def test_the_cache_rolls_forks_and_survives_a_failed_pass() -> None:
     held = cache.get(0, 0)
     assert held is not None
     assert cache.frames == 6
-    assert held[0].shape[2] == model.sizes.context * 2 * 4  # four of six latent frames, eight patches a view
+    assert held[0].shape[2] == model.sizes.context * (6 + 2)  # four of six latent frames, tokens of colour and depth
     twin = cache.fork()
     handle = model.blocks[-1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("lost power")))
     with pytest.raises(RuntimeError, match="lost power"):
@@ -274,16 +305,47 @@ def test_a_row_of_a_batch_is_that_row_alone() -> None:
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_a_checkpoint_keeps_weights_and_configuration(tmp_path: Path) -> None:
-    model = small_model()
-    model.save(tmp_path / "model.safetensors")
-    loaded = WorldModel.load(tmp_path / "model.safetensors", dtype=torch.float32)
-    assert loaded.config == model.sizes
+@pytest.mark.parametrize("depth_channels", [0, 1])
+def test_a_checkpoint_keeps_weights_sizes_and_codec(tmp_path: Path, depth_channels: int) -> None:
+    model = small_model(depth_channels=depth_channels)
+    model.save(tmp_path / "model")
+    loaded = WorldModel.load(tmp_path / "model", dtype=torch.float32)
+    assert loaded.sizes == model.sizes
+    assert not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.bfloat16().float())
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    half = WorldModel.load(tmp_path / "model")  # what is not kept, but made anew, is none the worse for it
+    assert torch.equal(half.rays_NR, model.rays_NR)
+    shown = loaded.codec.decode(latents(model, 2))
+    for name, video in model.codec.decode(latents(model, 2)).items():
+        assert np.abs(shown[name].astype(int) - video).max() <= 4  # the weights are rounded
+    folders = {"colour", "depth"} if depth_channels else {"colour"}
+    files = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == files | folders
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holdover world train"):
-        WorldModel.load(tmp_path / "other.safetensors")
+        WorldModel.load(tmp_path / "other")
+    model = small_model()
+    model.save(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"channels": 5}')
+    with pytest.raises(ValueError, match="model does not hold a WorldModel of this version; train it again"):
+        WorldModel.load(tmp_path / "model")
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(ValueError, match=r"has no autoencoder; set model\.codec"):
+        _ = WorldModel.of(model.sizes).codec
+
+
+def test_diffusers_reads_what_diffusers_wrote(tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    loaded = WorldModel.from_pretrained(tmp_path)
+    assert loaded.sizes == model.sizes
+    x, action = latents(model, 2), torch.rand(1, 2, 2)
+    with torch.no_grad():
+        expected = model(x, sigma=0.5, action_BFA=action)
+        torch.testing.assert_close(loaded(x, sigma=0.5, action_BFA=action), expected)
 
 
 def test_the_rig_is_stitched_in_place() -> None:

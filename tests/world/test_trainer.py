@@ -1,0 +1,176 @@
+"""The training loop: a run that was killed, two ranks, the rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from holdover.world.trainer import Predict, Schedule, fit, read_log
+from tests.ranks import run_ranks
+
+SCHEDULE = Schedule(steps=8, batch=2, warmup=2)
+Weights = dict[str, list[float]]
+Draw = Callable[[int, np.random.Generator], Tensor]
+
+
+class Small(nn.Module):
+    """Matrices for Muon, the rest for AdamW; ``seldom`` has no part in every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.seldom = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x.to(self.seldom.dtype)))
+        y: Tensor = self.last(hidden * self.seldom if x[0, 0] > 0 else hidden)
+        return y
+
+
+def inputs(_: int, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.standard_normal((2, 4), np.float32))
+
+
+def squared(predict: Predict, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
+    target = x.sum(1, keepdim=True) + float(rng.standard_normal()) / 9
+    return (predict(x).float() - target).square().mean(), {"mean": float(x.mean())}
+
+
+def run(out: Path, schedule: Schedule = SCHEDULE, *, draw: Draw = inputs, loss: Any = squared) -> Weights:
+    """Train and return the averaged weights that were saved last."""
+    saved: Weights = {}
+
+    def save(average: Mapping[str, Tensor]) -> None:
+        saved.update({name: value.flatten().tolist() for name, value in average.items()})
+
+    def validate(predict: Predict) -> dict[str, Any]:
+        return {"at_one": predict(torch.ones(1, 4)).item()}
+
+    fit(Small(), out, schedule, plan=draw, loss=loss, save=save, validate=validate, save_every=3)
+    return saved
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(out)]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    calls = 0
+
+    def power_cut(*args: Any) -> tuple[Tensor, dict[str, Any]]:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return squared(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", loss=power_cut)
+    assert len(curve(tmp_path / "cut")) == 5  # two more than were saved
+    assert run(tmp_path / "cut") == whole
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert [line["step"] for line in curve(tmp_path / "cut") if "at_one" in line] == [2, 5, 7]
+    with pytest.raises(ValueError, match=r"was trained with .*; use that recipe or another folder"):
+        run(tmp_path / "cut", Schedule(steps=9, batch=2, warmup=2))
+
+
+def test_a_run_that_was_never_saved_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 99}\n')
+    run(tmp_path)
+    assert [line["step"] for line in curve(tmp_path)] == list(range(8))
+
+
+def test_the_average_is_an_exponential_one_of_the_weights(tmp_path: Path) -> None:
+    """Without momentum to speak of at first: after n steps the decay is n / (n + 9), at most ``ema``."""
+    model, seen = Small(), []
+
+    def watch(predict: Predict, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
+        seen.append(model.seldom.detach().clone())
+        return squared(predict, x, rng)
+
+    saved: dict[str, Tensor] = {}
+    schedule = Schedule(steps=8, batch=2, warmup=2, ema=0.3)
+    fit(model, tmp_path, schedule, plan=inputs, loss=watch, save=lambda average: saved.update(average))
+    expected = seen[0]
+    for n, weights in enumerate([*seen[1:], model.seldom.detach()], 1):
+        decay = min(0.3, n / (n + 9))
+        expected = decay * expected + (1 - decay) * weights
+    torch.testing.assert_close(saved["seldom"], expected)
+
+
+def test_weights_are_used_in_bfloat16_and_kept_in_float32(tmp_path: Path) -> None:
+    kinds = set()
+
+    def watch(predict: Predict, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
+        kinds.add(predict(x).dtype)
+        return squared(predict, x, rng)
+
+    saved = run(tmp_path, loss=watch)
+    assert kinds == {torch.bfloat16}
+    values = torch.tensor(saved["first.weight"])
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+WORKER = """
+import json, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from tests.world.test_trainer import run
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+while rank and not (folder / "run" / "log.jsonl").exists():  # comes late
+    time.sleep(0.05)
+saved = run(folder / "run")
+everything = [None, None]
+dist.all_gather_object(everything, saved)
+(folder / f"{rank}.json").write_text(json.dumps(everything))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_are_one_with_both_their_samples(tmp_path: Path) -> None:
+    (first, second), again = run_ranks(WORKER, tmp_path)
+    assert [first, second] == again
+    assert second == {}  # rank 0 alone writes
+    assert len(curve(tmp_path / "run")) == SCHEDULE.steps
+
+    def both(step: int, _: np.random.Generator) -> Any:
+        generators = [np.random.default_rng([SCHEDULE.seed, step, rank]) for rank in range(2)]
+        return [(inputs(step, rng), rng) for rng in generators]
+
+    def mean(predict: Predict, samples: Any, _: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
+        losses = [squared(predict, x, rng)[0] for x, rng in samples]
+        return torch.stack(losses).mean(), {"seldom": [float(x[0, 0]) > 0 for x, _ in samples]}
+
+    alone = run(tmp_path / "alone", draw=both, loss=mean)
+    assert {len(set(line["seldom"])) for line in curve(tmp_path / "alone")} == {
+        1,
+        2,
+    }  # one rank uses what another does not
+    norms, expected = ([line["norm"] for line in curve(tmp_path / name)] for name in ("run", "alone"))
+    assert norms == pytest.approx(expected, rel=0.02)  # bfloat16
+    for name, values in alone.items():
+        assert first[name] == pytest.approx(values, abs=0.02)
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    schedule = Schedule(steps=100, batch=1, warmup=10, decay=0.5)
+    assert schedule.rate(0) == pytest.approx(0.1)
+    assert schedule.rate(9) == schedule.rate(50) == 1
+    assert schedule.rate(75) == pytest.approx(0.5)
+    assert schedule.rate(99) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"batch": 0}, {"warmup": 0}, {"decay": 1.5}])
+def test_impossible_schedules_are_refused(changes: dict[str, Any]) -> None:
+    [(name, value)] = changes.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Schedule(**{"steps": 1, "batch": 1, **changes})
