@@ -2,7 +2,7 @@
 
     DIR/dataset.json                        {"format": 1, "fps": 12, "cameras": [...]}
     DIR/<scenario>-<seed>/<camera>.mp4      colour, H.264
-    DIR/<scenario>-<seed>/<camera>.depth.mkv    depth, FFV1, 16-bit centimetres (optional)
+    DIR/<scenario>-<seed>/<camera>.depth.mkv    depth, FFV1, 16-bit centimetres (optional; may end before the colour)
     DIR/<scenario>-<seed>/clip.parquet      one row per frame: commands, motion, pose
     DIR/<scenario>-<seed>/clip.json         {"scenario", "seed", "frames", "holdover"}
 
