@@ -6,15 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.progress import Progress
 
-from holdover.bench.evaluate import Rollout, cross_view, frechet, matching_pixels, run_evaluation
+from holdover.bench.evaluate import (
+    Rollout,
+    cross_view,
+    depth_errors,
+    frechet,
+    matching_pixels,
+    roll_out,
+    run_evaluation,
+)
 from holdover.bench.motion import GAP, agreement, train_motion_reader, true_motion
+from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.cameras import FPS, RIG, Camera
-from holdover.world.clips import Clip
+from holdover.world.clips import Clip, list_clips, read_clip
 from holdover.world.config import camera_rays
 from holdover.world.transformer import WorldModel
-from tests.bench.small import write_clips
+from tests.bench.small import CAMERAS, write_clips
+from tests.world.small import small_config, small_model
 
 
 def test_frechet_of_gaussians_that_differ_by_a_shift_and_a_scale() -> None:
@@ -52,7 +63,7 @@ def test_cameras_of_one_far_world_agree_and_mirrored_ones_do_not() -> None:
     frames = {camera.name: panorama(camera) for camera in RIG}
     clip = Clip("far", 0, frames, None, np.zeros((4, 2), np.float32), np.zeros((4, 3)), np.zeros((4, 2)))
     mirrored = {name: video[:, :, ::-1].copy() if "left" in name else video for name, video in frames.items()}
-    rows = {tuple(row["cameras"]): row for row in cross_view([Rollout("far", mirrored, clip)], RIG)}
+    rows = {tuple(row["cameras"]): row for row in cross_view([Rollout("far", mirrored, None, clip)], RIG)}
     assert rows["front_wide", "front_narrow"]["share"] == pytest.approx(
         np.tan(np.radians(25)) ** 2 / np.tan(np.radians(50)) ** 2, rel=0.15
     )
@@ -101,13 +112,53 @@ def test_agreement_of_a_line() -> None:
     assert agreement(true, np.ones(4)) == {"correlation": None, "slope": None}
 
 
+def test_depth_errors_by_hand() -> None:
+    """Of five pixels one is the sky and one 100 m away; of the others one is right, one half, one 1.2 times too far."""
+    true = np.array([[10.0, 20.0, 655.35], [99.9, 100.0, 5.0]])[:, ::-1]
+    made = np.array([[10.0, 10.0, 1.0], [99.9 * 1.2, 1.0, 5.0]])[:, ::-1]
+    found = depth_errors(made, true)
+    assert found == pytest.approx({"abs_rel": (0.5 + 0.2) / 4, "within_1.25": 3 / 4})
+    assert depth_errors(true / 1.3, true) == pytest.approx({"abs_rel": 1 - 1 / 1.3, "within_1.25": 0.0})
+    assert depth_errors(true, np.full_like(true, 655.35)) == {"abs_rel": None, "within_1.25": None}
+    assert depth_errors(true, np.zeros_like(true)) == {"abs_rel": None, "within_1.25": None}  # never measured
+
+
 def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("holdover.bench.evaluate.TRAINING_STEPS", 2)
-    clips = write_clips(tmp_path / "clips", 1 + 2 * (8 + 24))
+    clips = write_clips(tmp_path / "clips", 4 * (8 + 12))
     with Progress(disable=True) as progress:
         figures = run_evaluation(model, tmp_path, clips=clips, data=clips, progress=progress)
     assert [name.split("-")[0] for name in figures["clips"]] == ["highway", "urban", "uturn"]
-    assert list(figures["horizons"]) == ["0.5", "1", "2", "4"]
+    assert list(figures["horizons"]) == list(figures["depth"]) == ["0.5", "1", "2", "4"]
     assert figures["frechet"][0]["seconds"] == [0, 2]
     assert json.loads((tmp_path / "world.json").read_text()) == figures
-    assert "| yaw rate |" in (tmp_path / "world.md").read_text()
+    text = (tmp_path / "world.md").read_text()
+    assert "| yaw rate |" in text
+    # The errors of depth once more: what the driver made of each clip, decoded as one video.
+    relative = []
+    for path in list_clips(clips):
+        clip = read_clip(path, depth=True)
+        assert clip.depth is not None
+        latents = model.codec.encode(
+            {name: video[:32] for name, video in clip.frames.items()},
+            {name: video[:32] for name, video in clip.depth.items()},
+        )
+        actions = torch.from_numpy(clip.actions).unflatten(0, (-1, 4)).mean(1)
+        loop = ClosedLoop(model, latents, actions[None, :8])
+        made = torch.cat([piece.latents for piece in loop.run(actions[8:11])], 1)
+        for name, depth in model.codec.decode_depth(made, latents[:, -1]).items():
+            now, true = depth[0, 8:12], clip.depth[name][40:44]
+            relative.append((np.abs(now - true) / true)[true < 100])
+    assert figures["depth"]["1"]["abs_rel"] == pytest.approx(np.concatenate(relative).mean(), rel=1e-5)
+    assert f"| 1 s | {figures['depth']['1']['abs_rel']:.3f} |" in text
+
+
+def test_a_model_without_depth_is_evaluated_without(tmp_path: Path) -> None:
+    clips = write_clips(tmp_path, 4 * (8 + 1), depth=False)
+    model = small_model(sizes=small_config(cameras=CAMERAS, window=4, depth_channels=0))
+    rollout = roll_out(model, list_clips(clips)[0], LoopConfig(), seed=0, generations=1)
+    assert rollout.depth is None
+    assert {name: video.shape for name, video in rollout.made.items()} == {
+        "front_wide": (4, 32, 48, 3),
+        "rear": (4, 32, 32, 3),
+    }

@@ -35,6 +35,8 @@ SPANS = ((0, 2), (2, 5), (5, 10), (10, 16))
 EVERY = 4
 #: Of the network that reads motion back.
 TRAINING_STEPS = 800
+#: Metres from which on depth is not compared: hills and the sky.
+FAR = 100.0
 #: Least share of a camera's pixels that another must see as well for the two to be compared.
 OVERLAP = 0.1
 
@@ -133,6 +135,7 @@ def run_evaluation(
     figures: dict[str, Any] = {
         "clips": [path.name for path in chosen],
         "horizons": {f"{seconds:g}": _fidelity(rollouts, seconds, distance) for seconds in HORIZONS},
+        "depth": {f"{seconds:g}": _depth(rollouts, seconds) for seconds in HORIZONS} if rollouts[0].depth else None,
         "frechet": _drift(rollouts, distance),
         "action": {
             source: {"speed": agreement(m[:, 0], true[:, 0]), "yaw_rate": agreement(m[:, 1], true[:, 1])}
@@ -154,8 +157,12 @@ def _choose(clips: Path, per_scenario: int) -> list[Path]:
     return chosen
 
 
+def _before(seconds: float) -> slice:
+    return slice(round(seconds * FPS) - EVERY, round(seconds * FPS))
+
+
 def _fidelity(rollouts: Sequence[Rollout], seconds: float, distance: StLpips) -> dict[str, float]:
-    frames = slice(round(seconds * FPS) - EVERY, round(seconds * FPS))
+    frames = _before(seconds)
     parts = [
         compare(
             {n: v[frames] for n, v in r.made.items()},
@@ -170,6 +177,29 @@ def _fidelity(rollouts: Sequence[Rollout], seconds: float, distance: StLpips) ->
         "ssim": fmean(p.ssim["stitched"] for p in parts),
         "lpips": fmean(p.lpips["stitched"] for p in parts),
     }
+
+
+def _depth(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float | None]:
+    """The errors of depth, all cameras together."""
+    made, true = (
+        np.concatenate([video[_before(seconds)].ravel() for depth in some if depth for video in depth.values()])
+        for some in ([r.depth for r in rollouts], [r.clip.depth for r in rollouts])
+    )
+    return depth_errors(made, true)
+
+
+def depth_errors(made: NDArray[np.floating], true: NDArray[np.floating]) -> dict[str, float | None]:
+    """How far depth is from the truth, both ``[...]`` in metres, over pixels that truly are nearer than `FAR`.
+
+    ``abs_rel`` is the mean of ``|made - true| / true``, ``within_1.25`` the share of pixels whose larger depth is less
+    than 1.25 times the smaller; None where nothing is near. Source: Eigen et al., arXiv 1406.2283, section 4.
+    """
+    near = (true > 0) & (true < FAR)
+    if not near.any():
+        return {"abs_rel": None, "within_1.25": None}
+    ratio = made[near].astype(np.float64) / true[near]
+    within = np.maximum(ratio, 1 / ratio) < 1.25
+    return {"abs_rel": float(np.abs(ratio - 1).mean()), "within_1.25": float(within.mean())}
 
 
 def _drift(rollouts: Sequence[Rollout], distance: StLpips) -> list[dict[str, Any]]:
@@ -258,6 +288,10 @@ def card(figures: dict[str, Any]) -> str:
         (f"{seconds} s", f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['lpips']:.3f}")
         for seconds, row in figures["horizons"].items()
     ]
+    depth = [
+        (f"{seconds} s", _number(row["abs_rel"], 3), _number(row["within_1.25"], 3))
+        for seconds, row in (figures["depth"] or {}).items()
+    ]
     drift = [
         (f"{a}–{b} s", str(row["pictures"]), f"{row['frechet']:.2g}", f"{row['simulator']:.2g}")
         for row in figures["frechet"]
@@ -283,6 +317,9 @@ Everything computed, the actions of held-out clips ({", ".join(figures["clips"])
 Fidelity after so many seconds, stitched view:
 
 {markdown(("after", "PSNR, dB", "SSIM", "ST-LPIPS"), horizons)}
+Depth nearer than {FAR:g} m, all cameras: mean relative error, and share of pixels right within a factor of 1.25:
+
+{markdown(("after", "AbsRel", "within 1.25"), depth) if depth else "This model draws no depth."}
 Drift: Fréchet distance (mean features of ST-LPIPS's AlexNet, all cameras) of generated pictures from the simulator's of
 the same seconds, beside that of two halves of the simulator's own:
 
@@ -301,5 +338,5 @@ Agreement of neighbouring cameras where both look, PSNR in dB of pixels matched 
 _AGREEMENT = ("correlation", "slope")
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
