@@ -19,7 +19,7 @@ from holdover.world.trainer import Predict
 from holdover.world.transformer import WorldModel
 
 #: Below it a clean prediction's error is not magnified further by making a velocity of it.
-LEAST_SIGMA = 0.02
+LEAST_SIGMA = 0.25
 
 
 def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:

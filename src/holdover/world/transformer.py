@@ -7,7 +7,7 @@ camera, both modalities, over the window and the KV cache) and cross-view attent
 newest committed latent frame is also shown to every token directly, as image-to-video models do with their first
 frame. Noise level and action enter by adaLN-Zero (Peebles & Xie, DiT, arXiv 2212.09748; one shared projection with a
 learned offset per block, as in PixArt-alpha, arXiv 2310.00426), cameras by the ray through each token. The model
-predicts the clean latents, preconditioned for every noise level (Karras et al., EDM, arXiv 2206.00364, section 5).
+predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
 
 Shape suffixes: B batch, F latent frames, N tokens of one latent frame (in the order modality, group, view, h, w),
 L = F*N, P values of one token, C channels, V views of a group, H heads, D channels of a head, S tokens of an attention
@@ -285,14 +285,11 @@ class WorldModel(ModelMixin, ConfigMixin):
             cache.commit(x_BFNP)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
         final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
-        made = self._each(self.head, final_BFNC)
+        clean = self._each(self.head, final_BFNC)
         if last_BNP is not None:
             # Much of a picture stays: the blocks need not carry it through.
-            made = torch.addcmul(made, torch.sigmoid(self.keep(final_BFNC)), last_BNP[:, None])
-        # What is known of unit-variance latents from their noisy selves alone, and the rest, also of unit variance.
-        share = sigma_B[:, None, None, None]
-        variance = (1 - share) ** 2 + share**2
-        return (1 - share) / variance * x_BFNP.float() + share / variance.sqrt() * made.float()
+            clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), last_BNP[:, None])
+        return clean
 
     def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
         """Every modality's tokens ``[..., N, *]`` through its own layer."""
