@@ -28,7 +28,7 @@ class Segments:
     """Random segments of recorded clips, encoded once.
 
     Latents are kept in memory (a clip of 20 seconds takes 4 MB) and, for the next run with the same autoencoders, in
-    ``.latents`` beside the clips.
+    ``.latents`` beside the clips, unless these are recorded anew.
     """
 
     def __init__(self, folder: Path, codec: Codec) -> None:
@@ -40,7 +40,7 @@ class Segments:
         self.clips: list[Batch] = []
         for clip in track(clips, description="encoding clips"):
             file = kept / f"{clip.name}.safetensors"
-            if not file.is_file():
+            if not file.is_file() or file.stat().st_mtime_ns < (clip / "clip.json").stat().st_mtime_ns:
                 partial = file.with_suffix(".partial")
                 save_file(_encode(clip, codec), partial)
                 partial.replace(file)
@@ -63,7 +63,15 @@ class Segments:
         return chosen
 
     def batch(self, chosen: list[tuple[int, int]], latent_frames: int, device: str | torch.device) -> Batch:
-        """Segments as the model takes them."""
+        """Segments as the model takes them.
+
+        Raises:
+            ValueError: one reaches beyond the end of its clip.
+        """
+        for n, first in chosen:
+            length, needed = self.clips[n].latents.shape[1], first + latent_frames
+            if needed > length:
+                raise ValueError(f"a clip has {length} latent frames; {needed} are needed: record longer ones")
 
         def take(name: str) -> Tensor:
             parts: list[Any] = [getattr(self.clips[n], name)[:, first : first + latent_frames] for n, first in chosen]
