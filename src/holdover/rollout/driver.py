@@ -277,7 +277,7 @@ class ClosedLoop:
             self._committed = window, made.actions_BFA
         if len(self._emitted) == self.chunk_frames and self.config.commit == "emitted":
             self._committed = torch.cat(self._emitted, 1), torch.stack(self._actions, 1)
-        before, self._shown = self._shown, piece[:, -1]
+        before, self._shown = self._shown, piece[:, -1].clone()  # files hold no tensor twice
         return piece, before, exact
 
 
