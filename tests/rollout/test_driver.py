@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +60,22 @@ def test_a_window_is_generated_once_per_piece_with_the_same_noise() -> None:
         expected = (1 - sigmas[i]) * pieces[0] + sigmas[i] * noise[:, :1]
         torch.testing.assert_close(second[i]["x"][:, :1], expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(pieces[1], second[3]["output"][:, 1:2])
+
+
+@pytest.mark.parametrize("cadence", ["window", "plain"])
+def test_a_piece_knows_what_was_shown_before_it(cadence: str) -> None:
+    """So that decoding piece by piece is decoding it all."""
+    model = small_model()
+    start = latents(model, 2)
+    pieces = list(loop(model, cadence=cadence).run(torch.rand(5, 2)))
+    assert torch.equal(
+        torch.stack([piece.before for piece in pieces], 1),
+        torch.cat([start[:, -1:], *(p.latents for p in pieces[:-1])], 1),
+    )
+    whole = model.codec.decode(torch.cat([start, *(piece.latents for piece in pieces)], 1))
+    for n, piece in enumerate(pieces):
+        for name, video in model.codec.decode(piece.latents, piece.before).items():
+            assert np.array_equal(video, whole[name][:, 8 + 4 * n : 12 + 4 * n])
 
 
 def test_nothing_looks_ahead() -> None:

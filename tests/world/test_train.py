@@ -1,161 +1,32 @@
+"""Training the world model: what a step minimises, by hand; segments of recordings; runs."""
+
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from holdover.rollout.scenarios import shipped_clips
+from holdover.world import segments as segmenting
 from holdover.world import train as training
-from holdover.world.adversary import Discriminator
-from holdover.world.clips import read_clip
-from holdover.world.config import WorldConfig
-from holdover.world.losses import error, hold_actions, rollout_loss
+from holdover.world.clips import open_dataset, read_clip
+from holdover.world.depth import from_metres
+from holdover.world.losses import LEAST_SIGMA, error, hold_actions, sequence_loss
 from holdover.world.recipe import Recipe
 from holdover.world.segments import Batch, Segments
-from holdover.world.train import read_log, train
+from holdover.world.train import train
+from holdover.world.train_autoencoder import normalise
+from holdover.world.trainer import read_log
 from holdover.world.transformer import WorldModel
 
-from .small import latents, small_config, small_model
+from .small import CAMERAS, latents, small_codec, small_config, small_model, write_clip
 
-
-class Sheet:
-    """Stands in for recorded clips: one still picture, and a little noise that depends on where a segment starts."""
-
-    def __init__(self, folder: Path, config: WorldConfig) -> None:
-        self.config, self.clips = config, [folder]
-        self.model = small_model()
-
-    def read(self, clip: Path, start: int, latent_frames: int) -> Batch:
-        still, noise = latents(self.model, 1), latents(self.model, latent_frames, seed=start + 1)
-        return Batch((still + 0.1 * noise).clamp(-1, 1), torch.full((1, latent_frames, 2), 0.1))
-
-    def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[Batch]:
-        return [self.read(Path(), int(rng.integers(3)), latent_frames)] * batch
-
-    def batch(self, segments: list[Batch], device: str) -> Batch:
-        return Batch(*map(torch.cat, zip(*(vars(segment).values() for segment in segments), strict=True)))
-
-
-@pytest.fixture
-def sheet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "Segments", Sheet)
-
-
-RECIPE = Recipe(steps=8, batch=1, own_context_from=0.5, plain_share=0.4, warmup=2)
-
-
-@pytest.mark.parametrize(
-    ("loss", "recipe"), [("sequence_loss", RECIPE), ("rollout_loss", replace(RECIPE, adversary=1.0, rollout=2))]
-)
-@pytest.mark.usefixtures("sheet")
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, recipe: Recipe
-) -> None:
-    config = small_config(depth=2)
-    whole = train(tmp_path, tmp_path / "whole", recipe, heldout=tmp_path, config=config, save_every=3)
-    real = getattr(training, loss)
-    calls = 0
-
-    def power_cut(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(training, loss, power_cut)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, tmp_path / "cut", recipe, heldout=tmp_path, config=config, save_every=3)
-    monkeypatch.setattr(training, loss, real)
-    resumed = train(tmp_path, tmp_path / "cut", recipe, heldout=tmp_path, config=config, save_every=3)
-    curves = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(p.parent)] for p in (whole, resumed)
-    ]
-    assert curves[0] == curves[1]
-    assert len(curves[0]) == 8
-    assert whole.read_bytes() == resumed.read_bytes()
-    with pytest.raises(ValueError, match="another folder"):
-        train(tmp_path, tmp_path / "cut", Recipe(steps=9), config=config)
-
-
-@pytest.mark.usefixtures("sheet")
-def test_training_learns(tmp_path: Path) -> None:
-    recipe = Recipe(steps=60, batch=1, plain_share=0.2, own_context_from=0.8, warmup=5, ema=0.9)
-    path = train(tmp_path, tmp_path / "run", recipe, heldout=tmp_path, config=small_config(depth=2), save_every=20)
-    log = list(read_log(path.parent))
-    psnr = [line["heldout_psnr_db"][0] for line in log if "heldout_psnr_db" in line]
-    blank = 10 * np.log10(4 / float(latents(small_model(), 1).clamp(-1, 1).square().mean()))  # of predicting nothing
-    assert psnr[-1] > blank + 3
-    assert isinstance(WorldModel.load(path), WorldModel)
-
-
-@pytest.mark.usefixtures("sheet")
-def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    """A step of no size leaves a checkpoint's weights, and its sizes, as they were; a real one moves them."""
-    model = small_model(depth=2)
-    model.save(tmp_path / "start.safetensors")
-    still = Recipe(steps=1, batch=1, muon_rate=0, adam_rate=0)
-    path = train(tmp_path, tmp_path / "still", still, start_from=tmp_path / "start.safetensors")
-    assert path.read_bytes() == (tmp_path / "start.safetensors").read_bytes()
-    path = train(tmp_path, tmp_path / "moved", Recipe(steps=1, batch=1), start_from=path)
-    assert WorldModel.load(path).config == model.sizes
-    assert path.read_bytes() != (tmp_path / "start.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="brings its own sizes"):
-        train(tmp_path, tmp_path / "two", still, start_from=path, config=model.sizes)
-
-
-def test_the_gradient_of_a_rollout_without_an_adversary_is_the_regressions() -> None:
-    """Of a "model" whose prediction is a parameter: the mean of its errors against the last windows."""
-    model = small_model()
-    config, recipe = model.sizes, Recipe(adversary=1.0)
-    x = latents(model, config.context + 3 * config.window)
-    batch = Batch(x, torch.zeros(1, x.shape[1], config.action_dims))
-    guess = latents(model, config.window, seed=7).requires_grad_(True)
-    graded = []
-
-    def predict(noisy: torch.Tensor, *, sigma: float, write: bool = False, **_: object) -> torch.Tensor:
-        if torch.is_grad_enabled() and not write:
-            graded.append(sigma)
-        return guess
-
-    judge = Discriminator(config)
-    surrogate, value, generated = rollout_loss(
-        predict, model, batch, np.random.default_rng(3), recipe, judge, plain=False, weight=0.0
-    )
-    targets = x[:, config.context :].split(config.window, 1)[-recipe.graded :]
-    assert len(graded) == len(targets) == 2
-    expected = torch.stack([error(guess, t, s, recipe) for t, s in zip(targets, graded, strict=True)]).mean()
-    torch.testing.assert_close(value, expected)
-    (gradient,) = torch.autograd.grad(surrogate, guess)
-    torch.testing.assert_close(gradient, *torch.autograd.grad(expected, guess))
-    assert torch.equal(generated, guess.detach().repeat(1, 3, 1, 1))
-
-
-@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
-def test_segments_are_what_was_recorded(keep_bytes: int) -> None:
-    """Of a shipped clip: pixels by hand from the decoded video, actions as commanded."""
-    config = WorldConfig()
-    segments = Segments(shipped_clips(), config, keep_bytes=keep_bytes)
-    clip = read_clip(segments.clips[0])
-    for start in (8, 40):
-        parts = [segments.read(segments.clips[0], start, 2) for _ in range(2)]
-        batch = segments.batch(parts, "cpu")
-        assert batch.latents.shape == (2, 2, config.tokens, config.patch_values)
-        corner = torch.from_numpy(clip.frames["front_wide"][start, :8, :8]).float() / 127.5 - 1
-        torch.testing.assert_close(batch.latents[1, 0, 0, : 8 * 8 * 3], corner.flatten())
-        torch.testing.assert_close(batch.actions[0, :, 0].numpy(), clip.actions[start : start + 8 : 4, 0])
-
-
-def test_the_rate_warms_up_and_falls_to_zero() -> None:
-    recipe = Recipe(steps=100, warmup=10, decay=0.5)
-    assert recipe.rate(0) == pytest.approx(0.1)
-    assert recipe.rate(9) == recipe.rate(50) == 1
-    assert recipe.rate(75) == pytest.approx(0.5)
-    assert recipe.rate(99) == pytest.approx(0.02)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+RECIPE = Recipe(steps=6, batch=2, own_context_from=0.5, plain_share=0.4, warmup=2)
 
 
 def test_frames_not_yet_commanded_hold_the_newest_action() -> None:
@@ -168,13 +39,209 @@ def test_frames_not_yet_commanded_hold_the_newest_action() -> None:
     ]
 
 
-def test_an_empty_folder_and_a_wrong_share_are_named(tmp_path: Path) -> None:
-    (tmp_path / "dataset.json").write_text(json.dumps({"format": 1, "fps": 12, "cameras": []}))
-    with pytest.raises(ValueError, match="holds no clips"):
-        train(tmp_path, tmp_path / "run", Recipe(steps=1))
-    with pytest.raises(ValueError, match=r"decay=1\.5"):
-        Recipe(decay=1.5)
-    with pytest.raises(ValueError, match="rollout=0"):
-        Recipe(rollout=0)
-    with pytest.raises(ValueError, match="adversary=-1"):
-        Recipe(adversary=-1)
+def test_the_error_is_one_of_velocities() -> None:
+    """A velocity is (noisy - clean) / sigma, so an error of 0.2 at sigma 0.5 is one of 0.4."""
+    recipe, target = Recipe(l1=0.5), torch.randn(2, 1, 3, 4)
+    off = torch.tensor([0.2, -0.2])[:, None, None, None]
+    value = error(target + off, target, torch.tensor([0.5, 0.8]), recipe)
+    assert value.item() == pytest.approx((0.4**2 + 0.25**2) / 2 + 0.5 * (0.4 + 0.25) / 2, rel=1e-4)
+    value = error(target + off, target, torch.zeros(2), replace(recipe, l1=0.0))
+    assert value.item() == pytest.approx((0.2 / LEAST_SIGMA) ** 2, rel=1e-4)
+
+
+class Spy:
+    """A "model" whose prediction is a parameter; keeps the passes it is asked for."""
+
+    def __init__(self) -> None:
+        self.guess = torch.full((1,), 0.3, requires_grad=True)
+        self.passes: list[dict[str, Any]] = []
+
+    def __call__(self, x: Tensor, *, write: bool = False, **given: Any) -> Tensor:
+        self.passes.append({"x": x, "write": write, "graded": torch.is_grad_enabled(), **given})
+        return self.guess.expand_as(x).clone()
+
+    def take(self, *, write: bool, graded: bool) -> list[dict[str, Any]]:
+        return [each for each in self.passes if each["write"] == write and each["graded"] == graded]
+
+
+def spied(recipe: Recipe, frames: int, *, plain: bool = False, own: bool = False) -> tuple[Spy, Batch, Tensor]:
+    model, spy = small_model(), Spy()
+    batch = Batch(latents(model, frames, batch=3), torch.rand(3, frames, 2))
+    loss = sequence_loss(spy, model, batch, np.random.default_rng(1), recipe, plain=plain, own=own)
+    return spy, batch, loss
+
+
+@pytest.mark.parametrize(("plain", "chunk", "targets"), [(False, 2, 3), (True, 1, 6)])
+def test_every_chunk_past_the_context_is_a_target(plain: bool, chunk: int, targets: int) -> None:
+    spy, batch, loss = spied(Recipe(context_noise=0.0, unconditional_share=0.0), 10, plain=plain)
+    chunks = batch.latents.split(chunk, 1)
+    noisy = spy.take(write=False, graded=True)
+    assert len(noisy) == targets
+    errors, actions = [], batch.actions.split(chunk, 1)[-targets:]
+    for each, clean, commanded in zip(noisy, chunks[-targets:], actions, strict=True):
+        sigma = each["sigma"]
+        assert sigma.shape == (3,)
+        assert len(set(sigma.tolist())) == 3  # every row has a level of its own
+        noise = (each["x"] - (1 - sigma[:, None, None, None]) * clean) / sigma[:, None, None, None]
+        assert noise.std().item() == pytest.approx(1, abs=0.1)
+        assert abs(noise.mean().item()) < 0.15
+        assert any(torch.equal(each["action_BFA"], hold_actions(commanded, k)) for k in range(chunk))
+        errors.append(error(spy.guess.expand_as(clean), clean, sigma, Recipe()))
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    # Clean passes write all but the last; the first ones are not learned from.
+    written = [each for each in spy.passes if each["write"]]
+    assert all(torch.equal(each["x"], clean) for each, clean in zip(written, chunks[:-1], strict=True))
+    assert all(each["sigma"] == 0 for each in written)
+    assert [each["graded"] for each in written] == [False] * (4 // chunk) + [True] * (targets - 1)
+
+
+def test_a_few_step_model_is_trained_at_the_samplers_levels() -> None:
+    recipe = Recipe(levels=3, unconditional_share=1.0)
+    spy, _, _ = spied(recipe, 24)
+    levels = [set(each["sigma"].tolist()) for each in spy.take(write=False, graded=True)]
+    assert all(len(level) == 1 for level in levels)
+    assert {round(*level, 6) for level in levels} == {1.0, round(10 / 11, 6), round(5 / 7, 6)}
+    assert all(each["action_BFA"] is None for each in spy.take(write=False, graded=True))
+    assert not any(each["action_BFA"] is None for each in spy.passes if each["write"])
+
+
+def test_contexts_may_be_the_models_own() -> None:
+    spy, batch, loss = spied(Recipe(context_noise=0.0, unconditional_share=0.0), 10, own=True)
+    written = [each["x"] for each in spy.passes if each["write"]]
+    recorded = batch.latents.split(2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(written[:2], recorded[:2], strict=True))
+    assert all((each == 0.3).all() for each in written[2:])  # what it said
+    assert len(written) == 4
+    assert len(spy.take(write=False, graded=False)) >= 2 * 4  # two windows, sampled in four steps each
+    [last] = spy.take(write=False, graded=True)
+    clean = recorded[-1]
+    torch.testing.assert_close(loss, error(spy.guess.expand_as(clean), clean, last["sigma"], Recipe()))
+
+
+def test_contexts_are_noised_a_little() -> None:
+    spy, batch, _ = spied(Recipe(context_noise=0.5), 10)
+    written = [each["x"] for each in spy.passes if each["write"]]
+    shares = [(x - clean).std().item() for x, clean in zip(written, batch.latents.split(2, 1)[:-1], strict=True)]
+    assert 0 < min(shares) < max(shares) < 0.55
+
+
+def test_segments_are_what_was_recorded(tmp_path: Path) -> None:
+    """Latents of the decoded video, actions as commanded; a rest of less than a latent frame is left out."""
+    paths = [write_clip(tmp_path, seed, 42) for seed in (0, 1)]
+    codec = small_codec(small_config())
+    segments = Segments(tmp_path, codec)
+    batch = segments.batch([(0, 3), (1, 0)], 5, "cpu")
+    assert batch.latents.dtype == torch.float32
+    for row, (path, start) in enumerate(zip(paths, (12, 0), strict=True)):
+        clip = read_clip(path, depth=True, start=start, frames=20)
+        expected = codec.encode(clip.frames, clip.depth)[0]
+        torch.testing.assert_close(batch.latents[row], expected, atol=0.02, rtol=0.02)  # kept in bfloat16
+        np.testing.assert_allclose(batch.actions[row].numpy(), clip.actions[::4], atol=1e-6)
+    drawn = [each for n in range(60) for each in segments.sample(np.random.default_rng(n), 2, 8)]
+    assert set(drawn) == {(clip, first) for clip in range(2) for first in range(3)}
+    with pytest.raises(ValueError, match="has 10 latent frames; training needs 11: record longer ones"):
+        segments.sample(np.random.default_rng(0), 1, 11)
+    with pytest.raises(ValueError, match="has 10 latent frames; 12 are needed"):
+        segments.batch([(1, 4)], 8, "cpu")
+
+
+def test_clips_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, codec = write_clip(tmp_path, 0, 8), small_codec(small_config())
+    encoded, encode = [], segmenting._encode
+    monkeypatch.setattr(segmenting, "_encode", lambda *given: encoded.append(given[0]) or encode(*given))
+    first = Segments(tmp_path, codec).clips[0].latents
+    assert torch.equal(Segments(tmp_path, codec).clips[0].latents, first)
+    assert encoded == [path]
+    Segments(tmp_path, small_codec(small_config(), seed=1))  # by other autoencoders
+    assert encoded == [path] * 2
+    write_clip(tmp_path, 0, 16)  # recorded anew
+    assert Segments(tmp_path, codec).clips[0].latents.shape[1] == 4
+    assert encoded == [path] * 3
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_clips_that_are_missing_or_lack_depth_are_named(tmp_path: Path) -> None:
+    codec = small_codec(small_config())
+    open_dataset(tmp_path, CAMERAS)
+    with pytest.raises(ValueError, match="holds no clips; record some with `holdover world record"):
+        Segments(tmp_path, codec)
+    write_clip(tmp_path, 0, 8, depth=False)
+    with pytest.raises(FileNotFoundError, match=r"front_wide\.depth\.mkv is missing"):
+        Segments(tmp_path, codec)
+    assert Segments(tmp_path, small_codec(small_config(depth_channels=0))).clips[0].latents.shape == (1, 2, 13, 16)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clips"), 0, 80).parent
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = small_codec(small_config(layers=2))
+    whole = train(clips, tmp_path / "whole", RECIPE, codec=codec, heldout=clips, save_every=2)
+    real, calls = training.sequence_loss, 0
+
+    def power_cut(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "sequence_loss", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(clips, tmp_path / "cut", RECIPE, codec=codec, heldout=clips, save_every=2)
+    resumed = train(clips, tmp_path / "cut", RECIPE, codec=codec, heldout=clips, save_every=2)
+    curves = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_log(p)] for p in (whole, resumed)]
+    assert curves[0] == curves[1]
+    assert [line["own"] for line in curves[0]] == [False] * 3 + [True] * 3
+    assert {line["plain"] for line in curves[0]} == {True, False}
+    assert (whole / WEIGHTS).read_bytes() == (resumed / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="another folder"):
+        train(clips, tmp_path / "cut", replace(RECIPE, l1=2.0), codec=codec)
+
+
+def test_training_learns(tmp_path: Path, clips: Path) -> None:
+    recipe = Recipe(steps=40, batch=2, plain_share=0.2, own_context_from=0.9, warmup=5, ema=0.8)
+    codec, recording = small_codec(small_config(layers=2)), read_clip(clips / "urban-000000", depth=True)
+    assert recording.depth is not None
+    depth = {name: from_metres(metres)[..., None] for name, metres in recording.depth.items()}
+    for modality, pictures in (("colour", recording.frames), ("depth", depth)):
+        normalise(codec.autoencoders[modality], [pictures])
+    folder = train(clips, tmp_path, recipe, codec=codec, heldout=clips, save_every=5)
+    curve = [line["heldout"][0] for line in read_log(folder) if "heldout" in line]
+    assert len(curve) == 8
+    assert curve[-1] < 0.7 * curve[0]
+    model = WorldModel.load(folder)
+    assert model.sizes == codec.sizes
+    assert set(model.codec.autoencoders) == {"colour", "depth"}
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path, clips: Path) -> None:
+    """A step of no size leaves a checkpoint's weights, or a teacher's, as they were; a real one moves them."""
+    model, start = small_model(layers=2), tmp_path / "start"
+    model.save(start)
+    still = Recipe(steps=1, batch=1, muon_rate=0, adam_rate=0)
+    begun = (start / WEIGHTS).read_bytes()
+    folder = train(clips, tmp_path / "still", still, codec=model.codec, start_from=start)
+    assert (folder / WEIGHTS).read_bytes() == begun
+    few = replace(still, levels=2, teacher_steps=1)
+    folder = train(clips, tmp_path / "student", few, codec=model.codec, teacher=start)
+    assert (folder / WEIGHTS).read_bytes() == begun
+    folder = train(clips, tmp_path / "moved", Recipe(steps=1, batch=1), codec=model.codec, start_from=start)
+    assert (folder / WEIGHTS).read_bytes() != begun
+    with pytest.raises(ValueError, match=r"start has WorldConfig.*, not WorldConfig"):
+        train(clips, tmp_path / "other", still, codec=small_codec(small_config()), start_from=start)
+    with pytest.raises(ValueError, match="leave out start_from"):
+        train(clips, tmp_path / "other", few, codec=model.codec, teacher=start, start_from=start)
+    with pytest.raises(ValueError, match="levels=0: a student has few"):
+        train(clips, tmp_path / "other", still, codec=model.codec, teacher=start)
+
+
+@pytest.mark.parametrize("changes", [{"plain_share": 1.5}, {"unconditional_share": -0.1}, {"teacher_steps": 0}])
+def test_impossible_recipes_are_refused(changes: dict[str, Any]) -> None:
+    [(name, value)] = changes.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Recipe(**changes)
