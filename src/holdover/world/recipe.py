@@ -23,7 +23,7 @@ class Recipe(Schedule):
         teacher_steps: Euler steps in which a teacher, where there is one, follows the flow to what is learned from it.
     """
 
-    steps: int = 700
+    steps: int = 2200
     batch: int = 3
     own_context_from: float = 0.85
     plain_share: float = 0.15
