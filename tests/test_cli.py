@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import holdover.world.record
 import holdover.world.train
 from holdover import cli
+from holdover.rollout.driver import ClosedLoop
+from holdover.rollout.scenarios import load_scenario
+from holdover.world.cameras import Camera
+from holdover.world.config import CONFIGS
 from holdover.world.recipe import Recipe
-from tests.bench.small import world_model, write_clips
+from holdover.world.trainer import read_log
+from holdover.world.transformer import WorldModel
+from tests.bench.small import CAMERAS, world_model, write_clips
+from tests.world.small import small_codec
 
 
 def run(*arguments: str) -> Any:
@@ -38,8 +44,6 @@ def refused(*arguments: str) -> str:
 def test_help_needs_none_of_the_heavy_modules() -> None:
     code = """
 import sys
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from holdover import cli
 result = CliRunner().invoke(cli.app, ["--help"])
@@ -52,8 +56,8 @@ print([name for name in heavy if name in sys.modules])
 
 
 def test_every_command_has_help() -> None:
-    for command in (["demo"], ["methods"], ["world", "record"], ["world", "train"], ["bench", "ablation"]):
-        result = run(*command, "--help")
+    for command in ("demo", "methods", "world record", "world train-autoencoder", "world train", "bench ablation"):
+        result = run(*command.split(), "--help")
         assert result.exit_code == 0, command
 
 
@@ -69,17 +73,22 @@ def test_the_methods_are_those_of_the_registry_and_of_the_docs() -> None:
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
-    assert "no checkpoint at" in refused("demo", "--model", str(tmp_path / "none.safetensors"))
+    assert "no world model in" in refused("demo", "--model", str(tmp_path / "none"))
 
 
 def test_wrong_values_are_one_line(tmp_path: Path) -> None:
     assert "'town' is not one of" in refused("demo", "--scenario", "town")
     assert "town" in refused("world", "record", "--scenario", "town", "--out", str(tmp_path))
     assert "not a folder of clips" in refused("world", "train", "--data", str(tmp_path), "--out", str(tmp_path / "x"))
-    train = "world", "train", "--data", str(tmp_path), "--out", str(tmp_path)
-    assert "--start-from" in refused(*train, "--recipe", "sharpen")
-    assert "'polish' is not one of" in refused(*train, "--recipe", "polish")
-    assert "steps=0" in refused(*train, "--steps", "0")
+    data, out = "--data", "--out"
+    assert "'sound' is not one of colour, depth" in refused(
+        *("world", "train-autoencoder", data, str(tmp_path), out, str(tmp_path), "--modality", "sound")
+    )
+    train = "world", "train", data, str(write_clips(tmp_path / "clips", 4)), out, str(tmp_path / "out")
+    assert "'huge' is not one of tiny, small" in refused(*train, "--size", "huge")
+    assert "camera 'roof' is not one of front_wide, rear" in refused(*train, "--camera", "roof")
+    small_codec(CONFIGS["tiny"]).save(tmp_path)
+    assert "steps=0" in refused(*train, "--steps", "0", "--autoencoders", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -102,37 +111,63 @@ def test_record_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_train_passes_the_recipe_on_and_draws_the_curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recipes = []
+    calls: list[tuple[Path, Recipe, dict[str, Any]]] = []
 
-    def train(
-        data: Path, out: Path, recipe: Recipe, *, heldout: Path | None, start_from: Path | None, device: str
-    ) -> Path:
-        recipes.append((data, recipe, heldout, start_from, device))
+    def train(data: Path, out: Path, recipe: Recipe, **rest: Any) -> Path:
+        calls.append((data, recipe, rest))
+        out.mkdir()
         (out / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(3)))
-        return out / "model.safetensors"
+        return out
 
     monkeypatch.setattr(holdover.world.train, "train", train)
-    result = run(
-        *("world", "train", "--data", "d", "--out", str(tmp_path), "--heldout", "h", "--steps", "3", "--seed", "5"),
-        *("--start-from", "s"),
-    )
+    clips = write_clips(tmp_path / "clips", 4)
+    small_codec(CONFIGS["tiny"]).save(tmp_path)
+    options = ["--data", str(clips), "--out", str(tmp_path / "out"), "--autoencoders", str(tmp_path), "--size", "tiny"]
+    options += ["--camera", "rear", "--heldout", "h", "--steps", "3", "--seed", "5", "--start-from", "s"]
+    result = run("world", "train", *options)
     assert result.exit_code == 0, result.output
-    ((data, recipe, heldout, start_from, device),) = recipes
-    assert (data, heldout, start_from, device) == (Path("d"), Path("h"), Path("s"), "cpu")
+    ((data, recipe, rest),) = calls
+    assert data == clips
     assert asdict(recipe) == asdict(Recipe(steps=3, seed=5))
-    assert (tmp_path / "curve.png").is_file()
+    sizes = rest.pop("codec").sizes
+    assert sizes == replace(CONFIGS["tiny"], cameras=CAMERAS[1:])
+    assert rest == {"heldout": Path("h"), "start_from": Path("s"), "teacher": None, "device": "cpu"}
+    assert (tmp_path / "out" / "curve.png").is_file()
+
+
+def test_clips_of_one_camera_without_depth_train_a_world_model(tmp_path: Path) -> None:
+    """What someone does with recordings of a dashboard camera."""
+    camera = Camera(name="front_wide", group="front", width=32, height=16, fov=90, yaw=0, pitch=0, position=(2, 0, 1.3))
+    clips = str(write_clips(tmp_path / "clips", 4 * 20, depth=False, cameras=(camera,)))
+    networks, out = str(tmp_path / "autoencoders"), str(tmp_path / "world")
+    given = "--data", clips, "--heldout", clips, "--steps", "2", "--batch", "1"
+    result = run("world", "train-autoencoder", *given, "--out", networks)
+    assert result.exit_code == 0, result.output
+    own = "--camera", "front_wide", "--no-depth", "--size", "tiny"
+    result = run("world", "train", *given, "--out", out, "--autoencoders", networks, *own)
+    assert result.exit_code == 0, result.output
+    model = WorldModel.load(tmp_path / "world")
+    assert model.sizes == replace(CONFIGS["tiny"], cameras=(camera,), depth_channels=0)
+    assert list(model.codec.autoencoders) == ["colour"]
+    log = list(read_log(tmp_path / "world"))
+    assert [line["step"] for line in log] == [0, 1]
+    assert len(log[-1]["heldout"]) == 2
+    assert "heldout_psnr_db" in list(read_log(tmp_path / "autoencoders" / "colour"))[-1]
+    scenario = load_scenario("urban", model, clips=tmp_path / "clips", generations=1)
+    piece = ClosedLoop(model, scenario.start, scenario.start_actions).step(scenario.actions[0])
+    assert model.codec.decode(piece.latents, piece.before)["front_wide"].shape == (1, 4, 16, 32, 3)
 
 
 def test_demo_and_benches_run_on_a_model_and_clips_of_one_s_own(tmp_path: Path) -> None:
-    clips = write_clips(tmp_path / "clips", 1 + 2 * 16)
-    world_model().save(tmp_path / "model.safetensors")
-    own = ["--model", str(tmp_path / "model.safetensors"), "--clips", str(clips)]
+    clips = write_clips(tmp_path / "clips", 4 * 16)
+    world_model().save(tmp_path / "model")
+    own = ["--model", str(tmp_path / "model"), "--clips", str(clips)]
     out = str(tmp_path / "demo")
     result = run("demo", *own, "--out", out, "--generations", "8", "--scenario", "urban", "--every", "16")
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == f"page: {tmp_path / 'demo' / 'index.html'}"
     assert "3682 → 1392" in result.output
-    assert json.loads((tmp_path / "demo" / "report.json").read_text())["environment"]["model"] == "model.safetensors"
+    assert json.loads((tmp_path / "demo" / "report.json").read_text())["environment"]["model"] == "model"
     result = run("bench", "overhead", *own, "--out", str(tmp_path / "benchmarks"), "--generations", "8")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["generations"] == 4
@@ -140,9 +175,17 @@ def test_demo_and_benches_run_on_a_model_and_clips_of_one_s_own(tmp_path: Path) 
 
 
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    world_model().save(path)
-    tensors, metadata = load_file(path), safe_open(path, "pt").metadata()
-    del tensors["head.bias"]
-    save_file(tensors, path, metadata=metadata)
-    assert "train it again" in refused("demo", "--model", str(path))
+    world_model().save(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["keep.bias"]
+    save_file(tensors, file)
+    assert "train it again" in refused("demo", "--model", str(tmp_path))
+
+
+def test_clips_of_other_cameras_are_one_line(tmp_path: Path) -> None:
+    world_model().save(tmp_path / "model")
+    other = tuple(replace(camera, width=camera.width + 16) for camera in CAMERAS)
+    clips = write_clips(tmp_path / "clips", 4 * 16, cameras=other)
+    own = "--model", str(tmp_path / "model"), "--clips", str(clips), "--generations", "8", "--scenario", "urban"
+    assert "colour of front_wide is 64x32, the model's 48x32" in refused("demo", *own, "--out", str(tmp_path))

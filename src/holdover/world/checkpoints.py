@@ -8,6 +8,9 @@ from typing import TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 Network = TypeVar("Network", bound=ModelMixin)
 
@@ -31,11 +34,11 @@ def read_network(kind: type[Network], folder: Path, dtype: torch.dtype) -> Netwo
     Raises:
         ValueError: the folder holds something else.
     """
-    default = torch.get_default_dtype()
     try:
-        network = kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
-    except (OSError, TypeError, KeyError, RuntimeError, ValueError) as error:
+        # Not from_pretrained, which draws weights that are missing.
+        network = kind.from_config(kind.load_config(folder))
+        network.load_state_dict(load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+    except (OSError, TypeError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} does not hold a {kind.__name__} of this version; train it again") from error
-    finally:
-        torch.set_default_dtype(default)  # which diffusers changes, and leaves changed where it fails
+    torch.nn.Module.to(network, dtype=dtype)
     return network.eval().requires_grad_(False)

@@ -68,6 +68,12 @@ class Codec:
             if source is None or name not in source:
                 raise ValueError(f"camera {name!r} has no {plane.modality}; there is {sorted(source or ())}")
             video = torch.from_numpy(np.ascontiguousarray(source[name]))
+            size, own = (video.shape[2], video.shape[1]), (plane.camera.width, plane.camera.height)
+            if size != own:
+                raise ValueError(
+                    f"{plane.modality} of {name} is {size[0]}x{size[1]}, the model's {own[0]}x{own[1]}; "
+                    "give clips of the cameras that it was trained on"
+                )
             if len(video) % FRAMES:
                 raise ValueError(f"{len(video)} frames of {name} are not a multiple of {FRAMES}")
             if plane.modality == "colour":
