@@ -152,7 +152,9 @@ def test_clips_of_one_camera_without_depth_train_a_world_model(tmp_path: Path) -
     log = list(read_log(tmp_path / "world"))
     assert [line["step"] for line in log] == [0, 1]
     assert len(log[-1]["heldout"]) == 2
-    assert "heldout_psnr_db" in list(read_log(tmp_path / "autoencoders" / "colour"))[-1]
+    colour = tmp_path / "autoencoders" / "colour"
+    assert "heldout_psnr_db" in list(read_log(colour))[-1]
+    assert (colour / "curve.png").is_file()
     scenario = load_scenario("urban", model, clips=tmp_path / "clips", generations=1)
     piece = ClosedLoop(model, scenario.start, scenario.start_actions).step(scenario.actions[0])
     assert model.codec.decode(piece.latents, piece.before)["front_wide"].shape == (1, 4, 16, 32, 3)

@@ -44,17 +44,20 @@ def train_autoencoder(
     batch: Annotated[int | None, typer.Option(help="Videos per camera and step. By default the schedule's.")] = None,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
 ) -> None:
-    """Train the autoencoder of colour or of depth, or continue; each has a folder of its own in OUT."""
+    """Train the autoencoder of colour or of depth, or continue; each has a folder of its own in OUT, with a curve."""
     with plain_errors():
         keep_memory()
+        from holdover.report.plots import plot_training
         from holdover.world.train_autoencoder import SCHEDULES
         from holdover.world.train_autoencoder import train_autoencoder as run
+        from holdover.world.trainer import read_log
 
         if modality not in SCHEDULES:
             raise ValueError(f"modality {modality!r} is not one of {', '.join(SCHEDULES)}")
         schedule = _with(SCHEDULES[modality], steps=steps, batch=batch)
         weights = run(data, out / modality, schedule, heldout=heldout, depth=modality == "depth", device=device)
-        typer.echo(f"weights: {weights}")
+        plot_training(weights / "curve.png", list(read_log(weights)))
+        typer.echo(f"weights: {weights}\ncurve: {weights / 'curve.png'}")
 
 
 @world.command()
