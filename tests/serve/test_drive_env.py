@@ -26,7 +26,7 @@ def course() -> Course:
 def test_gymnasium_finds_no_fault(course: Course) -> None:
     env = gymnasium.make("holdover/Drive-v1", course=course, render_mode="rgb_array")
     check_env(env.unwrapped, skip_close_check=True)
-    assert env.observation_space["rear"].shape == (8, 16, 3)  # type: ignore[index]
+    assert env.observation_space["rear"].shape == (16, 16, 3)  # type: ignore[index]
     env.close()
 
 
@@ -50,7 +50,7 @@ def test_the_reward_is_progress_along_the_middle(course: Course) -> None:
     assert info["offset"] == pytest.approx(0.5)
     observation, reward, terminated, truncated, info = env.step(normalise_action(5.0, 0.0))
     assert (terminated, truncated) == (False, False)
-    assert info["x"] == pytest.approx(5.0 * 2 / 12)  # two frames of a twelfth of a second
+    assert info["x"] == pytest.approx(5.0 * 4 / 12)  # four frames of a twelfth of a second
     assert reward == pytest.approx(5 / 30 * (1 - (0.5 / 1.75) ** 2), rel=1e-4)
     assert observation["ego"] == pytest.approx([5.0, 0.0], abs=1e-4)
     assert observation["front_wide"].any()
@@ -67,7 +67,7 @@ def test_the_reward_is_progress_along_the_middle(course: Course) -> None:
 def test_what_depth_shows_ahead_costs_and_ends(course: Course, wall: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # A wall so many metres before the rear axle in the newest frame, and at half that distance in the one before.
     newest = np.full((64, 128), min(wall - 2.0, 600.0), np.float32)
-    depth = {"front_wide": np.stack([newest / 2, newest]), "rear": np.ones((2, 8, 16), np.float32)}
+    depth = {"front_wide": np.stack([newest / 2, newest]), "rear": np.ones((2, 16, 16), np.float32)}
 
     def advance(*arguments: Any) -> list[Any]:
         return [replace(made, depth=depth) for made in session.advance(*arguments)]

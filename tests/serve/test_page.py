@@ -15,12 +15,10 @@ import torch
 
 from holdover.serve.world import Start, World
 from holdover.world.cameras import RIG, STITCH_ROWS
-from holdover.world.config import WorldConfig
-from holdover.world.transformer import WorldModel
 from tests.serve.live import Live, running
 from tests.serve.small import POLICIES
 from tests.serve.test_server import decoded
-from tests.world.small import latents
+from tests.world.small import latents, small_config, small_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, WebSocket
@@ -31,14 +29,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; run `make
 
 
 def seven_cameras() -> World:
-    torch.manual_seed(0)
-    model = WorldModel.of(
-        WorldConfig(channels=32, depth=4, heads=2, window=2, context=2, frames_per_latent=2, cameras=RIG)
-    )
+    model = small_model(sizes=small_config(cameras=RIG, window=2, context=2))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        parameter.mul_(0.7)
     start = Start(latents=latents(model, 2), actions=torch.zeros(1, 2, 2))
-    return World(model.eval().requires_grad_(False), {"town": start, "coast": start}, policies=POLICIES)
+    return World(model, {"town": start, "coast": start}, policies=POLICIES)
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,8 @@ def test_a_session_makes_video_and_forgets_on_reset(world: World) -> None:
     session = begun(world, 3)
     first = drive(session, 5)
     assert [made.index for made in first] == list(range(5))
-    assert first[0].frames["rear"].shape == (2, 8, 16, 3)
-    assert session.seconds == 5 * 2 / 12
+    assert first[0].frames["rear"].shape == (4, 16, 16, 3)
+    assert session.seconds == 5 * 4 / 12
     assert {d.reason for made in first for d in made.decisions} >= {"reuse", "kv cycle", "kv update"}
     session.reset("town", 3)
     assert same(drive(session, 5), first)
