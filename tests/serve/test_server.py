@@ -60,7 +60,7 @@ def test_a_stream_gives_what_a_session_gives(live: Live) -> None:
     id = live.create(scenario="coast", seed=5)
     with live.stream(id) as stream:
         assert stream.hello["resumes_at"] == 0
-        assert stream.hello["cameras"] == {"front_wide": [32, 16], "front_narrow": [32, 16], "rear": [16, 8]}
+        assert stream.hello["cameras"] == {"front_wide": [48, 32], "front_narrow": [48, 32], "rear": [16, 16]}
         made = drive(stream, 5, 0, 5)
     assert [each["index"] for each in made] == [each["seq"] for each in made] == list(range(5))
     assert all(near(*pair) for pair in zip(made, solo(5, 5, "coast"), strict=True))
