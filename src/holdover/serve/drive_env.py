@@ -87,14 +87,18 @@ class Course:
     roads: dict[str, Road]
 
 
+def course_of(model: WorldModel, policies: Sequence[str] = POLICIES) -> Course:
+    """A model on the shipped clips' roads under these policies."""
+    starts, config = load_starts(model), model.config
+    world = World(model, starts, policies={name: policy_by_name(name) for name in policies})
+    frames = 2 * config.window * config.frames_per_latent
+    return Course(world=world, roads={name: road_of(name, frames) for name in starts})
+
+
 @cache
 def shipped_course(policies: tuple[str, ...] = POLICIES) -> Course:
-    """The shipped model and clips under these policies; loaded once."""
-    model = WorldModel.load(shipped_model())
-    starts = load_starts(model)
-    frames = 2 * model.config.window * model.config.frames_per_latent
-    world = World(model, starts, policies={name: policy_by_name(name) for name in policies})
-    return Course(world=world, roads={name: road_of(name, frames) for name in starts})
+    """The same with the shipped model; loaded once."""
+    return course_of(WorldModel.load(shipped_model()), policies)
 
 
 class _Car:
