@@ -9,7 +9,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[world,report,diffusers,serve,fleet,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[world,report,diffusers,serve,rl,fleet,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps stlpips_pytorch==0.0.2
 	touch $@
 

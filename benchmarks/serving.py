@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     options = parser.parse_args()
     model = WorldModel.load(shipped_model())
-    action = [float(value) for value in load_scenario("urban-steady", model.config, generations=1).actions[0]]
+    action = [float(value) for value in load_scenario("urban-steady", model, generations=1).actions[0]]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_imports_run_one_way(room: str) -> None:
     for path in (SOURCE / room).rglob("*.py"):
         wrong = rooms(path) - ALLOWED[room] - {room}
         assert not wrong, f"{path.relative_to(SOURCE)} imports {', '.join(sorted(wrong))}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    paths = {path.relative_to(SOURCE.parent).with_suffix(""): path for path in SOURCE.rglob("*.py")}
+    modules = {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
+    known = {module: imports(path) & modules.keys() - {module, "holdover"} for module, path in modules.items()}
+    tuple(TopologicalSorter(known).static_order())  # a CycleError names the modules of the circle
 
 
 def test_the_core_needs_three_packages() -> None:

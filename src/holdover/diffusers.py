@@ -222,7 +222,7 @@ class _Passes:
     def _fields(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The fields of this pass's step."""
         host, stream = self._host, self._enabled.session
-        told = self._signature.bind_partial(*args, **kwargs).arguments
+        told = {**self._signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         name, context = self._context or ("", {})
         scheduler = getattr(self._enabled.target, "scheduler", None)
         schedule = getattr(scheduler, "timesteps", None)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 import holdover
 from holdover.hosts.registry import find
-from tests.hosts.contracts import CHANNELS, CHUNK, COLUMNS, CONTRACTS, ROWS, Contract
+from tests.hosts.causal_wan import CHANNELS, CHUNK, COLUMNS, DIM, ROWS
+from tests.hosts.contracts import CONTRACTS, REFUSED, Contract
+from tests.hosts.worldplay import TEXT_PASS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* could reuse nothing")
 each = pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.name)
@@ -29,6 +31,8 @@ def tensors(held: Any) -> list[Tensor]:
         return [tensor for key in sorted(held) for tensor in tensors(held[key])]
     if isinstance(held, list):
         return [tensor for item in held for tensor in tensors(item)]
+    if held is None:
+        return []
     return [held.clone() if isinstance(held, Tensor) else torch.tensor(held)]
 
 
@@ -106,6 +110,72 @@ def test_a_write_that_is_called_denoising_is_refused(name: str) -> None:
     refused = pytest.raises(ValueError, match="writes the KV cache")
     with holdover.attach(model, SKIPPING) as cache, refused, cache.step(chunk=0):
         contract.run(model, latents(0), 0.0, 0, contract.state(), clean=True)
+
+
+@pytest.mark.parametrize("name", ["Krea realtime", "LongLive"])
+def test_a_pass_that_writes_the_whole_context_anew_is_known_by_its_mask(name: str) -> None:
+    contract = next(contract for contract in CONTRACTS if contract.name == name)
+    model: Any = contract.model()
+    states = contract.state(), contract.state()
+    with holdover.attach(model, SKIPPING) as cache:
+        with cache.step(chunk=0):
+            contract.run(model, latents(0), 1.0, 0, states[0])
+        model.block_mask = object()
+        with pytest.raises(ValueError, match="writes the KV cache"), cache.step(chunk=1):
+            contract.run(model, latents(1), 0.0, 0, states[0])
+        with cache.step(chunk=1, role="kv_update"):
+            contract.run(model, latents(1), 0.0, 0, states[0])
+        model.block_mask = None
+    contract.run(model, latents(0), 1.0, 0, states[1])
+    model.block_mask = object()
+    contract.run(model, latents(1), 0.0, 0, states[1])
+    assert same(tensors(states[0]), tensors(states[1]))
+
+
+def test_blocks_that_go_by_the_cache_of_another_are_refused() -> None:
+    """LongLive 2. Held over nevertheless, the KV cache is not that of full compute once it rolls."""
+    model = REFUSED.model()
+    with pytest.raises(ValueError, match="LongLive 2 cannot be held over: every block goes by the first one's place"):
+        holdover.attach(model, SKIPPING)
+    longlive = find(CONTRACTS[3].model())
+    assert longlive is not None
+    full = generate(REFUSED, model, None)
+    anchored = holdover.fixed_interval(every=3, front_anchors=1, warmup=1, protection="pass")
+    with holdover.attach(model, anchored, slots=longlive.slots(model)) as cache:
+        cached = generate(REFUSED, model, cache)
+    agree = [same(a, b) for (_, a), (_, b) in zip(full, cached, strict=True)]
+    assert all(agree[:3])
+    assert not all(agree[3:])
+
+
+def test_worldplay_holds_over_what_its_blocks_return_beside_the_frames() -> None:
+    """Nothing in a noisy pass of the chunk-causal model; the text in a pass over all frames at once."""
+    contract = next(contract for contract in CONTRACTS if contract.name == "HY-WorldPlay")
+    model = contract.model()
+    given = {"action": torch.zeros(1, CHUNK), "viewmats": torch.ones(1, 2, DIM), "text_states": torch.ones(1, 3, 1)}
+
+    def both(step: int) -> Tensor:
+        noisy = {"hidden_states": latents(step), "timestep": torch.ones(1, CHUNK)}
+        output: Tensor = model(bi_inference=True, **given, **noisy)[0]
+        return output
+
+    every_other = holdover.fixed_interval(over="steps", every=2, front_anchors=0, warmup=0, protection="pass")
+    with holdover.attach(model, every_other) as cache:
+        with cache.step(chunk=0, role="prefill"):
+            assert len(model(**TEXT_PASS)) == 4
+        with pytest.raises(ValueError, match="writes the KV cache"), cache.step(chunk=0):
+            model(**TEXT_PASS)
+        for index in range(2):
+            with cache.step(chunk=0, index=index, num_steps=2, commits=False):
+                output = both(index)
+    assert cache.stats().reused == 4
+    # Each block adds what it added to the frames before; as nothing else makes the output, so does the whole.
+    x = [model.patch(latents(n).flatten(2).transpose(1, 2)) for n in range(2)]
+    before = torch.atanh(both(0)).flatten(2).transpose(1, 2)
+    expected = (
+        torch.tanh(before + (x[1] - x[0]) @ model.head.weight.T).transpose(1, 2).unflatten(2, (CHUNK, ROWS, COLUMNS))
+    )
+    assert torch.allclose(output, expected, atol=1e-4)
 
 
 def test_an_audit_is_refused_where_noisy_passes_write_in_place() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import holdover
-from tests.hosts import contracts, pipelines
+from tests.hosts import causal_wan, contracts, pipelines
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +58,7 @@ def test_the_example_with_a_pipeline(
 def test_the_example_with_a_model_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
     contract = contracts.CONTRACTS[0]
     model, state = contract.model(), contract.state()
-    noise = torch.randn(1, contracts.CHANNELS, contracts.CHUNK, contracts.ROWS, contracts.COLUMNS)
+    noise = torch.randn(1, causal_wan.CHANNELS, causal_wan.CHUNK, causal_wan.ROWS, causal_wan.COLUMNS)
     names = {
         "holdover": holdover,
         "model": model,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import holdover
 from holdover.hosts.generator import Generator, Shape
 from holdover.rollout.driver import ClosedLoop, LoopConfig
-from tests.hosts import contracts
+from tests.hosts import causal_wan, contracts
 from tests.hosts.inputs import WAN, far_kv
 from tests.hosts.models import TINY
 
@@ -38,11 +38,11 @@ def self_forcing() -> tuple[nn.Module, Generator, int]:
 
     def predict(latents: Tensor, *, sigma: float, kv: Any, start: int, actions: Tensor, write: bool) -> Tensor:
         t = torch.full((1, latents.shape[2]), sigma)
-        context = torch.linspace(-1, 1, 2 * contracts.DIM).reshape(1, 2, -1)
-        return model(latents, t, context, **kv, current_start=start * contracts.PER_FRAME)
+        context = torch.linspace(-1, 1, 2 * causal_wan.DIM).reshape(1, 2, -1)
+        return model(latents, t, context, **kv, current_start=start * causal_wan.PER_FRAME)
 
-    shape = Shape(WINDOW, contracts.ROWS, contracts.COLUMNS)
-    return model, Generator(shape, new_kv=contract.state, predict=predict), contracts.CHANNELS
+    shape = Shape(WINDOW, causal_wan.ROWS, causal_wan.COLUMNS)
+    return model, Generator(shape, new_kv=contract.state, predict=predict), causal_wan.CHANNELS
 
 
 def anyflow_far() -> tuple[nn.Module, Generator, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import holdover
 from holdover.hosts.registry import find, hosts, models_markdown
-from tests.hosts.contracts import CONTRACTS
+from tests.hosts.contracts import CONTRACTS, REFUSED
 from tests.hosts.models import TINY, Tiny
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
@@ -251,7 +251,7 @@ def test_the_table_says_what_was_tested() -> None:
         "CogVideoXTransformer3DModel",
         "SanaWMLTX2RefinerTransformer3DModel",
     }
-    contracts = {find(contract.model()) for contract in CONTRACTS}
+    contracts = {find(contract.model()) for contract in (*CONTRACTS, REFUSED)}
     for host in hosts():
         expected = "contract" if host in contracts else "pipeline" if host.model in piped else "class"
         assert host.tested == expected

@@ -213,3 +213,34 @@ def test_the_warp_runs_within_the_method() -> None:
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         holdover.policy(name, **options)
+
+
+class InPlace(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.factor)
+
+
+@pytest.mark.parametrize("probe", [Scale, InPlace])
+def test_a_probe_may_overwrite_its_input(probe: type[Scale]) -> None:
+    """Its residual is that of what entered: 1, 1.1, 2, so that it changes by 0, 0.1, 1."""
+    model = Stack(probe(2.0), Scale(3.0), Scale(5.0))
+    with holdover.attach(model, holdover.policy("fbcache", threshold=0.5)) as cache:
+        for index, value in enumerate((1.0, 1.0, 1.1, 2.0)):
+            with cache.step(chunk=0, index=index, num_steps=4, commits=False):
+                out = model(torch.full((1, 3, 2), value))
+    assert [d.reason for d in cache.trace if d.block == 1] == ["first", "reuse", "reuse", "change"]
+    changes = [d.scores["change"] for d in cache.trace if d.block == 1 and d.scores]
+    assert changes == pytest.approx([0.0, 0.1, 1.0], abs=1e-6)
+    assert torch.equal(out, torch.full((1, 3, 2), 60.0))
+
+
+def test_a_change_in_half_precision_is_that_of_single() -> None:
+    """A bfloat16 signal is compared as it is; the mean is float32."""
+    source = torch.Generator().manual_seed(0)
+    now, drift = (torch.randn(1, 512, 64, generator=source) for _ in range(2))
+    pair = [value.bfloat16() for value in (now + 0.05 * drift, now)]
+    expected = float((pair[0].double() - pair[1].double()).abs().mean() / pair[1].double().abs().mean())
+    reading = RelativeChange("input").prepare(now.shape, now.device, ())
+    read = [reading.read(call(x=value)) for value in pair]
+    assert all(signal.dtype == torch.bfloat16 for signal in read)
+    assert reading.metrics(reading.compare(*read).tolist())["change"] == pytest.approx(expected, rel=1e-3)

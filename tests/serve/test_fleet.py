@@ -7,14 +7,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 
 pytest.importorskip("ray", reason="no Ray; pip install 'holdover[fleet]'")
 from holdover.serve.fleet import DRIVERS, Rollout, drive, keep_lane, read_plan, run_fleet
+from holdover.serve.session import WorldSession
 from holdover.world.vehicles import EgoState
 from holdover.world.vehicles import drive as move
 from tests.serve.small import fatal_course, small_course, straight
@@ -55,6 +58,14 @@ def test_the_lane_keeper_comes_back_to_the_middle() -> None:
     assert abs(ego.y) < 0.05
     assert abs(ego.yaw) < 0.01
     assert DRIVERS["brake"]({"offset": 0.0, "heading_error": 0.0}, 10.0, 8)[0] == 0
+
+
+def test_a_collision_is_not_a_lane_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = WorldSession.step
+    wall = {"front_wide": np.full((2, 16, 32), 0.5, np.float32)}  # half a metre before the camera, inside the car
+    monkeypatch.setattr(WorldSession, "step", lambda session, action: replace(step(session, action), depth=wall))
+    row = drive(small_course(), Rollout(scenario="town", seed=0, driver="brake", policy="never", generations=3))
+    assert (row["steps"], row["reward"], row["collided"], row["left_lane"]) == (1, -1, True, False)
 
 
 def test_a_fleet_survives_its_workers_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from holdover.serve.world import Start, World
 from holdover.world.cameras import RIG, STITCH_ROWS
 from tests.serve.live import Live, running
 from tests.serve.small import POLICIES
-from tests.serve.test_server import decoded
+from tests.serve.test_frames import decoded
 from tests.world.small import latents, small_config, small_model
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def test_fragments_play_as_they_come(page: Page) -> None:
     page.on("websocket", listen)
     page.select_option("#format", "mp4")
     page.click("#start")
-    playing = "all => all.length === 7 && all.every(video => video.currentTime > 0.5 && !video.error)"
+    playing = """all => all.length === 7 && all.every(video =>
+        video.currentTime > 0.2 && video.buffered.length === 1 && video.buffered.end(0) > 0.6 && !video.error)"""
     page.wait_for_function(f"() => ({playing})([...document.querySelectorAll('#rig video')])")
     number, pixels = page.evaluate(LOOK)
     hello, *made = (msgpack.unpackb(message) for message in received)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
 import httpx
 import msgpack
 import numpy as np
@@ -20,11 +19,8 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from holdover.serve.session import WorldSession
-from holdover.world.cameras import FPS
 from tests.serve.live import Live, Stream, running
 from tests.serve.small import action, small_world
-
-LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @pytest.fixture(scope="module")
@@ -71,36 +67,6 @@ def test_a_stream_gives_what_a_session_gives(live: Live) -> None:
     assert (info["generation"], info["seconds"]) == (5, pytest.approx(5 * 4 / 12))
     assert live.http.delete(f"/v1/sessions/{id}").status_code == 204
     assert live.http.get(f"/v1/sessions/{id}").status_code == 404
-
-
-def decoded(init: bytes, fragments: list[bytes]) -> tuple[list[int], NDArray[np.uint8]]:
-    """The frame numbers and frames ``[T, height, width, 3]`` of a fragmented MP4."""
-    with av.open(io.BytesIO(init + b"".join(fragments))) as container:
-        frames = [(round(frame.time * FPS), frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    return [number for number, _ in frames], np.stack([frame for _, frame in frames])
-
-
-def test_a_stream_of_fragments_is_a_video_that_can_be_joined_anywhere(live: Live) -> None:
-    id = live.create(seed=5, format="mp4")
-    with live.stream(id) as stream:
-        video = stream.hello["video"]
-        made = drive(stream, 5, 0, 3)
-        made += [stream.step(n, action(n, 5), ack=False) for n in (3, 4)]
-    with live.stream(id, "?after=2") as stream:
-        assert stream.hello["video"] == video
-        joined = [stream.receive(), stream.receive()]
-    expected = solo(5, 5)
-    for camera, track in video.items():
-        numbers, shown = decoded(track["init"], [fragment for each in made for fragment in each["frames"][camera]])
-        assert numbers == list(range(20))
-        # Colour has half the resolution, and what is shown here is noise: compare the brightness.
-        truth = np.concatenate([each[camera] for each in expected]) @ LUMA
-        assert np.abs(shown @ LUMA - truth).mean() < 4
-        assert np.abs(shown @ LUMA - np.roll(truth, 1, axis=0)).mean() > 12
-        numbers, again = decoded(track["init"], [fragment for each in joined for fragment in each["frames"][camera]])
-        assert numbers == list(range(12, 20))
-        assert np.array_equal(again, shown[12:])
-    assert np.array_equal(*(np.array(each["frames"]["rear"]) for each in (made[3], joined[0])))
 
 
 def test_late_and_duplicate_actions_are_ignored(live: Live) -> None:

@@ -14,6 +14,7 @@ import torch
 from holdover.serve.session import Generation, SessionSnapshot, WorldSession, advance
 from holdover.serve.world import World
 from tests.serve.small import action, small_world
+from tests.world.small import small_model
 
 
 @pytest.fixture
@@ -96,6 +97,7 @@ CONTINUE = """
 import hashlib, sys
 from holdover.serve.session import SessionSnapshot, WorldSession
 from tests.serve.small import action, small_world
+from tests.world.small import small_model
 session = WorldSession(small_world())
 session.restore(SessionSnapshot.load(sys.argv[1]))
 for _ in range(4):
@@ -204,3 +206,21 @@ def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
     snapshot = session.snapshot()
     with pytest.raises(ValueError, match="another model"):
         session.restore(SessionSnapshot(plain={**snapshot.plain, "model": "x"}, tensors=snapshot.tensors))
+
+
+def test_depth_comes_where_it_is_asked_for() -> None:
+    world = small_world()
+    deep = World(world.model, world.starts, policies=world.policies, depth=True)
+    for each in (world, deep):
+        with WorldSession(each) as session:
+            session.reset("town", 1)
+            before, made = session.loop.state.shown, session.step(action(0))
+            piece = session.loop.state.shown[:, None]
+        if each is world:
+            assert made.depth == {}
+            continue
+        expected = world.model.codec.decode_depth(piece, before)
+        assert list(made.depth) == list(expected)
+        assert all((made.depth[name] == expected[name][0]).all() for name in expected)
+    with pytest.raises(ValueError, match="draws none"):
+        World(small_model(depth_channels=0), world.starts, depth=True)

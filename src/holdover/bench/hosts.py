@@ -29,8 +29,8 @@ from holdover.report.tables import markdown
 
 #: Passes left out: they warm up the process.
 WARM_UP = 5
-#: A threshold under which no pass is reused, and one under which all are.
-NEVER, ALWAYS = 0.0, 1e9
+#: A threshold under which no pass is reused, and one under which all are. Not zero: cache-dit then takes no signal.
+NEVER, ALWAYS = 1e-9, 1e9
 #: The chunk loop: this many denoising passes, then one over the clean latents.
 DENOISING, CHUNKS = 4, 12
 

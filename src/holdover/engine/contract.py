@@ -83,7 +83,7 @@ class Reading(Protocol):
     """A signal prepared for one shape and device."""
 
     def read(self, call: Call) -> Tensor:
-        """The signal of a call, float32, sharing no memory with the model's tensors."""
+        """The signal of a call, sharing no memory with the model's tensors."""
         ...
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:

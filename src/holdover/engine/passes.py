@@ -194,21 +194,35 @@ class Pass:
         if len(computed) < len(current.rows):
             args, kwargs = block.take(computed, args, kwargs)
         output = block.compute(*args, **kwargs)
-        if self._runtime.policy.predictor is None or current.span.computed is not None:
+        if self._runtime.policy.predictor is None:
+            return output
+        if block.overwrites_input is None and block.index == current.span.first:
+            block.overwrites_input = self._overwrites(block, current, output, args, kwargs)
+        if current.span.computed is not None:
             return output
         hidden, extras = block.split(output)
         if extras is not None:
             current.extras[block.index] = extras
-        if block.index == current.span.first and block.overwrites_input is None:
-            entered, before = block.read(args, kwargs), self._joined([current.rows[n][1].x for n in computed])
-            aliased = hidden.data_ptr() == entered.data_ptr()  # a later block of the span could overwrite it
-            block.overwrites_input = aliased or not torch.equal(before, entered)
         if block.index == current.span.last:
             for n, (at, y) in enumerate(zip(computed, self._per_row(hidden), strict=True)):
                 row, call, _ = current.rows[at]
                 rest = {b: self._extras_of(n, len(computed), block, items) for b, items in current.extras.items()}
                 row.remember(call, y, rest)
         return output
+
+    def _overwrites(
+        self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool | None:
+        """Whether a block that has run overwrote its input; None where no copy of that was made."""
+        if current.span.computed is None:
+            before = self._joined([current.rows[n][1].x for n in current.computed])
+        elif self._entry is not None and len(self._ran) == 1:
+            before = self._entry
+        else:
+            return None
+        hidden, entered = block.split(output)[0], block.read(args, kwargs)
+        aliased = hidden.data_ptr() == entered.data_ptr()  # a later block of the span could overwrite it
+        return aliased or not torch.equal(before, entered)
 
     def _reuse(
         self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -156,7 +156,8 @@ class Block:
             if self.slot.beside is not None:
                 return output[at], ()
             for position, item in enumerate(output):
-                if not isinstance(item, Tensor | bool | int | float | str | None):
+                empty = isinstance(item, Mapping) and not item  # of K/V to write, say, in a pass that writes none
+                if not (empty or isinstance(item, Tensor | bool | int | float | str | None)):
                     raise ValueError(
                         f"block {self.name!r} returns {_describe(item)} at position {position}, which cannot be held "
                         f"over; say with holdover.Slot({self.name!r}, beside=...) what it returns when reused, or "

@@ -25,7 +25,7 @@ REUSE = "reuse"
 WARM_UP = "warm-up"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one for every block of every pass, and a frozen one takes six times as long to make
 class Decision:
     """One block of one pass.
 

@@ -42,6 +42,7 @@ class Host:
         grid: of the model, rows and columns of tokens of a latent frame; None: tokens are a plain sequence.
         condition: the model's arguments with what steers the video but the action.
         action: the model's argument with the action, if it has one.
+        refused: why its blocks cannot be held over; empty if they can.
         tells: what sets it apart from other classes of the same name.
         tested: on the ``class`` itself, in a ``pipeline`` too, or on a ``contract``: modules of our own that take,
             return and write what its blocks do.
@@ -62,6 +63,7 @@ class Host:
     grid: Callable[..., tuple[int, int]] | None = None
     condition: tuple[str, ...] = ("encoder_hidden_states",)
     action: str | None = None
+    refused: str = ""
     tells: Callable[[nn.Module], bool] = any_model
     tested: Literal["class", "pipeline", "contract"] = "class"
 
@@ -69,8 +71,10 @@ class Host:
         """The model's blocks.
 
         Raises:
-            ValueError: the model is not built as declared, or its blocks are offloaded already.
+            ValueError: the model is not built as declared, its blocks cannot be held over or are offloaded already.
         """
+        if self.refused:
+            raise ValueError(f"blocks of {self.family} cannot be held over: {self.refused}")
         for name, module in model.named_modules():
             if name and _offloaded(module):
                 raise ValueError(

@@ -47,7 +47,9 @@ def models_markdown() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for host in hosts():
-        told = "told by the pass" if host.kv_update else "told by the step" if host.autoregressive else "none"
+        told = "told by the step" if host.autoregressive else "none"
+        if host.kv_update or host.block_kv_update:
+            told = "told by the pass" if host.kv_update else "told by the step, recomputing by the pass"
         cells = [
             host.family,
             f"`{host.model}`",
@@ -55,7 +57,7 @@ def models_markdown() -> str:
             told,
             "row by row" if host.rows else "whole",
             "yes" if "modulated" in host.taps else "no",
-            tested[host.tested],
+            f"refused: {host.refused}" if host.refused else tested[host.tested],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """The Self-Forcing family: chunk-causal Wan, as its repositories run it. All but one call their model `CausalWanModel`.
 
 Noisy passes write K/V in place, at the place of the current chunk. A block that is held over leaves that place as it
-was; the clean pass, never served from cache, overwrites it before any later chunk reads it.
+was; the clean pass, never served from cache, overwrites it before any later chunk reads it. That takes a block which
+finds its place by its own cache.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def updating(block: nn.Module, *args: Any, updating_cache: bool = False, **kwarg
     return updating_cache
 
 
+def recomputes(block: nn.Module, *args: Any, block_mask: Any = None, kv_cache: Any = None, **kwargs: Any) -> bool:
+    """Krea and LongLive write the K/V of the whole context anew in a pass over clean frames, with a mask."""
+    return block_mask is not None and kv_cache is not None
+
+
 def caches(
     block: nn.Module, *args: Any, cache_vision: bool = False, ar_txt_inference: bool = False, **kwargs: Any
 ) -> bool:
@@ -53,13 +59,13 @@ def caches(
     return cache_vision or ar_txt_inference
 
 
-def no_vision(block: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """HY-WorldPlay's blocks return the K/V they would add, which is nothing in a noisy pass."""
-    return ({},)
-
-
 def _causal_wan(family: str, **more: Any) -> Host:
-    fields: dict[str, Any] = {"grid": grid, "tells": any_model, "taps": {"modulated": modulated}}
+    fields: dict[str, Any] = {
+        "grid": grid,
+        "tells": any_model,
+        "taps": {"modulated": modulated},
+        "condition": ("context",),
+    }
     return Host(
         model="CausalWanModel",
         family=family,
@@ -67,7 +73,6 @@ def _causal_wan(family: str, **more: Any) -> Host:
         hidden="x",
         writes_kv=True,
         autoregressive=True,
-        condition=("context",),
         tested="contract",
         **{**fields, **more},
     )
@@ -75,17 +80,31 @@ def _causal_wan(family: str, **more: Any) -> Host:
 
 #: The plain one comes last: the others are told apart by what their blocks take.
 SELF_FORCING = (
-    _causal_wan("Matrix-Game 2", tells=takes("kv_cache_keyboard")),
+    _causal_wan("Matrix-Game 2", tells=takes("kv_cache_keyboard"), condition=("visual_context",)),
     _causal_wan("Rolling Forcing", tells=takes("updating_cache"), block_kv_update=updating, kv_update=updating),
-    _causal_wan("LongLive", tells=lambda model: hasattr(model, "_apply_cache_updates"), beside=no_update),
+    _causal_wan(
+        "LongLive 2",
+        tells=takes("use_relative_rope"),
+        refused="every block goes by the first one's place in the KV cache, and one held over falls behind it",
+    ),
+    _causal_wan(
+        "LongLive",
+        tells=lambda model: hasattr(model, "_apply_cache_updates"),
+        beside=no_update,
+        block_kv_update=recomputes,
+    ),
     _causal_wan("CausVid", tells=takes("current_end")),
-    _causal_wan("Self-Forcing, Krea realtime"),
+    _causal_wan(
+        "Krea realtime",
+        tells=lambda model: any(hasattr(module, "fuse_projections") for module in model.modules()),
+        block_kv_update=recomputes,
+    ),
+    _causal_wan("Self-Forcing"),
     Host(
         model="HunyuanVideo_1_5_DiffusionTransformer",
         family="HY-WorldPlay",
         blocks=("double_blocks",),
         hidden="img",
-        beside=no_vision,
         block_kv_update=caches,
         kv_update=caches,
         autoregressive=True,

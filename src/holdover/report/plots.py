@@ -201,6 +201,18 @@ _HELD_OUT = {
 }
 
 
+def plot_returns(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], *, over: int) -> None:
+    """Draw the returns of episodes against the environment steps at which they ended, each the mean of ``over``."""
+    figure, axes = _figure(6.4, 3.2)
+    for colour, (name, episodes) in zip(_colours(len(curves)), curves.items(), strict=True):
+        steps, returns = np.array(episodes, float).reshape(-1, 2).T
+        if len(steps) >= over:
+            mean = np.convolve(returns, np.ones(over) / over, mode="valid")
+            axes.plot(steps[over - 1 :], mean, color=colour, label=name)
+    axes.set(xlabel="environment steps", ylabel=f"return, mean of {over} episodes")
+    _finish(path, figure, axes, legend=bool(axes.get_lines()))
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

@@ -87,14 +87,19 @@ class Course:
     roads: dict[str, Road]
 
 
+def course_of(model: WorldModel, policies: Sequence[str] = POLICIES) -> Course:
+    """A model on the shipped clips' roads under these policies."""
+    starts, sizes = load_starts(model), model.sizes
+    offered = {name: policy_by_name(name) for name in policies}
+    world = World(model, starts, policies=offered, depth="depth" in sizes.modalities)
+    frames = 2 * sizes.window * sizes.frames_per_latent
+    return Course(world=world, roads={name: road_of(name, frames) for name in starts})
+
+
 @cache
 def shipped_course(policies: tuple[str, ...] = POLICIES) -> Course:
-    """The shipped model and clips under these policies; loaded once."""
-    model = WorldModel.load(shipped_model())
-    starts = load_starts(model)
-    frames = 2 * model.sizes.window * model.sizes.frames_per_latent
-    world = World(model, starts, policies={name: policy_by_name(name) for name in policies})
-    return Course(world=world, roads={name: road_of(name, frames) for name in starts})
+    """The same with the shipped model; loaded once."""
+    return course_of(WorldModel.load(shipped_model()), policies)
 
 
 class _Car:

@@ -117,10 +117,10 @@ def drive(course: Course, rollout: Rollout) -> dict[str, Any]:
     digest, reused, calls = hashlib.sha256(), 0, 0
     seen, info = env.reset(seed=rollout.seed)
     speed = float(seen["ego"][0]) or MAX_SPEED / 3
-    total, offset, seconds, off, steps = 0.0, 0.0, 0.0, False, 0
+    total, offset, seconds, over, steps = 0.0, 0.0, 0.0, False, 0
     for generation in range(rollout.generations):
         command = DRIVERS[rollout.driver](info, speed, generation)
-        _, reward, off, _, info = env.step(normalise_action(*command))
+        _, reward, over, _, info = env.step(normalise_action(*command))
         made = env.newest
         assert made is not None
         steps, total, seconds = steps + 1, total + reward, seconds + made.seconds
@@ -129,14 +129,16 @@ def drive(course: Course, rollout: Rollout) -> dict[str, Any]:
         calls += sum(d.role == "denoise" for d in made.decisions)
         for camera in sorted(made.frames):
             digest.update(np.ascontiguousarray(made.frames[camera]).tobytes())
-        if off:
+        if over:
             break
     env.close()
+    collided = info.get("gap", math.inf) <= 0
     return {
         **asdict(rollout),
         "steps": steps,
         "reward": total,
-        "left_lane": off,
+        "left_lane": over and not collided,
+        "collided": collided,
         "max_offset": offset,
         "skip": reused / calls,
         "ms_per_generation": 1e3 * seconds / steps,

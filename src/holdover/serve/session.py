@@ -64,7 +64,7 @@ class Generation:
         exact: whether every block was computed.
         seconds: of the batch it was made in.
         batch: sessions in that batch.
-        depth: per camera ``float32 [T, height, width]``, metres along the viewing axis, where the model draws any.
+        depth: per camera ``float32 [T, height, width]``, metres along the viewing axis, where the world gives any.
     """
 
     index: int
@@ -314,7 +314,7 @@ def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> li
     kept = [session.keep() for session in sessions]
     try:
         pieces = driver.advance([session.loop for session in sessions], commands)
-        frames = [world.frames(piece) for piece in pieces]
+        shown = [(world.frames(piece), world.depth(piece)) for piece in pieces]
     except BaseException as error:
         for session, state in zip(sessions, kept, strict=True):
             session.put_back(state)
@@ -331,12 +331,13 @@ def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> li
     cache.trace.clear()
     seconds = perf_counter() - started
     results: list[Generation | Exception] = []
-    for session, piece, views in zip(sessions, pieces, frames, strict=True):
+    for session, piece, (frames, depth) in zip(sessions, pieces, shown, strict=True):
         session.commit()
         results.append(
             Generation(
                 index=session.generation - 1,
-                frames=views,
+                frames=frames,
+                depth=depth,
                 decisions=decisions.get(session.loop.stream, []),
                 exact=piece.exact,
                 seconds=seconds,

@@ -42,6 +42,7 @@ class World:
         starts: by name what sessions may begin with, on the model's device.
         policies: by name what sessions may run under, the first by default.
         loop: how generations follow each other.
+        depth: whether generations come with depth as well; decoding it takes time.
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class World:
         *,
         policies: Mapping[str, Policy] | None = None,
         loop: LoopConfig | None = None,
+        depth: bool = False,
     ) -> None:
         if not starts:
             raise ValueError("starts is empty; give a world at least one scenario to start from")
         if policies is not None and not policies:
             raise ValueError("policies is empty; give at least one, such as {'never': holdover.never()}")
-        self.model, self.starts = model, dict(starts)
+        if depth and "depth" not in model.sizes.modalities:
+            raise ValueError("depth=True, but this model draws none; leave it out")
+        self.model, self.starts, self._depth = model, dict(starts), depth
         self.policies = dict(policies or {name: policy_by_name(name) for name in POLICIES})
         self.loop = loop or LoopConfig(commit="last_full")
         self.digest = model_digest(find_blocks(model, [model]))
@@ -100,6 +104,12 @@ class World:
     def frames(self, piece: Piece) -> dict[str, NDArray[np.uint8]]:
         """What a piece of one row shows: per camera ``uint8 [T, height, width, 3]``."""
         return {name: video[0] for name, video in self.model.codec.decode(piece.latents, piece.before).items()}
+
+    def depth(self, piece: Piece) -> dict[str, NDArray[np.float32]]:
+        """How far away that is: per camera ``float32 [T, height, width]`` in metres; empty where none is asked for."""
+        if not self._depth:
+            return {}
+        return {name: video[0] for name, video in self.model.codec.decode_depth(piece.latents, piece.before).items()}
 
 
 def load_starts(model: WorldModel, scenarios: Sequence[str] = KINDS) -> dict[str, Start]:

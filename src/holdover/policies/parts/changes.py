@@ -12,7 +12,7 @@ from torch import Tensor
 from holdover.engine.contract import Call
 from holdover.policies.parts.gates import Never
 from holdover.policies.parts.history import before
-from holdover.policies.parts.signals import relative
+from holdover.policies.parts.signals import mean_change, relative
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MeasureChanges(Never):
         assert call.signal is not None
         sizes = []
         for now, then in ((call.signal, held.tensors["signal"]), (y.float(), held.tensors["output"].float())):
-            sizes += [(now - then).abs().mean(), then.abs().mean()]
+            sizes += [mean_change(now, then), then.abs().mean(dtype=torch.float32)]
         moved_in, size_in, moved_out, size_out = torch.stack(sizes).tolist()
         pair = relative(moved_in, size_in), relative(moved_out, size_out)
         if all(map(math.isfinite, pair)):

@@ -140,17 +140,22 @@ class RelativeChangeReading:
 
     def read(self, call: Call) -> Tensor:
         if self._of == "input":
-            return call.x.detach().to(torch.float32, copy=True)
+            return call.x.detach().clone()
         if self._of == "probe residual":
-            return (call.x.detach() - call.entry.detach()).float()
-        return call.tap(self._of).detach().to(torch.float32, copy=True)
+            return call.x.detach() - call.entry.detach()
+        return call.tap(self._of).detach().clone()
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:
-        return torch.stack([(now - then).abs().mean(), then.abs().mean()])
+        return torch.stack([mean_change(now, then), then.abs().mean(dtype=torch.float32)])
 
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
         """``change``: 0 where nothing moved, infinite where something did that was zero."""
         return {"change": relative(*numbers)}
+
+
+def mean_change(now: Tensor, then: Tensor) -> Tensor:
+    """``mean|now - then|``: differences in the tensors' own precision, their mean in float32."""
+    return (now - then).abs_().mean(dtype=torch.float32)
 
 
 def relative(moved: float, size: float) -> float:

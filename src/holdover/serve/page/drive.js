@@ -51,7 +51,7 @@ function buildRig({ cameras, video, frames, fps }) {
   }));
 }
 
-/** Plays fragments of so many seconds as they come, never far behind the newest; returns what takes them. */
+/** Plays fragments of so many seconds as they come, near the newest; returns what takes them. */
 function player(view, { type, init }, seconds) {
   const source = new MediaSource(), waiting = [init];
   let buffer = null;
@@ -60,7 +60,8 @@ function player(view, { type, init }, seconds) {
     buffer = source.addSourceBuffer(type);
     buffer.addEventListener("updateend", () => {
       const known = view.buffered, end = known.length ? known.end(known.length - 1) : 0;
-      if (view.currentTime < end - 2 * seconds) view.currentTime = end - seconds;
+      // Behind, as after a pause of the tab; or ahead, as its clock may run on while fragments are late.
+      if (view.currentTime < end - 2 * seconds || view.currentTime > end) view.currentTime = end - seconds;
       next();
     });
     next();

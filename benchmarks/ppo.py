@@ -1,0 +1,187 @@
+"""PPO learns to keep the lane inside the world model, with and without X-Cache, from the same seed.
+
+    python benchmarks/ppo.py --model runs/one-camera/model.safetensors
+
+The agent (stable-baselines3, `pip install 'holdover[rl]'`) sees one camera and its own speed and curvature; only the
+reward tells it where the lane is. What was learnt is kept under ``--runs`` after every update: a run that was killed
+goes on from there, with new episodes. Writes ``ppo.md``, ``ppo.json`` and ``ppo.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.wrappers import RescaleAction, TransformObservation
+from stable_baselines3 import PPO
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from holdover.bench.cards import about, write_card
+from holdover.bench.measure import environment
+from holdover.report.files import whole, write_json
+from holdover.report.plots import plot_returns
+from holdover.rollout.scenarios import shipped_model
+from holdover.serve.drive_env import ID, Course, course_of
+from holdover.world.transformer import WorldModel
+
+#: The reactive gate, because a policy is trained on what it does to the world; and no cache.
+POLICIES = ("xcache_reactive", "never")
+CARS = 4  # driven by the agent as it stands, between updates
+OVER = 50  # episodes of a mean
+#: Steps are per car and update; episodes last 60 at most. Actions are drawn with little noise: with more, a fast car is
+#: out of its lane at once, and hardly a generation is without a new action, for which the reactive gate computes all.
+PPO_OPTIONS: dict[str, Any] = {
+    "n_steps": 128, "batch_size": 128, "n_epochs": 5, "gamma": 0.95, "policy_kwargs": {"log_std_init": -2.5},
+}  # fmt: skip
+
+
+def make_env(course: Course, scenario: str | None, policy: str, camera: str) -> gymnasium.Env[Any, Any]:
+    """The environment as a network likes it: actions and own motion in [-1, 1], and returns noted."""
+    env = gymnasium.make(ID, course=course, scenario=scenario, policy=policy, cameras=[camera])
+    space = env.observation_space
+    assert isinstance(space, gymnasium.spaces.Dict)
+    most = space["ego"].high  # type: ignore[attr-defined]
+    scaled = gymnasium.spaces.Dict({**space, "ego": gymnasium.spaces.Box(-1, 1, most.shape)})
+    env = TransformObservation(env, lambda seen: {**seen, "ego": seen["ego"] / most}, scaled)
+    return Monitor(RescaleAction(env, np.float32(-1), np.float32(1)))
+
+
+def train(
+    make: Callable[[], gymnasium.Env[Any, Any]], folder: Path, *, steps: int, task: dict[str, Any], **changes: Any
+) -> dict[str, Any]:
+    """Train an agent for so many steps in all, or go on with the one in ``folder``; returns what is known of it.
+
+    Args:
+        make: makes the environment of one car.
+        folder: for the agent and its log.
+        steps: of all cars together, rounded up to whole updates.
+        task: the ``seed``, and whatever else an agent that goes on must have been trained on.
+        changes: to `PPO_OPTIONS`, of a new agent.
+
+    Returns:
+        ``episodes``, per episode the steps of all cars when it ended, its return, and whether the lane was kept; block
+        calls ``reused`` and ``computed`` of denoising passes; ``seconds`` in the model and ``generations``.
+
+    Raises:
+        ValueError: the agent in the folder was trained on another task.
+    """
+    cars = DummyVecEnv([make] * CARS)
+    agent_file, log_file = folder / "agent.zip", folder / "log.json"
+    log: dict[str, Any] = {"task": task, "episodes": [], "reused": 0, "computed": 0, "seconds": 0.0, "generations": 0}
+    if agent_file.is_file():
+        log = json.loads(log_file.read_text(encoding="utf-8"))
+        if log["task"] != task:
+            raise ValueError(f"{folder} has an agent of {log['task']}, not of {task}; remove it or choose other --runs")
+        agent = PPO.load(agent_file, env=cars, device="cpu")
+        # The log is written first: a run that was killed in between knows of episodes that the agent does not.
+        log["episodes"] = [episode for episode in log["episodes"] if episode[0] <= agent.num_timesteps]
+    else:
+        agent = PPO("MultiInputPolicy", cars, seed=task["seed"], device="cpu", **{**PPO_OPTIONS, **changes})
+    cars.seed(task["seed"] + agent.num_timesteps)
+
+    def note(now: dict[str, Any], _: dict[str, Any]) -> bool:
+        for info in now["infos"]:
+            if "episode" in info:
+                kept = bool(info["TimeLimit.truncated"])
+                log["episodes"].append([agent.num_timesteps, float(info["episode"]["r"]), kept])
+        for made in cars.get_attr("newest"):
+            if made is not None:  # it is where an episode has just ended
+                denoising = [d.computed for d in made.decisions if d.role == "denoise"]
+                log["computed"] += sum(denoising)
+                log["reused"] += len(denoising) - sum(denoising)
+                log["seconds"] += made.seconds
+                log["generations"] += 1
+        return True
+
+    while agent.num_timesteps < steps:
+        agent.learn(agent.n_steps * CARS, callback=note, reset_num_timesteps=False)
+        write_json(log_file, log)
+        with whole(agent_file) as temporary:
+            agent.save(temporary)
+        print(f"{folder.name}: {agent.num_timesteps} steps, {summary(log)}", flush=True)
+    cars.close()
+    return log
+
+
+def summary(log: dict[str, Any]) -> dict[str, float | None]:
+    """A log in a few figures; None where nothing happened yet."""
+    episodes, calls = log["episodes"], log["reused"] + log["computed"]
+
+    def mean(some: list[list[Any]], column: int) -> float | None:
+        return float(np.mean([episode[column] for episode in some])) if some else None
+
+    return {
+        "episodes": len(episodes),
+        "return_first": mean(episodes[:OVER], 1),
+        "return_last": mean(episodes[-OVER:], 1),
+        "kept_first": mean(episodes[:OVER], 2),
+        "kept_last": mean(episodes[-OVER:], 2),
+        "skip": log["reused"] / calls if calls else None,
+        "ms_per_generation": 1e3 * log["seconds"] / log["generations"] if log["generations"] else None,
+    }
+
+
+def run(
+    checkpoint: Path, out: Path, runs: Path, *, steps: int, seed: int, scenario: str | None, **changes: Any
+) -> dict[str, Any]:
+    """Train under every policy and write the card; returns its figures."""
+    course = course_of(WorldModel.load(checkpoint), POLICIES)
+    camera = course.world.model.sizes.cameras[0].name
+    task = {"seed": seed, "scenario": scenario, "model": course.world.digest}
+    logs = {}
+    for policy in POLICIES:
+        make = partial(make_env, course, scenario, policy, camera)
+        logs[policy] = train(make, runs / policy, steps=steps, task=task, **changes)
+    surroundings = environment(checkpoint)
+    figures = {
+        "steps": steps, "seed": seed, "scenario": scenario, "camera": camera, "on": surroundings,
+        "policies": {policy: {**summary(log), "curve": log["episodes"]} for policy, log in logs.items()},
+    }  # fmt: skip
+    curves = {policy: [(at, total) for at, total, _ in log["episodes"]] for policy, log in logs.items()}
+    plot_returns(out / "ppo.png", curves, over=OVER)
+    write_card(out, "ppo", card(figures), figures)
+    return figures
+
+
+def card(figures: dict[str, Any]) -> str:
+    forms = {"return_first": ".2f", "return_last": ".2f", "kept_first": ".0%", "kept_last": ".0%", "skip": ".1%"}
+    forms["ms_per_generation"] = ".0f"
+    rows = ""
+    for policy, row in figures["policies"].items():
+        shown = {name: "–" if row[name] is None else format(row[name], form) for name, form in forms.items()}
+        rows += f"| `{policy}` | {row['episodes']} | {' | '.join(shown.values())} |\n"
+    return (
+        "# PPO inside the world model\n\n"
+        f"`python benchmarks/ppo.py`: {figures['steps']} steps of `holdover/Drive-v1` from seed {figures['seed']}, "
+        f"{figures['scenario'] or 'all scenarios'}, seen through `{figures['camera']}` alone. First and last {OVER} "
+        "episodes; an episode keeps the lane if it lasts to its end, 60 steps.\n\n![returns](ppo.png)\n\n"
+        "| policy of the world | episodes | return, first | last | kept the lane, first | last | skip | "
+        f"ms per generation |\n| :-- | --: | --: | --: | --: | --: | --: | --: |\n{rows}\n{about(figures['on'])}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint; its first camera is what the agent sees")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/ppo"), help="what was learnt so far")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenario", default="highway", help="urban, highway or uturn")
+    options = parser.parse_args()
+    figures = run(
+        options.model or shipped_model(), options.out, options.runs, steps=options.steps, seed=options.seed,
+        scenario=options.scenario,
+    )  # fmt: skip
+    print(card(figures))
+
+
+if __name__ == "__main__":
+    main()
