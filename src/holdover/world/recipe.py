@@ -25,6 +25,7 @@ class Recipe(Schedule):
 
     steps: int = 2200
     batch: int = 3
+    decay: float = 0.82
     own_context_from: float = 0.85
     plain_share: float = 0.15
     context_noise: float = 0.15
