@@ -13,6 +13,7 @@ from torch import Tensor
 import holdover
 import holdover.diffusers
 from tests.hosts import pipelines
+from tests.toy import one_thread
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
 pytest.importorskip("transformers", reason="needs the extra: pip install 'holdover[diffusers]'")
@@ -48,6 +49,7 @@ def lora(seed: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
+@one_thread()  # as the tests are: another number rounds otherwise
 def adapted() -> dict[str, Tensor]:
     """What the pipeline makes with each LoRA, nothing cached."""
     pipe = pipelines.wan()
@@ -124,6 +126,7 @@ def by_leaf(pipe: Any, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+@one_thread()  # as the tests are: another number rounds otherwise
 def cached() -> list[Tensor]:
     """What the pipeline makes without a cache, then under each policy, its weights in their place."""
     pipe = pipelines.wan()
