@@ -25,6 +25,16 @@ HUNYUAN = {
     "pooled_projection_dim": 8,
     "rope_axes_dim": (2, 4, 4),
 }
+LTX2 = {
+    **WIDE,
+    "cross_attention_dim": 24,
+    "caption_channels": 16,
+    "audio_in_channels": 4,
+    "audio_out_channels": 4,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 12,
+    "audio_cross_attention_dim": 24,
+}
 HELIOS = {key: value for key, value in WAN.items() if key != "rope_max_seq_len"} | {
     "rope_dim": (4, 4, 4),
     "has_multi_term_memory_patch": False,
@@ -126,20 +136,7 @@ TINY = [
         inputs.framepack,
     ),
     Tiny("LTXVideoTransformer3DModel", {**WIDE, "cross_attention_dim": 24, "caption_channels": 16}, inputs.ltx),
-    Tiny(
-        "LTX2VideoTransformer3DModel",
-        {
-            **WIDE,
-            "cross_attention_dim": 24,
-            "caption_channels": 16,
-            "audio_in_channels": 4,
-            "audio_out_channels": 4,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 12,
-            "audio_cross_attention_dim": 24,
-        },
-        inputs.ltx2,
-    ),
+    Tiny("LTX2VideoTransformer3DModel", LTX2, inputs.ltx2),
     Tiny(
         "CogVideoXTransformer3DModel",
         {
@@ -196,18 +193,5 @@ TINY = [
         },
         inputs.sana_wm,
     ),
-    Tiny(
-        "SanaWMLTX2RefinerTransformer3DModel",
-        {
-            **WIDE,
-            "cross_attention_dim": 24,
-            "caption_channels": 16,
-            "audio_in_channels": 4,
-            "audio_out_channels": 4,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 12,
-            "audio_cross_attention_dim": 24,
-        },
-        inputs.refiner,
-    ),
+    Tiny("SanaWMLTX2RefinerTransformer3DModel", LTX2, inputs.refiner),
 ]
