@@ -169,3 +169,86 @@ def test_rows_that_do_not_fit_are_refused() -> None:
             cache.step(rows=[Step(stream="a", chunk=0), Step(stream="b", chunk=0, role="kv_update")])
         with pytest.raises(ValueError, match=r"name \('a', ''\) twice"):
             cache.step(rows=[Step(stream="a", chunk=0), Step(stream="a", chunk=1)])
+
+
+#: Holds over all blocks of a model as one span.
+WHOLE = holdover.fixed_interval(over="generations", every=9, span="all", front_anchors=0, warmup=0)
+
+
+class Carry(nn.Module):
+    """``x, text -> (x + text, number · text)``: hidden state and text are handed on; ``bare``: the former alone."""
+
+    def __init__(self, number: float = 2.0, *, bare: bool = False) -> None:
+        super().__init__()
+        self.number, self.bare = number, bare
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return x + text if self.bare else (x + text, self.number * text)
+
+
+class Chain(nn.Module):
+    """Blocks that hand their text on, or, ``collecting``, whose texts the model keeps to itself."""
+
+    def __init__(self, *blocks: Carry, collecting: bool = False) -> None:
+        super().__init__()
+        self.blocks, self.collecting = nn.ModuleList(blocks), collecting
+
+    def forward(self, x: Tensor, text: Tensor) -> list[Tensor]:
+        texts = []
+        for block in self.blocks:
+            out = block(x, text)
+            x, beside = out if isinstance(out, tuple) else (out, text)
+            texts.append(beside)
+            if not self.collecting:
+                text = beside
+        return [x, *(texts if self.collecting else texts[-1:])]
+
+    def holdover_slots(self) -> list[Slot]:
+        return [Slot(block, rows=lambda rows, x, text: ((x[rows], text[rows]), {})) for block in self.blocks]
+
+
+def go(cache: holdover.Cache, model: Chain, chunk: int, text: float) -> list[Tensor]:
+    with cache.step(chunk=chunk, commits=False):
+        return model(ones(), ones(text))
+
+
+def test_a_span_holds_what_its_last_block_hands_on() -> None:
+    model = Chain(*(Carry() for _ in range(4)))
+    with holdover.attach(model, WHOLE) as cache:
+        first = go(cache, model, 0, 1.0)
+        again = go(cache, model, 1, 7.0)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert cache.nbytes == 2 * first[0].nbytes  # the residual and one text, not four
+        snapshot = cache.snapshot()
+    with holdover.attach(model, WHOLE) as cache:
+        cache.restore("default", snapshot)
+        again = go(cache, model, 2, 7.0)
+        assert cache.stats().reused == 4
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("bare", [(3,), (0, 1, 2), (1,), (0, 3)])
+def test_blocks_of_a_span_may_return_different_things(bare: tuple[int, ...]) -> None:
+    model = Chain(*(Carry(bare=n in bare) for n in range(4)))
+    with holdover.attach(model, WHOLE) as cache:
+        first, again = go(cache, model, 0, 1.0), go(cache, model, 1, 1.0)
+        assert cache.stats().reused == 4
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_what_a_model_collects_from_its_blocks_is_each_ones_own() -> None:
+    model = Chain(*(Carry(number) for number in (2.0, 3.0, 5.0)), collecting=True)
+    with holdover.attach(model, WHOLE) as cache:
+        go(cache, model, 0, 1.0)
+        assert [float(item.mean()) for item in go(cache, model, 1, 7.0)] == [4.0, 2.0, 3.0, 5.0]
+
+
+def test_rows_computed_beside_reused_ones_keep_their_own_text() -> None:
+    model = Chain(*(Carry() for _ in range(4)))
+    with holdover.attach(model, WHOLE) as cache:
+        for chunk, streams in enumerate((("a",), ("a", "b"))):
+            texts = torch.cat([ones(1.0 + 4 * n) for n in range(len(streams))])
+            with cache.step(rows=[Step(stream=stream, chunk=chunk, commits=False) for stream in streams]):
+                x, text = model(torch.cat([ones()] * len(streams)), texts)
+        assert x[:, 0, 0].tolist() == [1 + 15 * 1, 1 + 15 * 5]
+        assert text[:, 0, 0].tolist() == [16 * 1, 16 * 5]

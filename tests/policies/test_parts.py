@@ -52,6 +52,25 @@ def compared(reading: FingerprintReading, now: Tensor, then: Tensor) -> list[flo
     return list(metrics.values())
 
 
+def test_fingerprints_are_in_float32_whatever_is_set_around_them() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 24, 64)
+    moved = x + 0.02 * torch.randn_like(x)
+
+    def gauged() -> list[float]:
+        reading = Fingerprint().prepare(x.shape, x.device, ())
+        return compared(reading, reading.read(call(x=moved)), reading.read(call(x=x)))
+
+    plain = gauged()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gauged() == plain
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert gauged() == plain
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @few
 @given(dims, dims, dims, st.integers(1, 64))
 def test_grid_counts_keep_the_budget_and_the_proportions(f: int, h: int, w: int, tokens: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from holdover.engine.contract import Call, Predictor, Verdict
 from holdover.engine.rows import Row, Runtime
 from holdover.engine.slots import Block, Span
+from holdover.engine.state import ANY
 from holdover.engine.step import Step
-from holdover.engine.trace import REUSE, Decision, Tally
+from holdover.engine.trace import REUSE, Note, Tally
 
 EXEMPT = {"kv_update": "kv update", "prefill": "prefill"}
 
@@ -30,28 +31,41 @@ class OpenSpan:
     """A span that the pass is in: its first block has been answered, its last may not have been.
 
     Attributes:
-        reasons: per row why it is computed, None where it is reused.
+        calls: per row what its gate and predictor were shown; empty where a span is computed at every pass.
+        reasons: per row why it is computed, None where it is reused; ``scores`` is what the gate looked at.
         computed: the rows that are computed.
         apart: whether rows can be computed without the others.
         predictions: the span's output for the rows that are reused.
         audited: those of them that the audit computes as well; ``shadow`` is the hidden state so far.
+        blocks: those of the span that have run.
+        notes: per row what the trace will tell of them.
         extras: per block what it returned beside the hidden state, for the rows computed.
+        handed_on: whether every block so far was given the tensors that the one before returned beside.
         passes_through: blocks before the last give back what they are given, and nothing else.
     """
 
     span: Span
-    rows: list[tuple[Row, Call, Verdict]]
-    reasons: list[str | None]
+    rows: Sequence[Row]
+    calls: Sequence[Call]
+    reasons: Sequence[str | None]
+    scores: Sequence[Mapping[str, float]]
     apart: bool
     predictions: dict[int, Tensor] = field(default_factory=dict)
     audited: list[int] = field(default_factory=list)
     shadow: Tensor | None = None
+    blocks: list[Block] = field(default_factory=list)
+    notes: list[Note] = field(init=False)
     extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     computed: list[int] = field(init=False)
+    handed_on: bool = True
     passes_through: bool = False
 
     def __post_init__(self) -> None:
         self.computed = [n for n, reason in enumerate(self.reasons) if reason is not None]
+        self.notes = [
+            Note(row.step, self.blocks, reason is not None, reason or REUSE, scores)
+            for row, reason, scores in zip(self.rows, self.reasons, self.scores, strict=True)
+        ]
 
 
 class Pass:
@@ -67,7 +81,7 @@ class Pass:
         self._runtime, self._batched = runtime, batched
         self._steps, self._role = steps, steps[0].role
         self._rows = [Row(runtime, step) for step in steps] if self._role == "denoise" else []
-        self._decisions: list[Decision] = []
+        self._notes: list[Note] = []
         self._ran: set[int] = set()
         self._open: OpenSpan | None = None
         self._entry: Tensor | None = None
@@ -75,8 +89,10 @@ class Pass:
     def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block's forward."""
         if self._role != "denoise":
-            for step in self._steps:
-                self._record(step, block, True, EXEMPT[self._role], {})
+            if not self._notes:
+                blocks: list[Block] = []
+                self._notes = [Note(step, blocks, True, EXEMPT[self._role], {}) for step in self._steps]
+            self._notes[0].blocks.append(block)
             return block.compute(*args, **kwargs)
         if block.index in self._ran:
             raise ValueError(
@@ -92,11 +108,11 @@ class Pass:
         span = self._runtime.span_of[block.index]
         if block.index == span.first:
             self._open = self._decide(block, span, args, kwargs)
+            self._notes += self._open.notes
         elif self._open is None or self._open.span is not span:
             raise ValueError(f"block {block.name!r} ran before the first of its span; list slots in the model's order")
         current = self._open
-        for (row, _, verdict), reason in zip(current.rows, current.reasons, strict=True):
-            self._record(row.step, block, reason is not None, reason or REUSE, verdict.scores)
+        current.blocks.append(block)
         output = self._compute(block, current, args, kwargs) if current.computed else None
         if current.predictions:
             output = self._reuse(block, current, output, args, kwargs)
@@ -107,9 +123,9 @@ class Pass:
     def commit(self) -> None:
         """The pass ended well: its decisions, and what it held, become the streams'."""
         tallies = self._runtime.tallies
-        for decision in self._decisions:
-            tallies[decision.stream].count(decision)
-        self._runtime.trace.extend(self._decisions)
+        for note in self._notes:
+            tallies[note.step.stream].count(note)
+        self._runtime.trace.extend(self._notes)
         if not self._ran:
             return
         for row in self._rows:
@@ -129,8 +145,11 @@ class Pass:
             raise ValueError(f"the batch has {x.shape[0]} rows, the step {len(self._rows)}; pass one Step per row")
         predictor = self._runtime.policy.predictor
         parts = self._per_row(x)
-        reading = self._runtime.reading(parts[0])
         entries = self._entries(block, x) if self._runtime.policy.reads_entry else parts
+        if span.computed is not None:
+            every = [span.computed] * len(parts)
+            return OpenSpan(span=span, rows=self._rows, calls=[], reasons=every, scores=[{}] * len(parts), apart=False)
+        reading = self._runtime.reading(parts[0])
         taps: dict[str, Sequence[Tensor]] = {}
 
         def tap(name: str, *, row: int) -> Tensor:
@@ -146,14 +165,15 @@ class Pass:
             row.call(span, part, entry, partial(tap, row=n), compute)
             for n, (row, part, entry) in enumerate(zip(self._rows, parts, entries, strict=True))
         ]
-        rows = [(row, call, row.judge(call, reading)) for row, call in zip(self._rows, calls, strict=True)]
+        verdicts = [row.judge(call, reading) for row, call in zip(self._rows, calls, strict=True)]
         apart = self._batched and self._runtime.splits(span)
-        current = OpenSpan(span=span, rows=rows, reasons=self._agree(rows, x, apart), apart=apart)
-        for row, reason in zip(self._rows, current.reasons, strict=True):
+        reasons, scores = self._agree(verdicts, x, apart), [verdict.scores for verdict in verdicts]
+        current = OpenSpan(span=span, rows=self._rows, calls=calls, reasons=reasons, scores=scores, apart=apart)
+        for row, reason in zip(self._rows, reasons, strict=True):
             row.decided[span.first] = reason is None
-        if predictor is None or span.computed is not None:
+        if predictor is None:
             return current
-        for n, (row, call, _) in enumerate(rows):
+        for n, (row, call) in enumerate(zip(self._rows, calls, strict=True)):
             if current.reasons[n] is not None:
                 row.prepare(call, reading)
                 if block.overwrites_input is not False:
@@ -177,9 +197,9 @@ class Pass:
             self._entry = x if block.overwrites_input is False else x.clone()
         return self._per_row(self._entry)
 
-    def _agree(self, rows: Sequence[tuple[Row, Call, Verdict]], x: Tensor, apart: bool) -> list[str | None]:
+    def _agree(self, verdicts: Sequence[Verdict], x: Tensor, apart: bool) -> list[str | None]:
         """Per row why it is computed, be it that another row, or another rank, needs it; None where nobody does."""
-        reasons = [verdict.reason for _, _, verdict in rows]
+        reasons = [verdict.reason for verdict in verdicts]
         if not apart and any(reason is not None for reason in reasons):
             reasons = [reason or "batch" for reason in reasons]
         if self._runtime.process_group is None:
@@ -190,32 +210,53 @@ class Pass:
 
     def _compute(self, block: Block, current: OpenSpan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block for the rows that need it."""
-        computed = current.computed
+        computed, span, runtime = current.computed, current.span, self._runtime
         if len(computed) < len(current.rows):
             args, kwargs = block.take(computed, args, kwargs)
         output = block.compute(*args, **kwargs)
-        if self._runtime.policy.predictor is None:
+        if runtime.policy.predictor is None:
             return output
-        if block.overwrites_input is None and block.index == current.span.first:
+        within = span.first < block.index < span.last
+        if within and not current.predictions and (isinstance(output, Tensor) or runtime.alike.get(span.first)):
+            return output  # what is held comes from the last block
+        if block.overwrites_input is None and block.index == span.first:
             block.overwrites_input = self._overwrites(block, current, output, args, kwargs)
-        if current.span.computed is not None:
+        if span.computed is not None:
             return output
         hidden, extras = block.split(output)
+        if block.index - 1 in current.extras:
+            given = {id(value) for value in (*args, *kwargs.values())}
+            before = (item for item in current.extras[block.index - 1] if isinstance(item, Tensor))
+            current.handed_on &= all(id(item) in given for item in before)
         if extras is not None:
             current.extras[block.index] = extras
-        if block.index == current.span.last:
+        if block.index == span.last:
+            lasting = self._lasting(current)
             for n, (at, y) in enumerate(zip(computed, self._per_row(hidden), strict=True)):
-                row, call, _ = current.rows[at]
-                rest = {b: self._extras_of(n, len(computed), block, items) for b, items in current.extras.items()}
+                row, call = current.rows[at], current.calls[at]
+                rest = {b: self._extras_of(n, len(computed), block, items) for b, items in lasting.items()}
                 row.remember(call, y, rest)
         return output
+
+    def _lasting(self, current: OpenSpan) -> dict[int, tuple[Any, ...]]:
+        """What blocks returned beside the hidden state, as far as it is held.
+
+        Where every block hands it on to the next, as is found out when they first run, the last one's is enough: those
+        before it are reused as well, and never look at it. An audit runs them, and is given what was theirs.
+        """
+        extras, span, alike = current.extras, current.span, self._runtime.alike
+        if span.first not in alike and len(current.computed) == len(current.rows):
+            kinds = [[(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in items] for items in extras.values()]
+            whole = len(kinds) == span.last - span.first + 1 and all(kind == kinds[-1] for kind in kinds)
+            alike[span.first] = whole and current.handed_on and self._runtime.audit.rate == 0
+        return {ANY: extras[span.last]} if alike.get(span.first) else extras
 
     def _overwrites(
         self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool | None:
         """Whether a block that has run overwrote its input; None where no copy of that was made."""
         if current.span.computed is None:
-            before = self._joined([current.rows[n][1].x for n in current.computed])
+            before = self._joined([current.calls[n].x for n in current.computed])
         elif self._entry is not None and len(self._ran) == 1:
             before = self._entry
         else:
@@ -244,7 +285,10 @@ class Pass:
         if computed:
             parts |= zip(computed, self._per_row(block.split(output)[0]), strict=True)
         hidden = self._joined(list(parts.values()))
-        extras = [call.held.extras.get(block.index) if call.held else None for _, call, _ in current.rows]
+        extras = [
+            call.held.extras.get(block.index, call.held.extras.get(ANY)) if call.held else None
+            for call in current.calls
+        ]
         if block.index in current.extras:
             for n, at in enumerate(computed):
                 extras[at] = self._extras_of(n, len(computed), block, current.extras[block.index])
@@ -262,13 +306,11 @@ class Pass:
         """Note the relative error of a reused span beside its last block's decision."""
         truths = self._per_row(computed.float())
         for at, n in enumerate(current.audited):
-            row, guess, truth = current.rows[n][0], predicted[n].float(), truths[at if current.apart else n]
+            row, guess, truth = current.rows[n], predicted[n].float(), truths[at if current.apart else n]
             norm = torch.linalg.vector_norm
             error = float(norm(guess - truth) / norm(truth).clamp_min(torch.finfo(torch.float32).tiny))
             row.audit_errors.append(math.inf if math.isnan(error) else error)
-            position = len(self._decisions) - len(current.rows) + n
-            decision = self._decisions[position]
-            self._decisions[position] = replace(decision, scores={**decision.scores, "audit": row.audit_errors[-1]})
+            current.notes[n].audit = row.audit_errors[-1]
 
     def _heed_audit(self, row: Row, tally: Tally) -> None:
         limit = self._runtime.audit.limit
@@ -297,24 +339,6 @@ class Pass:
             f"{', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}. Where the reason is "
             f"'kv cycle', pass step(commits=False) for generations whose latents the KV update does not write",
             stacklevel=4,
-        )
-
-    def _record(self, step: Step, block: Block, computed: bool, reason: str, scores: Mapping[str, float]) -> None:
-        assert step.sigma is None or isinstance(step.sigma, float)
-        self._decisions.append(
-            Decision(
-                step.stream,
-                step.branch,
-                step.chunk,
-                step.index,
-                block.name,
-                block.index,
-                step.role,
-                computed,
-                reason,
-                scores,
-                step.sigma,
-            )
         )
 
     def _per_row(self, x: Tensor) -> Sequence[Tensor]:

@@ -24,6 +24,8 @@ from holdover.engine.state import Condition, FullGeneration, Held, Key, Run, Str
 from holdover.engine.step import Step
 from holdover.engine.trace import WARM_UP, Tally, Trace
 
+ReadingKey = tuple[torch.Size, torch.device, tuple[ViewGroup, ...]]
+
 
 @dataclass(kw_only=True)
 class Runtime:
@@ -38,7 +40,10 @@ class Runtime:
     streams: dict[str, Stream] = field(default_factory=dict)
     tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     trace: Trace = field(default_factory=Trace)
-    readings: dict[tuple[torch.Size, torch.device, tuple[ViewGroup, ...]], Reading] = field(default_factory=dict)
+    readings: dict[ReadingKey, Reading] = field(default_factory=dict)
+    newest_reading: tuple[ReadingKey, Reading] | None = None
+    #: By first block, whether the blocks of a span hand on what they return beside the hidden state, all the same kind.
+    alike: dict[int, bool] = field(default_factory=dict)
     warned_barren: bool = False
 
     def __post_init__(self) -> None:
@@ -55,9 +60,12 @@ class Runtime:
         if self.policy.signal is None:
             return None
         key = x.shape, x.device, self.view_groups
+        if self.newest_reading is not None and self.newest_reading[0] == key:  # quicker than to hash view groups
+            return self.newest_reading[1]
         if key not in self.readings:
             with torch.inference_mode(False):  # what is made here must serve outside inference mode too
                 self.readings[key] = self.policy.signal.prepare(x.shape, x.device, self.view_groups)
+        self.newest_reading = key, self.readings[key]
         return self.readings[key]
 
 
@@ -66,7 +74,9 @@ class Row:
 
     def __init__(self, runtime: Runtime, step: Step) -> None:
         self.runtime, self.step = runtime, step
-        self.stream = runtime.streams.setdefault(step.stream, Stream())
+        if step.stream not in runtime.streams:
+            runtime.streams[step.stream] = Stream()
+        self.stream = runtime.streams[step.stream]
         self.stream.check(step)
         generation = self.stream.generations.get(step.chunk)
         run = self.stream.run(step)
@@ -121,8 +131,6 @@ class Row:
     def judge(self, call: Call, reading: Reading | None) -> Verdict:
         """Whether the span must be computed: guards first, then the engine's own reasons, then the gate."""
         policy = self.runtime.policy
-        if call.span.computed is not None:
-            return Verdict(call.span.computed)
         led = self.led.get(call.span.first) if policy.one_for_all_branches else None
         reason = "branch" if led is False else policy.guard(call) or self._refusal(call)
         if reason is not None:
@@ -180,10 +188,11 @@ class Row:
             held.extras = {block: tuple(map(_kept, items)) for block, items in extras.items()}
             if call.signal is not None:
                 held.tensors["signal"] = call.signal.detach()
-        before = old.nbytes if old else 0
-        if self.runtime.max_bytes is not None and self.stream.nbytes - before + held.nbytes > self.runtime.max_bytes:
-            held = self.pending[key] = held.voided("bytes")
-        self.stream.nbytes += held.nbytes - before
+        grown = held.nbytes - (old.nbytes if old else 0)
+        if self.runtime.max_bytes is not None and self.stream.nbytes + grown > self.runtime.max_bytes:
+            grown -= held.nbytes
+            self.pending[key] = held.voided("bytes")
+        self.stream.nbytes += grown
 
     def draw_audit(self) -> bool:
         """Whether this reused span is in the audit's sample: its number decides, so a restored stream draws alike."""

@@ -16,6 +16,10 @@ from holdover.engine.step import Step
 RECENT = 64
 
 
+#: In place of a block's number: any block of the span.
+ANY = -1
+
+
 class Key(NamedTuple):
     """Of a slot's state: guidance branch, generation, pass index (None where these share state) and first block."""
 
@@ -32,7 +36,7 @@ class Held:
     Attributes:
         tensors: the predictor's tensors and, under ``"signal"``, the signal.
         numbers: the gate's running numbers.
-        extras: per block the items after the hidden state that it returned when last computed.
+        extras: per block what it returned beside the hidden state when last computed; under `ANY`, what stands for all.
         generation: the stream's count of generations when it was computed.
         epoch: the branch's count of condition changes then.
         action: the action then.
@@ -66,8 +70,20 @@ class Held:
 
     def updated(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> Held:
         """The same, but for these numbers and tensors."""
-        held = {**self.tensors, **tensors} if tensors else self.tensors
-        return replace(self, numbers={**self.numbers, **numbers}, tensors=held)
+        return Held(  # spelled out: `replace` takes several times as long, and every score comes by here
+            tensors={**self.tensors, **tensors} if tensors else self.tensors,
+            numbers={**self.numbers, **numbers},
+            extras=self.extras,
+            generation=self.generation,
+            epoch=self.epoch,
+            action=self.action,
+            shape=self.shape,
+            dtype=self.dtype,
+            device=self.device,
+            out_dtype=self.out_dtype,
+            void=self.void,
+            shared=self.shared,
+        )
 
     def voided(self, reason: str) -> Held:
         """Its numbers alone: the gate's memory outlives what was held."""

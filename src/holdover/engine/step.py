@@ -13,6 +13,7 @@ from torch import Tensor
 
 #: What a pass is for. Only ``denoise`` may ever be served from cache; there is no switch for the other two.
 Role = Literal["denoise", "kv_update", "prefill"]
+ROLES = get_args(Role)
 
 ActionLike = Tensor | np.ndarray[Any, Any] | Sequence[float] | float | None
 
@@ -52,10 +53,9 @@ class Step:
     action_vector: tuple[float, ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
-            raise ValueError(f"role={self.role!r} is not one of {', '.join(get_args(Role))}")
-        for name in ("chunk", "index", "num_steps"):
-            value = getattr(self, name)
+        if self.role not in ROLES:
+            raise ValueError(f"role={self.role!r} is not one of {', '.join(ROLES)}")
+        for name, value in (("chunk", self.chunk), ("index", self.index), ("num_steps", self.num_steps)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
         if not 0 <= self.index < self.num_steps:
@@ -63,9 +63,9 @@ class Step:
                 f"index={self.index} is not one of num_steps={self.num_steps} passes; "
                 f"pass num_steps=len(sigmas) and index counted from 0"
             )
-        for name in ("stream", "branch"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a name; pass a str")
+        for name, given in (("stream", self.stream), ("branch", self.branch)):
+            if not isinstance(given, str):
+                raise ValueError(f"{name}={given!r} is not a name; pass a str")
         if self.sigma is not None:
             object.__setattr__(self, "sigma", float(self.sigma))
         object.__setattr__(self, "action_vector", _flatten(self.action))

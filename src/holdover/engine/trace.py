@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
-from holdover.engine.step import Role
+from holdover.engine.slots import Block
+from holdover.engine.step import Role, Step
 
 #: Reasons of the engine itself. Policies add their own.
 #:   kv update, prefill   the pass has a role that is never served from cache
@@ -25,7 +27,7 @@ REUSE = "reuse"
 WARM_UP = "warm-up"
 
 
-@dataclass(slots=True)  # one for every block of every pass, and a frozen one takes six times as long to make
+@dataclass(frozen=True, slots=True)
 class Decision:
     """One block of one pass.
 
@@ -46,40 +48,93 @@ class Decision:
     sigma: float | None
 
 
+@dataclass(slots=True)
+class Note:
+    """What was decided for one row of a pass, for a run of blocks at once; `decisions` tells it block by block.
+
+    Attributes:
+        blocks: those that ran; the rows of a pass share the list.
+        audit: relative error of a reused span, noted beside its last block.
+    """
+
+    step: Step
+    blocks: list[Block]
+    computed: bool
+    reason: str
+    scores: Mapping[str, float]
+    audit: float | None = None
+
+    def decisions(self) -> Iterator[Decision]:
+        step = self.step
+        assert step.sigma is None or isinstance(step.sigma, float)
+        for block in self.blocks:
+            scores = self.scores
+            if self.audit is not None and block is self.blocks[-1]:
+                scores = {**scores, "audit": self.audit}
+            yield Decision(
+                stream=step.stream,
+                branch=step.branch,
+                chunk=step.chunk,
+                index=step.index,
+                slot=block.name,
+                block=block.index,
+                role=step.role,
+                computed=self.computed,
+                reason=self.reason,
+                scores=scores,
+                sigma=step.sigma,
+            )
+
+
 class Trace(Sequence[Decision]):
-    """Every decision since `attach` or `clear`, pass by pass; a pass that failed leaves none."""
+    """Every decision since `attach` or `clear`, pass by pass; a pass that failed leaves none.
+
+    Within a pass they are told span by span, and within a span row by row.
+    """
 
     def __init__(self) -> None:
-        self._decisions: list[Decision] = []
+        self._notes: list[Note] = []
+        self._ends: list[int] = []  # decisions up to and with each note
 
     @overload
     def __getitem__(self, index: int) -> Decision: ...
     @overload
     def __getitem__(self, index: slice) -> list[Decision]: ...
     def __getitem__(self, index: int | slice) -> Decision | list[Decision]:
-        return self._decisions[index]
+        places = range(len(self))[index]
+        if isinstance(places, int):
+            return self._at(places)
+        return [self._at(place) for place in places]
 
     def __len__(self) -> int:
-        return len(self._decisions)
+        return self._ends[-1] if self._ends else 0
 
     def __iter__(self) -> Iterator[Decision]:
-        return iter(self._decisions)
+        for note in self._notes:
+            yield from note.decisions()
 
     def __repr__(self) -> str:
         return f"<Trace of {len(self)} decisions>"
 
-    def extend(self, decisions: Iterable[Decision]) -> None:
-        self._decisions.extend(decisions)
+    def extend(self, notes: Iterable[Note]) -> None:
+        for note in notes:
+            self._ends.append(len(self) + len(note.blocks))
+            self._notes.append(note)
 
     def clear(self) -> None:
-        self._decisions.clear()
+        self._notes.clear()
+        self._ends.clear()
+
+    def _at(self, place: int) -> Decision:
+        at = bisect_right(self._ends, place)
+        decisions = list(self._notes[at].decisions())
+        return decisions[place - self._ends[at]]
 
     def to_records(self) -> list[dict[str, Any]]:
         """The decisions as plain dictionaries, ready for JSON."""
         names = [field.name for field in fields(Decision)]
         return [
-            {name: getattr(decision, name) for name in names} | {"scores": dict(decision.scores)}
-            for decision in self._decisions
+            {name: getattr(decision, name) for name in names} | {"scores": dict(decision.scores)} for decision in self
         ]
 
 
@@ -147,14 +202,15 @@ class Tally:
     audit_max: float = 0.0
     alarmed: bool = False
 
-    def count(self, decision: Decision) -> None:
-        self.reasons[decision.reason] += 1
-        if decision.computed:
-            self.computed += 1
+    def count(self, note: Note) -> None:
+        blocks = len(note.blocks)
+        self.reasons[note.reason] += blocks
+        if note.computed:
+            self.computed += blocks
         else:
-            self.reused += 1
-        if decision.role == "denoise" and decision.reason != WARM_UP:
-            self.skippable += 1
+            self.reused += blocks
+        if note.step.role == "denoise" and note.reason != WARM_UP:
+            self.skippable += blocks
 
     def count_audit(self, error: float) -> None:
         self.audits += 1

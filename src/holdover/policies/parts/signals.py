@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -74,32 +75,33 @@ class FingerprintReading:
         self, shape: torch.Size, device: torch.device, indices: list[list[int]], frames: int, group_tokens: list[int]
     ) -> None:
         self._counts = [len(chosen) for chosen in indices]
-        self._groups, self._sampled = len(indices), sum(self._counts)
-        self._frames, self._group_tokens = frames, group_tokens
+        self._groups, self._sampled, self._frames = len(indices), sum(self._counts), frames
         self._values = shape[-1] * (shape[0] if len(shape) > 2 else 1)  # per token
         segment = [group for group, chosen in enumerate(indices) for _ in chosen]
         segment += range(self._groups, 2 * self._groups)
         self._index_N = torch.tensor([token for chosen in indices for token in chosen], device=device)
-        self._member_S1N = torch.nn.functional.one_hot(torch.tensor(segment)).T[:, None].to(device, torch.float32)
+        self._member_SN = torch.nn.functional.one_hot(torch.tensor(segment)).T.to(device, torch.float32)
+        self._member_GN = self._member_SN[: self._groups, : self._sampled]
+        means = [torch.full((1, tokens), 1 / (tokens * frames)) for tokens in group_tokens]
+        self._mean_GL = torch.block_diag(*means).to(device, torch.float32)
 
     def read(self, call: Call) -> Tensor:
         """The fingerprint of the span's input, float32 ``[B, N+G, C]``."""
         x = call.x
         x_BLC = (x.flatten(1, -2) if x.dim() > 2 else x[None]).detach()
-        b, length, c = x_BLC.shape
-        x_BFLC = x_BLC.reshape(b, self._frames, length // self._frames, c)
-        parts, start = [x_BLC.index_select(1, self._index_N).float()], 0
-        for tokens in self._group_tokens:
-            parts.append(x_BFLC[:, :, start : start + tokens].mean((1, 2), dtype=torch.float32)[:, None])
-            start += tokens
-        return torch.cat(parts, 1)
+        sampled_BNC = x_BLC.index_select(1, self._index_N).float()
+        over_frames_BLC = x_BLC.unflatten(1, (self._frames, -1)).sum(1, dtype=torch.float32)
+        with _in_float32(x.device):
+            return torch.cat([sampled_BNC, self._mean_GL @ over_frames_BLC], 1)
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:
         """Per entry the sums of now·then, now², then² and abs(then); after these, per group the largest change."""
-        sums = torch.stack([value.sum((0, 2)) for value in (now * then, now.square(), then.square(), then.abs())])
+        dot = torch.linalg.vecdot
+        with _in_float32(now.device):
+            sums_4BN = torch.stack([dot(now, then), dot(now, now), dot(then, then), then.abs().sum(2)])
+        sums_S4 = (self._member_SN[:, None, None] * sums_4BN).sum((2, 3))
         change_N = (now - then).abs_().amax((0, 2))[: self._sampled]
-        change = [group.amax() for group in torch.split(change_N, self._counts)]
-        return torch.cat([(self._member_S1N * sums).sum(2).flatten(), torch.stack(change)])
+        return torch.cat([sums_S4.flatten(), (self._member_GN * change_N).amax(1)])
 
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
         """``cosine`` and ``deviation``, NaN where either fingerprint is not finite."""
@@ -161,6 +163,12 @@ def mean_change(now: Tensor, then: Tensor) -> Tensor:
 def relative(moved: float, size: float) -> float:
     """``moved / size``: 0 where nothing moved, infinite where something did that was zero."""
     return moved / size if size else math.inf if moved else 0.0
+
+
+def _in_float32(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would take products in half precision, which moves cosines past thresholds."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _cosine(dot: float, now: float, then: float) -> float:
