@@ -12,12 +12,12 @@ from rich.progress import Progress
 from holdover.bench.evaluate import (
     Rollout,
     cross_view,
-    depth_errors,
     frechet,
     matching_pixels,
     roll_out,
     run_evaluation,
 )
+from holdover.bench.fidelity import depth_errors
 from holdover.bench.motion import GAP, agreement, train_motion_reader, true_motion
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.cameras import FPS, RIG, Camera

@@ -78,14 +78,14 @@ def anyflow_far() -> tuple[nn.Module, Generator, int]:
 def drive(made: tuple[nn.Module, Any, int], config: LoopConfig, cached: bool) -> tuple[Tensor, Any]:
     """The pieces of three cycles of a constant action, and the cache."""
     model, generator, channels = made
-    tokens = generator.config.rows * generator.config.columns
+    tokens = generator.sizes.rows * generator.sizes.columns
     frames = WINDOW if config.cadence == "window" else 1
     start = torch.zeros(1, WINDOW, tokens, channels)
     cache = holdover.attach(model, holdover.xcache()) if cached else None
     if config.cadence == "plain":
         start = start[:, :frames]
         generator = Generator(
-            Shape(1, generator.config.rows, generator.config.columns),
+            Shape(1, generator.sizes.rows, generator.sizes.columns),
             new_kv=generator._new_kv,
             predict=generator._predict,
         )

@@ -62,7 +62,7 @@ def test_the_lane_keeper_comes_back_to_the_middle() -> None:
 
 def test_a_collision_is_not_a_lane_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
     step = WorldSession.step
-    wall = {"front_wide": np.full((2, 16, 32), 0.5, np.float32)}  # half a metre before the camera, inside the car
+    wall = {"front_wide": np.full((2, 32, 48), 0.5, np.float32)}  # half a metre before the camera, inside the car
     monkeypatch.setattr(WorldSession, "step", lambda session, action: replace(step(session, action), depth=wall))
     row = drive(small_course(), Rollout(scenario="town", seed=0, driver="brake", policy="never", generations=3))
     assert (row["steps"], row["reward"], row["collided"], row["left_lane"]) == (1, -1, True, False)

@@ -37,6 +37,23 @@ def test_impossible_sizes_are_refused(changes: dict[str, int], words: str) -> No
         small_config(**changes)
 
 
+def test_cameras_of_a_group_have_one_size() -> None:
+    wider = replace(CAMERAS[1], width=64)
+    with pytest.raises(ValueError, match=r"group 'front' differ in size \(front_wide 48x32, front_narrow 64x32\)"):
+        small_config(cameras=(CAMERAS[0], wider))
+    with pytest.raises(ValueError, match="cameras is empty"):
+        small_config(cameras=())
+
+
+def test_the_autoencoders_go_where_the_model_goes() -> None:
+    model = small_model()
+    model.to("meta")
+    assert {autoencoder.device.type for autoencoder in model.codec.autoencoders.values()} == {"meta"}
+    other = WorldModel.of(small_config()).to("meta")
+    other.codec = small_model().codec
+    assert {autoencoder.device.type for autoencoder in other.codec.autoencoders.values()} == {"meta"}
+
+
 def test_rotary_scores_depend_on_distance_alone() -> None:
     table = rotary_table(torch.arange(10.0)[:, None], [torch.tensor([1.0, 0.3, 0.05])])
     q, k = torch.randn(6).expand(10, 6), torch.randn(6).expand(10, 6)
@@ -343,8 +360,9 @@ def test_the_rig_is_stitched_in_place() -> None:
     assert canvas[0, 159, 128, 0] == names.index("rear") + 1
     assert canvas[0, 159, 0, 0] == 0
     assert (canvas > 0).sum() == 2 * 3 * sum(c.width * c.height for c in RIG)
-    with pytest.raises(ValueError, match="none of the rig"):
-        stitch({"periscope": frames["rear"]})
+    below = stitch({"periscope": frames["rear"], **frames})
+    np.testing.assert_array_equal(below[:, :160], canvas)
+    np.testing.assert_array_equal(below[:, 160:, 72:184], frames["rear"])  # no camera of the rig: a row of its own
 
 
 def test_the_tap_is_what_attention_sees() -> None:

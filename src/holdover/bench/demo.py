@@ -71,7 +71,7 @@ def run_demo(
         model: the world model; is copied, not changed.
         out: a folder; is created, and files of an earlier demo are replaced.
         clips: recordings to start from; by default the shipped ones.
-        checkpoint: the model's file, named in the report.
+        checkpoint: the model's folder, named in the report.
         progress: shows how far the demo is.
 
     Returns:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from holdover.bench.cards import about, write_card
-from holdover.bench.fidelity import compare, psnr
+from holdover.bench.fidelity import FAR, compare, depth_errors, psnr
 from holdover.bench.measure import environment
 from holdover.bench.motion import agreement, camera_ahead, train_motion_reader, true_motion
 from holdover.bench.stlpips import StLpips
@@ -35,8 +35,6 @@ SPANS = ((0, 2), (2, 5), (5, 10), (10, 16))
 EVERY = 4
 #: Of the network that reads motion back.
 TRAINING_STEPS = 800
-#: Metres from which on depth is not compared: hills and the sky.
-FAR = 100.0
 #: Least share of a camera's pixels that another must see as well for the two to be compared.
 OVERLAP = 0.1
 
@@ -91,19 +89,18 @@ def run_evaluation(
     *,
     clips: Path,
     data: Path,
-    loop: LoopConfig | None = None,
-    name: str = "world",
+    steps: int = LoopConfig.steps,
     per_scenario: int = 2,
     generations: int = 48,
     seed: int = 0,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Evaluate a world model in full compute; writes ``<name>.md`` and ``<name>.json``.
+    """Evaluate a world model in full compute; writes ``world.md`` and ``world.json``, or ``world-<steps>``.
 
     Args:
         clips: held-out recordings, each long enough for two windows and the generations; longer by preference.
         data: other recordings, on which the network that reads motion back is trained.
-        loop: the cadence.
+        steps: denoising passes of a generation; more than four follow the flow by Euler's steps.
         per_scenario: clips to drive of every scenario.
         generations: to drive of each clip, at most.
 
@@ -111,11 +108,12 @@ def run_evaluation(
         ValueError: there are no clips.
     """
     chosen = _choose(clips, per_scenario)
+    loop = LoopConfig.of_steps(steps)
     task = progress.add_task("evaluating", total=len(chosen) + TRAINING_STEPS)
     rollouts = []
     for path in chosen:
         progress.update(task, description=f"evaluating: {path.name}")
-        rollouts.append(roll_out(model, path, loop or LoopConfig(), seed=seed, generations=generations))
+        rollouts.append(roll_out(model, path, loop, seed=seed, generations=generations))
         progress.advance(task)
     progress.update(task, description="evaluating: learning to read motion")
     ahead = camera_ahead(model.sizes.cameras)
@@ -133,6 +131,7 @@ def run_evaluation(
     }
     distance = StLpips()
     figures: dict[str, Any] = {
+        "steps": steps,
         "clips": [path.name for path in chosen],
         "horizons": {f"{seconds:g}": _fidelity(rollouts, seconds, distance) for seconds in HORIZONS},
         "depth": {f"{seconds:g}": _depth(rollouts, seconds) for seconds in HORIZONS} if rollouts[0].depth else None,
@@ -144,7 +143,7 @@ def run_evaluation(
         "cross_view": cross_view(rollouts, model.sizes.cameras),
         "environment": environment(),
     }
-    write_card(out, name, card(figures), figures)
+    write_card(out, "world" if steps == LoopConfig.steps else f"world-{steps}", card(figures), figures)
     return figures
 
 
@@ -186,20 +185,6 @@ def _depth(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float | Non
         for some in ([r.depth for r in rollouts], [r.clip.depth for r in rollouts])
     )
     return depth_errors(made, true)
-
-
-def depth_errors(made: NDArray[np.floating], true: NDArray[np.floating]) -> dict[str, float | None]:
-    """How far depth is from the truth, both ``[...]`` in metres, over pixels that truly are nearer than `FAR`.
-
-    ``abs_rel`` is the mean of ``|made - true| / true``, ``within_1.25`` the share of pixels whose larger depth is less
-    than 1.25 times the smaller; None where nothing is near. Source: Eigen et al., arXiv 1406.2283, section 4.
-    """
-    near = (true > 0) & (true < FAR)
-    if not near.any():
-        return {"abs_rel": None, "within_1.25": None}
-    ratio = made[near].astype(np.float64) / true[near]
-    within = np.maximum(ratio, 1 / ratio) < 1.25
-    return {"abs_rel": float(np.abs(ratio - 1).mean()), "within_1.25": float(within.mean())}
 
 
 def _drift(rollouts: Sequence[Rollout], distance: StLpips) -> list[dict[str, Any]]:
@@ -312,7 +297,8 @@ def card(figures: dict[str, Any]) -> str:
     ]
     return f"""# The world model against the simulator
 
-Everything computed, the actions of held-out clips ({", ".join(figures["clips"])}).
+Everything computed, {figures["steps"]} steps a generation, the actions of held-out clips
+({", ".join(figures["clips"])}).
 
 Fidelity after so many seconds, stitched view:
 

@@ -22,6 +22,8 @@ from holdover.world.cameras import stitch
 
 Video = Mapping[str, NDArray[np.uint8]]  # per camera [T, height, width, 3]
 STITCHED = "stitched"
+#: Metres from which on depth is not compared: hills and the sky.
+FAR = 100.0
 _View = tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_] | None]  # a video, its reference, the pixels that count
 
 
@@ -99,6 +101,20 @@ def compare(video: Video, reference: Video, *, every: int = 1, distance: StLpips
         ssim={name: _mean_ssim(a, b, mask) for name, (a, b, mask) in views.items()},
         lpips={name: fmean(distance(a, b)) for name, (a, b, _) in views.items()} if distance else {},
     )
+
+
+def depth_errors(made: NDArray[np.floating], true: NDArray[np.floating]) -> dict[str, float | None]:
+    """How far depth is from the truth, both ``[...]`` in metres, over pixels that truly are nearer than `FAR`.
+
+    ``abs_rel`` is the mean of ``|made - true| / true``, ``within_1.25`` the share of pixels whose larger depth is less
+    than 1.25 times the smaller; None where nothing is near. Source: Eigen et al., arXiv 1406.2283, section 4.
+    """
+    near = (true > 0) & (true < FAR)
+    if not near.any():
+        return {"abs_rel": None, "within_1.25": None}
+    ratio = made[near].astype(np.float64) / true[near]
+    within = np.maximum(ratio, 1 / ratio) < 1.25
+    return {"abs_rel": float(np.abs(ratio - 1).mean()), "within_1.25": float(within.mean())}
 
 
 def squared_errors(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:

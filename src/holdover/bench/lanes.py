@@ -58,6 +58,7 @@ class Lane:
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
         self.commit_errors: list[float] = []
+        self._made: list[tuple[Tensor, Tensor]] = []  # latents, and those shown before them
         self._committed: Tensor | None = None
 
     @classmethod
@@ -98,6 +99,12 @@ class Lane:
         """Per camera all frames so far ``uint8 [T, height, width, 3]``."""
         return {name: np.concatenate(pieces) for name, pieces in self.frames.items()}
 
+    def depth(self) -> dict[str, NDArray[np.float32]]:
+        """Per camera the depth of all frames so far ``float32 [T, height, width]``, in metres."""
+        codec = self.loop.model.codec
+        pieces = [codec.decode_depth(latents, before) for latents, before in self._made]
+        return {name: np.concatenate([piece[name][0] for piece in pieces]) for name in pieces[0]}
+
     def decisions(self) -> list[Decision]:
         """The cache's decisions in this run, its forks left out."""
         return [d for d in self.cache.trace if d.stream == STREAM] if self.cache else []
@@ -117,6 +124,7 @@ class Lane:
         for name, video in frames.items():
             self.frames.setdefault(name, []).append(video)
         self.pieces.append(piece)
+        self._made.append((piece.latents, piece.before))
         if self._committed is not None:
             written = self.loop.model.codec.decode(self._committed, self.pieces[0].before)
             shown = {name: np.concatenate(videos[-len(self.pieces) :]) for name, videos in self.frames.items()}

@@ -119,7 +119,7 @@ def environment(model: Path | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
-        **({"model": model.name, "model_bytes": model.stat().st_size} if model else {}),
+        **({"model": model.name} if model else {}),
     }
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.progress import Progress, TaskID
 
 from holdover.bench.calibrate import fit
 from holdover.bench.cards import write_card
-from holdover.bench.fidelity import compare
+from holdover.bench.fidelity import compare, depth_errors
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import environment
 from holdover.bench.methods_card import card
@@ -36,8 +37,8 @@ from holdover.world.transformer import WorldModel
 SCENARIO, CALIBRATION = "urban", "highway"
 #: Of TeaCache's polynomial; the changes of four noise levels lie in three heaps, which a higher degree overfits.
 DEGREE = 2
-#: Noise levels of the shipped model's training, and from how many on the settings for many steps apply.
-FEW, MANY = 4, 12
+#: Few steps, and from how many on the settings for many steps apply.
+FEW, MANY = LoopConfig.steps, 12
 #: Runs that are raced together: each has its own copy of the model.
 HEAT = 8
 
@@ -137,7 +138,7 @@ MANY_STEPS = [
 ]
 LEFT_OUT = {
     "deepcache": "needs a U-Net, whose deep part it holds over; this model is a plain stack of blocks",
-    "fastercache": "tells one guidance branch from the other; this model runs without guidance, in one branch",
+    "fastercache": "tells one guidance branch from the other; these runs are without guidance, in one branch",
 }
 LEFT_OUT_OF_FEW = {"worldcache_htc": "computes three steps and the last before it may predict: at four steps, all"}
 
@@ -152,7 +153,7 @@ def settings(steps: int) -> tuple[list[Setting], dict[str, str]]:
         return FEW_STEPS, {**LEFT_OUT, **LEFT_OUT_OF_FEW}
     if steps >= MANY:
         return MANY_STEPS, LEFT_OUT
-    raise ValueError(f"steps={steps}: give {FEW}, which the model was trained for, or {MANY} or more")
+    raise ValueError(f"steps={steps}: give {FEW}, or {MANY} or more")
 
 
 def by_cadence(steps: int) -> dict[Cadence, list[Setting]]:
@@ -201,7 +202,7 @@ def run_methods(
     results: dict[str, dict[str, Any]] = {}
     calibrations: dict[str, Any] = {}
     for cadence in cadences:
-        loop = LoopConfig(cadence=cadence, steps=steps)
+        loop = LoopConfig.of_steps(steps, cadence)
         progress.update(task, description=f"{steps} steps, {cadence}: calibration")
         needed = any(setting.calibrated for setting in cadences[cadence])
         calibration = calibrate(model, elsewhere, loop, seed=seed + 1) if needed else {}
@@ -260,6 +261,7 @@ def describe(
     """The figures of one run against full compute; counts and times are of what follows the first cycle."""
     lane, base = race.lanes[setting.name], race.base(setting.name)
     fidelity = compare(lane.video(), base.video(), every=every, distance=distance).fidelity()
+    depth = depth_errors(_flat(lane.depth()), _flat(base.depth())) if _draws_depth(base.loop.model) else None
     cycle = lane.loop.chunk_frames
     full, skip = count(lane.decisions(), first=cycle, generations=len(lane.exact) - cycle)
     stats, level = lane.stats(), lane.arm.policy.level if lane.arm.policy else "block"
@@ -271,6 +273,7 @@ def describe(
         "every": setting.options.get("every"),
         "policy": repr(lane.arm.policy),
         **fidelity.to_json(),
+        "depth": depth,
         "full_per_generation": full,
         "skip": skip,
         "speedup": _speedup(base.dit_seconds, lane.dit_seconds, cycle),
@@ -279,6 +282,14 @@ def describe(
         "end_to_end_speedup": _speedup(base.end_to_end_seconds, lane.end_to_end_seconds, cycle),
         "bytes_held": stats.bytes_held,
     }
+
+
+def _draws_depth(model: WorldModel) -> bool:
+    return "depth" in model.sizes.modalities
+
+
+def _flat(video: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate([frames.ravel() for frames in video.values()])
 
 
 def count(decisions: Iterable[Decision], *, first: int, generations: int) -> tuple[float, float]:

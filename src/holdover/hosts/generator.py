@@ -67,7 +67,7 @@ class Generator:
     """
 
     def __init__(self, shape: Shape, *, new_kv: Callable[[], Any], predict: Predict) -> None:
-        self.config, self._new_kv, self._predict = shape, new_kv, predict
+        self.sizes, self._new_kv, self._predict = shape, new_kv, predict
 
     def new_cache(self) -> History:
         return History(self._new_kv())
@@ -75,7 +75,7 @@ class Generator:
     def __call__(
         self, latents_BFNP: Tensor, *, cache: History, sigma: float, action_BFA: Tensor, write: bool = False
     ) -> Tensor:
-        latents = latents_BFNP.unflatten(2, (self.config.rows, self.config.columns)).permute(0, 4, 1, 2, 3)
+        latents = latents_BFNP.unflatten(2, (self.sizes.rows, self.sizes.columns)).permute(0, 4, 1, 2, 3)
         output = self._predict(latents, sigma=sigma, kv=cache.kv, start=cache.frames, actions=action_BFA, write=write)
         if write:
             cache.frames += latents_BFNP.shape[1]

@@ -68,6 +68,11 @@ class LoopConfig:
             raise ValueError(f"guidance={self.guidance} must be 1, for none, or more")
         noise_levels(self.steps, self.shift)
 
+    @classmethod
+    def of_steps(cls, steps: int, cadence: Cadence = "window") -> LoopConfig:
+        """So many steps with the sampler that suits them: few with new noise at each, more along the flow."""
+        return cls(cadence=cadence, steps=steps, sampler="renoise" if steps <= cls.steps else "euler")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:

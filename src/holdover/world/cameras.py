@@ -64,15 +64,15 @@ def stitch(frames: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         frames: per camera name an array ``[..., height, width, channels]`` of one dtype.
 
     Returns:
-        ``[..., 160, 256, channels]`` for the full rig; the parts that no camera covers are zero.
+        ``[..., 160, 256, channels]`` for the full rig; the parts that no camera covers are zero. Cameras that the rig
+        does not have stand below, each in a row of its own.
     """
+    known = {name for names in STITCH_ROWS for name in names}
     rows = []
-    for names in STITCH_ROWS:
+    for names in (*STITCH_ROWS, *((name,) for name in frames if name not in known)):
         present = [frames[name] for name in names if name in frames]
         if present:
             rows.append(np.concatenate(present, axis=-2))
-    if not rows:
-        raise ValueError(f"frames holds none of the rig's cameras, but {sorted(frames)}")
     width = max(row.shape[-2] for row in rows)
     padded = []
     for row in rows:

@@ -73,6 +73,12 @@ class WorldConfig:
                 f"a token of depth has {self.depth_channels} * {self.depth_patch}**2 values, one of colour "
                 f"{self.patch_values}; make them equal"
             )
+        if not self.cameras:
+            raise ValueError("cameras is empty; give at least one")
+        for group in self.groups:
+            if len({(camera.width, camera.height) for camera in group}) > 1:
+                sizes = ", ".join(f"{camera.name} {camera.width}x{camera.height}" for camera in group)
+                raise ValueError(f"the cameras of group {group[0].group!r} differ in size ({sizes}); give each its own")
         for camera in self.cameras:
             size = self.patch * SCALE
             if camera.width % size or camera.height % size:
@@ -107,7 +113,6 @@ class WorldConfig:
     def view_groups(self) -> tuple[ViewGroup, ...]:
         """Where tokens lie: the groups of cameras in colour, then the same in depth."""
         return tuple(
-            # Every camera of a group has one size.
             ViewGroup(group[0].group if m == "colour" else f"{group[0].group}.{m}", len(group), *self.grid(group[0], m))
             for m in self.modalities
             for group in self.groups

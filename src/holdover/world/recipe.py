@@ -23,10 +23,10 @@ class Recipe(Schedule):
         teacher_steps: Euler steps in which a teacher, where there is one, follows the flow to what is learned from it.
     """
 
-    steps: int = 2200
+    steps: int = 1600
     batch: int = 3
-    decay: float = 0.82
-    own_context_from: float = 0.85
+    decay: float = 0.61
+    own_context_from: float = 0.8
     plain_share: float = 0.15
     context_noise: float = 0.15
     unconditional_share: float = 0.05

@@ -17,7 +17,7 @@ sequence, A dimensions of the action.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -175,6 +175,7 @@ class WorldModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        cameras: Sequence[Mapping[str, Any]],
         channels: int = 256,
         layers: int = 30,
         heads: int = 4,
@@ -186,7 +187,6 @@ class WorldModel(ModelMixin, ConfigMixin):
         window: int = 4,
         context: int = 4,
         action_dims: int = 2,
-        cameras: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
         sizes = WorldConfig.from_dict({k: v for k, v in self.config.items() if not k.startswith("_")})
@@ -233,6 +233,17 @@ class WorldModel(ModelMixin, ConfigMixin):
     @codec.setter
     def codec(self, codec: Codec) -> None:
         self._codec = codec
+        self._move_codec()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WorldModel:
+        applied: WorldModel = super()._apply(fn, recurse)
+        self._move_codec()
+        return applied
+
+    def _move_codec(self) -> None:
+        """The autoencoders are not among the model's own parameters, but go where it goes."""
+        for autoencoder in self._codec.autoencoders.values() if self._codec else ():
+            nn.Module.to(autoencoder, self.device)
 
     @classmethod
     def of(cls, sizes: WorldConfig) -> WorldModel:
