@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from holdover.world import train_autoencoder as training
 from holdover.world.autoencoder import Autoencoder, Down, Up
+from holdover.world.cameras import Camera
 from holdover.world.checkpoints import read_network, write_network
-from holdover.world.clips import list_clips, read_clip
+from holdover.world.clips import list_clips, open_dataset, read_clip
 from holdover.world.depth import FAR, NEAR, from_metres, to_metres
-from holdover.world.train_autoencoder import AutoencoderSchedule, as_video, train_autoencoder
+from holdover.world.latents import Codec
+from holdover.world.train_autoencoder import AutoencoderSchedule, as_video, normalise, train_autoencoder
 from holdover.world.trainer import read_log
 
-from .small import CAMERAS, small_autoencoder, write_clip
+from .small import CAMERAS, small_autoencoder, small_config, write_clip
 
 SIZES = {"latent_channels": 4, "widths": (8, 16), "encoder_blocks": 1, "decoder_blocks": 1}
 
@@ -109,6 +114,7 @@ def test_it_is_saved_and_read(tmp_path: Path) -> None:
         "config.json",
         "diffusion_pytorch_model.safetensors",
     }
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "colour").iterdir()} == {0o644}
     read = read_network(Autoencoder, tmp_path / "colour", torch.float32)
     assert not read.training
     for name, value in model.state_dict().items():
@@ -172,6 +178,56 @@ def test_training_learns_what_is_missing(tmp_path: Path) -> None:
     assert curve[-1] > curve[0] + 0.5
     with pytest.raises(ValueError, match="another folder"):
         train_autoencoder(tmp_path, tmp_path / "run", AutoencoderSchedule(steps=9), config=SIZES)
+    with pytest.raises(ValueError, match="was trained with latent_channels=4, not 8:"):
+        train_autoencoder(tmp_path, tmp_path / "run", schedule, config={**SIZES, "latent_channels": 8})
+
+
+def test_an_interrupted_one_is_no_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved on the way has not been normalised."""
+    write_clip(tmp_path / "clips", 0, 8)
+    schedule, sizes = AutoencoderSchedule(steps=1, batch=1), small_config(depth_channels=0)
+
+    def power_cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "normalise", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(tmp_path / "clips", tmp_path / "colour", schedule, config=SIZES)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"training of .*colour was interrupted; run it again"):
+        Codec.load(tmp_path, sizes)
+    train_autoencoder(tmp_path / "clips", tmp_path / "colour", schedule, config=SIZES)
+    assert Codec.load(tmp_path, sizes).autoencoders["colour"].mean_Z.isfinite().all()
+
+
+def test_a_rest_of_less_than_a_latent_frame_is_not_normalised_by() -> None:
+    rest = np.random.default_rng(0).integers(0, 256, (46, 16, 24, 3), np.uint8)
+    models = small_autoencoder(3, 4), small_autoencoder(3, 4)
+    models[1].load_state_dict(models[0].state_dict())
+    for model, video in zip(models, (rest, rest[:44]), strict=True):
+        normalise(model, [{"front_wide": video}])
+    assert torch.equal(models[0].mean_Z, models[1].mean_Z)
+    assert torch.equal(models[0].std_Z, models[1].std_Z)
+
+
+def pretend_clip(folder: Path, frames: int, camera: Camera = CAMERAS[0]) -> Path:
+    open_dataset(folder, [camera])
+    (folder / "urban-000000").mkdir()
+    (folder / "urban-000000" / "clip.json").write_text(f'{{"frames": {frames}}}')
+    return folder
+
+
+def test_clips_that_cannot_be_trained_on_are_named_at_once(tmp_path: Path) -> None:
+    ragged = replace(CAMERAS[0], width=44)
+    good, bad = pretend_clip(tmp_path / "good", 64), pretend_clip(tmp_path / "bad", 64, ragged)
+    for clips, named in (
+        ({"data": pretend_clip(tmp_path / "7", 7)}, "7/urban-000000 has 7 frames, 8 are needed"),
+        ({"heldout": pretend_clip(tmp_path / "63", 63)}, "63/urban-000000 has 63 frames, 64 are needed"),
+        ({"data": bad}, "front_wide of .*bad is 44x32; record it in multiples of 8 pixels"),
+        ({"heldout": bad}, "front_wide of .*bad is 44x32; record it in multiples of 8 pixels"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            train_autoencoder(**{"data": good, "out": tmp_path / "run", "schedule": AutoencoderSchedule(), **clips})
 
 
 def test_a_folder_without_clips_is_named(tmp_path: Path) -> None:

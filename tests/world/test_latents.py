@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -132,3 +133,14 @@ def test_a_codec_is_kept_in_a_folder_and_shared_by_copies(tmp_path: Path) -> Non
         for name, value in autoencoder.state_dict().items():
             assert torch.equal(read.autoencoders[modality].state_dict()[name], value.bfloat16().float())
     assert deepcopy(codec) is codec
+    shutil.rmtree(tmp_path / "depth")
+    with pytest.raises(ValueError, match=r"no autoencoder of depth in .*; train one, or a model without depth"):
+        Codec.load(tmp_path, codec.sizes)
+
+
+def test_autoencoders_that_do_not_fit_the_sizes_are_refused() -> None:
+    autoencoders = small_codec(small_config()).autoencoders
+    with pytest.raises(ValueError, match="there is no autoencoder of depth: give one, or sizes without depth"):
+        Codec(small_config(), {"colour": autoencoders["colour"]})
+    with pytest.raises(ValueError, match="of colour has 4 latent channels, the model takes 8: give another"):
+        Codec(small_config(latent_channels=8, depth_channels=2), autoencoders)

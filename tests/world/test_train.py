@@ -15,11 +15,12 @@ from holdover.world import segments as segmenting
 from holdover.world import train as training
 from holdover.world.clips import open_dataset, read_clip
 from holdover.world.depth import from_metres
+from holdover.world.latents import Codec
 from holdover.world.losses import LEAST_SIGMA, error, hold_actions, sequence_loss
 from holdover.world.recipe import Recipe
-from holdover.world.segments import Batch, Segments
+from holdover.world.segments import Batch, Segments, clips_of_length, codec_digest
 from holdover.world.train import train
-from holdover.world.train_autoencoder import normalise
+from holdover.world.train_autoencoder import AutoencoderSchedule, normalise, train_autoencoder
 from holdover.world.trainer import read_log
 from holdover.world.transformer import WorldModel
 
@@ -129,7 +130,7 @@ def test_segments_are_what_was_recorded(tmp_path: Path) -> None:
     """Latents of the decoded video, actions as commanded; a rest of less than a latent frame is left out."""
     paths = [write_clip(tmp_path, seed, 42) for seed in (0, 1)]
     codec = small_codec(small_config())
-    segments = Segments(tmp_path, codec)
+    segments = Segments(paths, codec)
     batch = segments.batch([(0, 3), (1, 0)], 5, "cpu")
     assert batch.latents.dtype == torch.float32
     for row, (path, start) in enumerate(zip(paths, (12, 0), strict=True)):
@@ -139,36 +140,84 @@ def test_segments_are_what_was_recorded(tmp_path: Path) -> None:
         np.testing.assert_allclose(batch.actions[row].numpy(), clip.actions[::4], atol=1e-6)
     drawn = [each for n in range(60) for each in segments.sample(np.random.default_rng(n), 2, 8)]
     assert set(drawn) == {(clip, first) for clip in range(2) for first in range(3)}
-    with pytest.raises(ValueError, match="has 10 latent frames; training needs 11: record longer ones"):
-        segments.sample(np.random.default_rng(0), 1, 11)
-    with pytest.raises(ValueError, match="has 10 latent frames; 12 are needed"):
-        segments.batch([(1, 4)], 8, "cpu")
 
 
 def test_clips_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, codec = write_clip(tmp_path, 0, 8), small_codec(small_config())
     encoded, encode = [], segmenting._encode
     monkeypatch.setattr(segmenting, "_encode", lambda *given: encoded.append(given[0]) or encode(*given))
-    first = Segments(tmp_path, codec).clips[0].latents
-    assert torch.equal(Segments(tmp_path, codec).clips[0].latents, first)
+    first = Segments([path], codec).clips[0].latents
+    assert torch.equal(Segments([path], codec).clips[0].latents, first)
     assert encoded == [path]
-    Segments(tmp_path, small_codec(small_config(), seed=1))  # by other autoencoders
+    Segments([path], small_codec(small_config(), seed=1))  # by other autoencoders
     assert encoded == [path] * 2
     write_clip(tmp_path, 0, 16)  # recorded anew
-    assert Segments(tmp_path, codec).clips[0].latents.shape[1] == 4
+    assert Segments([path], codec).clips[0].latents.shape[1] == 4
     assert encoded == [path] * 3
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_two_processes_may_encode_the_same_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, codec = write_clip(tmp_path, 0, 8), small_codec(small_config())
+    save_file = segmenting.save_file
+
+    def overtaken(tensors: Any, file: Path) -> None:
+        save_file(tensors, file)
+        monkeypatch.undo()
+        monkeypatch.setattr(segmenting.os, "getpid", lambda: -1)
+        Segments([path], codec)
+
+    monkeypatch.setattr(segmenting, "save_file", overtaken)
+    assert Segments([path], codec).clips[0].latents.shape[1] == 2
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_autoencoders_are_told_apart_as_they_are_saved(tmp_path: Path) -> None:
+    codec = small_codec(small_config())
+    codec.save(tmp_path)
+    assert codec_digest(Codec.load(tmp_path, codec.sizes)) == codec_digest(codec)
+    alone = small_config(depth_channels=0)
+    assert codec_digest(Codec(alone, codec.autoencoders)) == codec_digest(Codec.load(tmp_path, alone))
+    assert codec_digest(small_codec(codec.sizes, seed=1)) != codec_digest(codec)
 
 
 def test_clips_that_are_missing_or_lack_depth_are_named(tmp_path: Path) -> None:
     codec = small_codec(small_config())
     open_dataset(tmp_path, CAMERAS)
     with pytest.raises(ValueError, match="holds no clips; record some with `holdover world record"):
-        Segments(tmp_path, codec)
-    write_clip(tmp_path, 0, 8, depth=False)
+        clips_of_length(tmp_path, 1)
+    path = write_clip(tmp_path, 0, 8, depth=False)
     with pytest.raises(FileNotFoundError, match=r"front_wide\.depth\.mkv is missing"):
-        Segments(tmp_path, codec)
-    assert Segments(tmp_path, small_codec(small_config(depth_channels=0))).clips[0].latents.shape == (1, 2, 13, 16)
+        Segments([path], codec)
+    assert Segments([path], small_codec(small_config(depth_channels=0))).clips[0].latents.shape == (1, 2, 13, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "student", "needed"),
+    [
+        ({"own_context_from": 0.5}, False, 4 + 4 * 2),  # the context, and windows
+        ({"own_context_from": 0.9}, False, 4 + 2 * 2),  # of true contexts only
+        ({"levels": 2}, True, 4 + 3 * 2),
+    ],
+)
+def test_clips_that_are_too_short_are_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], student: bool, needed: int
+) -> None:
+    model, recipe, given = small_model(layers=2), Recipe(steps=6, batch=1, **changes), {}
+    monkeypatch.setattr(training, "fit", lambda *_, **rest: given.update(rest))
+    model.save(tmp_path / "teacher")
+    rest: dict[str, Any] = {"codec": model.codec, "teacher": tmp_path / "teacher" if student else None}
+    long, short = write_clip(tmp_path / "long", 0, 4 * needed), write_clip(tmp_path / "short", 7, 4 * needed - 1)
+    held, cut = write_clip(tmp_path / "held", 0, 72), write_clip(tmp_path / "cut", 5, 71)
+    with pytest.raises(ValueError, match=f"urban-000007 has {4 * needed - 1} frames, {4 * needed} are needed: record"):
+        train(short.parent, tmp_path / "out", recipe, **rest)
+    with pytest.raises(ValueError, match="urban-000005 has 71 frames, 72 are needed: record"):
+        train(long.parent, tmp_path / "out", recipe, heldout=cut.parent, **rest)
+    assert not list(tmp_path.rglob(".latents"))
+    train(long.parent, tmp_path / "out", recipe, heldout=held.parent, **rest)
+    drawn = [given["plan"](step, np.random.default_rng(n)) for step in range(6) for n in range(20)]
+    assert max(plan.frames for plan in drawn) == needed
+    assert len(given["validate"](model)["heldout"]) == 2
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +248,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert [line["own"] for line in curves[0]] == [False] * 3 + [True] * 3
     assert {line["plain"] for line in curves[0]} == {True, False}
     assert (whole / WEIGHTS).read_bytes() == (resumed / WEIGHTS).read_bytes()
-    with pytest.raises(ValueError, match="another folder"):
-        train(clips, tmp_path / "cut", replace(RECIPE, l1=2.0), codec=codec)
+    for changes, named in (
+        ({"recipe": replace(RECIPE, l1=2.0)}, "l1=0.5, not 2.0: go on so, or use another folder"),
+        ({"codec": small_codec(small_config())}, "layers=2, not 4:"),
+        ({"codec": small_codec(small_config(layers=2), seed=1)}, "autoencoders and cameras="),
+        ({"start_from": whole}, "start=None, not "),
+    ):
+        with pytest.raises(ValueError, match=f"cut was trained with {named}"):
+            train(clips, tmp_path / "cut", **{"recipe": RECIPE, "codec": codec, **changes})
 
 
 def test_training_learns(tmp_path: Path, clips: Path) -> None:
@@ -234,10 +289,20 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path, clips: Path) -> None
     assert (folder / WEIGHTS).read_bytes() != begun
     with pytest.raises(ValueError, match=r"start has WorldConfig.*, not WorldConfig"):
         train(clips, tmp_path / "other", still, codec=small_codec(small_config()), start_from=start)
+    with pytest.raises(ValueError, match="start was trained with other autoencoders; use its own"):
+        train(clips, tmp_path / "other", still, codec=small_codec(model.sizes, seed=1), start_from=start)
     with pytest.raises(ValueError, match="leave out start_from"):
         train(clips, tmp_path / "other", few, codec=model.codec, teacher=start, start_from=start)
     with pytest.raises(ValueError, match="levels=0: a student has few"):
         train(clips, tmp_path / "other", still, codec=model.codec, teacher=start)
+
+
+def test_a_torch_that_cannot_train_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ImportError, match=r"torch.optim.Muon: pip install 'torch>=2.9'"):
+        train(tmp_path / "none", tmp_path, RECIPE, codec=small_codec(small_config()))
+    with pytest.raises(ImportError, match=r"torch.optim.Muon: pip install 'torch>=2.9'"):
+        train_autoencoder(tmp_path / "none", tmp_path, AutoencoderSchedule())
 
 
 @pytest.mark.parametrize("changes", [{"plain_share": 1.5}, {"unconditional_share": -0.1}, {"teacher_steps": 0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,29 @@ def squared(predict: Predict, x: Tensor, rng: np.random.Generator) -> tuple[Tens
     return (predict(x).float() - target).square().mean(), {"mean": float(x.mean())}
 
 
-def run(out: Path, schedule: Schedule = SCHEDULE, *, draw: Draw = inputs, loss: Any = squared) -> Weights:
-    """Train and return the averaged weights that were saved last."""
+def run(
+    out: Path,
+    schedule: Schedule = SCHEDULE,
+    *,
+    kind: str = "small",
+    draw: Draw = inputs,
+    loss: Any = squared,
+    cut_save: int = 0,
+) -> Weights:
+    """Train and return the averaged weights that were saved last; ``cut_save``: the save in which to be killed."""
     saved: Weights = {}
+    saves = itertools.count(1)
 
     def save(average: Mapping[str, Tensor]) -> None:
+        if next(saves) == cut_save:
+            raise KeyboardInterrupt
         saved.update({name: value.flatten().tolist() for name, value in average.items()})
 
     def validate(predict: Predict) -> dict[str, Any]:
         return {"at_one": predict(torch.ones(1, 4)).item()}
 
-    fit(Small(), out, schedule, plan=draw, loss=loss, save=save, validate=validate, save_every=3)
+    identity = {"kind": kind}
+    fit(Small(), out, schedule, identity=identity, plan=draw, loss=loss, save=save, validate=validate, save_every=3)
     return saved
 
 
@@ -78,8 +91,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     assert run(tmp_path / "cut") == whole
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert [line["step"] for line in curve(tmp_path / "cut") if "at_one" in line] == [2, 5, 7]
-    with pytest.raises(ValueError, match=r"was trained with .*; use that recipe or another folder"):
+    with pytest.raises(ValueError, match=r"cut was trained with steps=8, not 9: go on so, or use another folder"):
         run(tmp_path / "cut", Schedule(steps=9, batch=2, warmup=2))
+    with pytest.raises(ValueError, match=r"cut was trained with kind=small, not large: go on so"):
+        run(tmp_path / "cut", kind="large")
+
+
+@pytest.mark.parametrize("cut_save", [2, 3])  # the last
+def test_a_run_killed_while_it_saved_goes_on_as_if_nothing_had_been(tmp_path: Path, cut_save: int) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", cut_save=cut_save)
+    assert run(tmp_path / "cut") == whole
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
 def test_a_run_that_was_never_saved_begins_anew(tmp_path: Path) -> None:
@@ -98,7 +122,7 @@ def test_the_average_is_an_exponential_one_of_the_weights(tmp_path: Path) -> Non
 
     saved: dict[str, Tensor] = {}
     schedule = Schedule(steps=8, batch=2, warmup=2, ema=0.3)
-    fit(model, tmp_path, schedule, plan=inputs, loss=watch, save=lambda average: saved.update(average))
+    fit(model, tmp_path, schedule, identity={}, plan=inputs, loss=watch, save=lambda average: saved.update(average))
     expected = seen[0]
     for n, weights in enumerate([*seen[1:], model.seldom.detach()], 1):
         decay = min(0.3, n / (n + 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TypeVar
@@ -24,8 +25,15 @@ def write_network(network: ModelMixin, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     torch.nn.Module.to(twin, dtype=torch.bfloat16).save_pretrained(temporary)  # ModelMixin.to would warn of nothing
     for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors keeps weights from all other users
         file.replace(folder / file.name)
     temporary.rmdir()
+
+
+def weights_digest(folder: Path) -> str:
+    """Tells the weights that `write_network` wrote from others."""
+    with (folder / SAFETENSORS_WEIGHTS_NAME).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read_network(kind: type[Network], folder: Path, dtype: torch.dtype) -> Network:

@@ -34,14 +34,38 @@ class Codec:
     sizes: WorldConfig
     autoencoders: Mapping[str, Autoencoder]
 
+    def __post_init__(self) -> None:
+        channels = {"colour": self.sizes.latent_channels, "depth": self.sizes.depth_channels}
+        for modality in self.sizes.modalities:
+            if modality not in self.autoencoders:
+                raise ValueError(f"there is no autoencoder of {modality}: give one, or sizes without {modality}")
+            own = len(self.autoencoders[modality].deviation_Z)
+            if own != channels[modality]:
+                raise ValueError(
+                    f"the autoencoder of {modality} has {own} latent channels, the model takes {channels[modality]}: "
+                    "give another autoencoder, or sizes with as many"
+                )
+
     def __deepcopy__(self, _: dict[int, object]) -> Codec:
         """Itself: nothing changes it, so copies of a model share it."""
         return self
 
     @classmethod
     def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype = torch.bfloat16) -> Codec:
-        """Read the autoencoders that lie beside a transformer."""
-        return cls(sizes, {m: read_network(Autoencoder, folder / m, dtype) for m in sizes.modalities})
+        """Read the autoencoders that lie beside a transformer.
+
+        Raises:
+            ValueError: one is missing, or of another version or size, or was not trained to its end.
+        """
+        autoencoders = {}
+        for modality in sizes.modalities:
+            own = folder / modality
+            if not own.is_dir():
+                raise ValueError(f"no autoencoder of {modality} in {folder}; train one, or a model without {modality}")
+            autoencoders[modality] = read_network(Autoencoder, own, dtype)
+            if autoencoders[modality].std_Z.isnan().any():
+                raise ValueError(f"training of {own} was interrupted; run it again, and it goes on to its end")
+        return cls(sizes, autoencoders)
 
     def save(self, folder: Path) -> None:
         for modality, autoencoder in self.autoencoders.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from holdover.world.autoencoder import FRAMES
-from holdover.world.clips import list_clips, read_clip
+from holdover.world.clips import frame_count, list_clips, read_clip
 from holdover.world.latents import Codec
 
 
@@ -24,6 +26,21 @@ class Batch:
     actions: Tensor  # [B, F, A]
 
 
+def clips_of_length(folder: Path, latent_frames: int) -> list[Path]:
+    """The clips of a folder.
+
+    Raises:
+        ValueError: there are none, or one is shorter than that.
+    """
+    clips, needed = list_clips(folder), latent_frames * FRAMES
+    if not clips:
+        raise ValueError(f"{folder} holds no clips; record some with `holdover world record --out {folder}`")
+    for clip in clips:
+        if (length := frame_count(clip)) < needed:
+            raise ValueError(f"{clip} has {length} frames, {needed} are needed: record a longer one, or remove it")
+    return clips
+
+
 class Segments:
     """Random segments of recorded clips, encoded once.
 
@@ -31,47 +48,31 @@ class Segments:
     ``.latents`` beside the clips, unless these are recorded anew.
     """
 
-    def __init__(self, folder: Path, codec: Codec) -> None:
-        clips = list_clips(folder)
-        if not clips:
-            raise ValueError(f"{folder} holds no clips; record some with `holdover world record --out {folder}`")
-        kept = folder / ".latents" / _digest(codec)
+    def __init__(self, clips: Sequence[Path], codec: Codec) -> None:
+        kept = clips[0].parent / ".latents" / codec_digest(codec)
         kept.mkdir(parents=True, exist_ok=True)
         self.clips: list[Batch] = []
         for clip in track(clips, description="encoding clips"):
             file = kept / f"{clip.name}.safetensors"
             if not file.is_file() or file.stat().st_mtime_ns < (clip / "clip.json").stat().st_mtime_ns:
-                partial = file.with_suffix(".partial")
-                save_file(_encode(clip, codec), partial)
-                partial.replace(file)
+                partial = file.with_suffix(f".{os.getpid()}.partial")  # another run may be encoding the same clip
+                try:
+                    save_file(_encode(clip, codec), partial)
+                    partial.replace(file)
+                finally:
+                    partial.unlink(missing_ok=True)
             self.clips.append(Batch(**load_file(file)))
 
     def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[tuple[int, int]]:
-        """Segments to take: a clip and its first latent frame, each.
-
-        Raises:
-            ValueError: a clip is too short.
-        """
+        """Segments to take: a clip and its first latent frame, each."""
         chosen = []
         for clip in rng.integers(len(self.clips), size=batch):
             length = self.clips[clip].latents.shape[1]
-            if length < latent_frames:
-                raise ValueError(
-                    f"a clip has {length} latent frames; training needs {latent_frames}: record longer ones"
-                )
             chosen.append((int(clip), int(rng.integers(length - latent_frames + 1))))
         return chosen
 
     def batch(self, chosen: list[tuple[int, int]], latent_frames: int, device: str | torch.device) -> Batch:
-        """Segments as the model takes them.
-
-        Raises:
-            ValueError: one reaches beyond the end of its clip.
-        """
-        for n, first in chosen:
-            length, needed = self.clips[n].latents.shape[1], first + latent_frames
-            if needed > length:
-                raise ValueError(f"a clip has {length} latent frames; {needed} are needed: record longer ones")
+        """Segments as the model takes them."""
 
         def take(name: str) -> Tensor:
             parts: list[Any] = [getattr(self.clips[n], name)[:, first : first + latent_frames] for n, first in chosen]
@@ -91,11 +92,11 @@ def _encode(clip: Path, codec: Codec) -> dict[str, Tensor]:
     return {"latents": latents.contiguous(), "actions": actions.contiguous()}
 
 
-def _digest(codec: Codec) -> str:
-    """Of the autoencoders' weights and the layout."""
+def codec_digest(codec: Codec) -> str:
+    """Of the autoencoders' weights, as they are saved, and the layout."""
     found = hashlib.sha256(repr((codec.sizes.cameras, codec.sizes.patch, codec.sizes.depth_patch)).encode())
-    for modality, autoencoder in sorted(codec.autoencoders.items()):
+    for modality in codec.sizes.modalities:
         found.update(modality.encode())
-        for name, tensor in sorted(autoencoder.state_dict().items()):
-            found.update(name.encode() + tensor.cpu().float().numpy().tobytes())
+        for name, tensor in sorted(codec.autoencoders[modality].state_dict().items()):
+            found.update(name.encode() + tensor.cpu().bfloat16().float().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdover.world.checkpoints import weights_digest
 from holdover.world.latents import Codec
 from holdover.world.losses import distillation_loss, sequence_loss
 from holdover.world.recipe import Recipe
 from holdover.world.sampler import denoise, noise_levels
-from holdover.world.segments import Batch, Segments
-from holdover.world.trainer import Predict, fit
+from holdover.world.segments import Batch, Segments, clips_of_length, codec_digest
+from holdover.world.trainer import Predict, check_torch, fit
 from holdover.world.transformer import WorldModel
+
+_PLAIN = 4  # latent frames past the context of a segment of the plain cadence
+_HELDOUT_START = 12  # latent frames of a held-out clip before what is measured
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,16 @@ def train(
         out: a folder of this run's own.
         codec: trained autoencoders, and the sizes of the model.
         heldout: clips for the learning curve.
-        start_from: a checkpoint of these sizes whose weights to begin with.
-        teacher: a checkpoint of these sizes to distil into fewer steps; the student begins with its weights.
+        start_from: a checkpoint of these sizes and autoencoders whose weights to begin with.
+        teacher: one to distil into fewer steps; the student begins with its weights.
         save_every: steps from one save, and one point of the learning curve, to the next.
 
     Raises:
-        ValueError: ``data`` holds no clips, ``out`` belongs to another recipe, ``start_from`` or ``teacher`` has other
-            sizes, or there are both.
+        ImportError: PyTorch is too old.
+        ValueError: ``data`` or ``heldout`` holds no clips or too short ones, ``out`` belongs to another run,
+            ``start_from`` or ``teacher`` has other sizes or autoencoders, or there are both.
     """
+    check_torch()
     torch.manual_seed(recipe.seed)
     model, sizes = WorldModel.of(codec.sizes), codec.sizes
     if teacher is not None and start_from is not None:
@@ -68,17 +74,22 @@ def train(
         found = WorldModel.load(begun)
         if found.sizes != sizes:
             raise ValueError(f"{begun} has {found.sizes}, not {sizes}")
+        if codec_digest(found.codec) != codec_digest(codec):
+            raise ValueError(f"{begun} was trained with other autoencoders; use its own, which lie in that folder")
         model.load_state_dict(found.state_dict())
         teach = found.to(device) if teacher is not None else None
     model.to(device)
-    segments, held = Segments(data, codec), Segments(heldout, codec) if heldout else None
+    own_from = 0 if teach is not None else recipe.own_context_from * recipe.steps
+    most = 3 if teach is not None else 4 if own_from <= recipe.steps - 1 else 2  # windows past the context
+    clips = clips_of_length(data, sizes.context + max(_PLAIN, sizes.window * most))
+    heldout_clips = clips_of_length(heldout, _HELDOUT_START + sizes.context + sizes.window) if heldout else []
+    segments, held = Segments(clips, codec), Segments(heldout_clips, codec) if heldout_clips else None
 
     def plan(step: int, rng: np.random.Generator) -> _Plan:
-        plain, own = bool(rng.random() < recipe.plain_share), step >= recipe.own_context_from * recipe.steps
-        windows = int(rng.integers(1, 5)) if own else 2
-        if teach is not None:
-            plain, own, windows = False, True, int(rng.integers(1, 4))
-        frames = sizes.context + (4 if plain else sizes.window * windows)
+        plain = bool(rng.random() < recipe.plain_share) and teach is None
+        own = step >= own_from
+        windows = int(rng.integers(1, most + 1)) if own else 2
+        frames = sizes.context + (_PLAIN if plain else sizes.window * windows)
         return _Plan(plain, own, frames, segments.sample(rng, recipe.batch, frames))
 
     def loss(predict: Predict, plan: _Plan, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
@@ -97,7 +108,24 @@ def train(
         twin.codec = codec
         twin.save(out)
 
-    fit(model, out, recipe, plan=plan, loss=loss, validate=validate, save=save, save_every=save_every)
+    identity = {
+        **sizes.to_dict(),
+        "cameras": [camera.name for camera in sizes.cameras],
+        "autoencoders and cameras": codec_digest(codec),
+        "teacher": weights_digest(teacher) if teacher else None,
+        "start": weights_digest(start_from) if start_from else None,
+    }
+    fit(
+        model,
+        out,
+        recipe,
+        identity=identity,
+        plan=plan,
+        loss=loss,
+        validate=validate,
+        save=save,
+        save_every=save_every,
+    )
     return out
 
 
@@ -107,7 +135,7 @@ def heldout_error(predict: Predict, model: WorldModel, held: Segments, recipe: R
     sigmas, device = noise_levels(recipe.levels or 4, recipe.shift), next(model.parameters()).device
     errors = []
     for index in range(0, len(held.clips), max(1, len(held.clips) // 6)):
-        batch: Batch = held.batch([(index, 12)], sizes.context + sizes.window, device)
+        batch: Batch = held.batch([(index, _HELDOUT_START)], sizes.context + sizes.window, device)
         context, target = torch.split(batch.latents, [sizes.context, sizes.window], 1)
         actions = torch.split(batch.actions, [sizes.context, sizes.window], 1)
         kv = model.new_cache()

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
 from holdover.world.checkpoints import read_network, write_network
-from holdover.world.clips import frame_count, list_clips, read_cameras, read_clip
+from holdover.world.clips import frame_count, read_cameras, read_clip
 from holdover.world.depth import from_metres
-from holdover.world.trainer import Predict, Schedule, fit
+from holdover.world.segments import clips_of_length
+from holdover.world.trainer import Predict, Schedule, check_torch, fit
+
+_HELDOUT = 12, 4  # latent frames of a held-out clip before what is measured, and of it
 
 Pictures = Mapping[str, NDArray[Any]]  # per camera [T, H, W, C]: uint8 colour, or float16 depth in [-1, 1]
 
@@ -65,17 +68,23 @@ def train_autoencoder(
         save_every: steps from one save and validation to the next.
 
     Raises:
-        ValueError: ``data`` holds no clips, or ``out`` belongs to a run with other numbers.
+        ImportError: PyTorch is too old.
+        ValueError: ``data`` or ``heldout`` holds no clips, too short ones, or a camera of ragged size, or ``out``
+            belongs to another run.
     """
+    check_torch()
     torch.manual_seed(schedule.seed)
     sizes = {"colours": 1, "latent_channels": 12, "widths": (64, 128)} if depth else {}
     model = Autoencoder(**{**sizes, **(config or {})}).to(device)
-    clips = list_clips(data)
-    if not clips:
-        raise ValueError(f"{data} holds no clips; record some with `holdover world record --out {data}`")
+    clips = clips_of_length(data, schedule.latent_frames)
+    heldout_clips = clips_of_length(heldout, sum(_HELDOUT)) if heldout else []
+    for folder in (data, heldout) if heldout else (data,):
+        _check_cameras(folder)
     groups = _groups(data)
     kept: dict[Path, Pictures] = {}
     model.take_principal_components(_some_blocks(clips, depth).to(device))
+    model.mean_Z.fill_(torch.nan)  # so that nobody takes what is saved on the way for an autoencoder
+    model.std_Z.fill_(torch.nan)
     frames = schedule.latent_frames * FRAMES
 
     def plan(_: int, rng: np.random.Generator) -> list[NDArray[Any]]:
@@ -110,7 +119,8 @@ def train_autoencoder(
             squares, divergence = squares + share * square.item(), divergence + share * kl.item()
         return total, {"psnr_db": round(10 * np.log10(4 / squares), 3), "kl": round(divergence, 3)}
 
-    held = [_pictures(clip, depth, start=48, frames=4 * FRAMES) for clip in list_clips(heldout)] if heldout else []
+    start, length = (FRAMES * latent_frames for latent_frames in _HELDOUT)
+    held = [_pictures(clip, depth, start=start, frames=length) for clip in heldout_clips]
 
     def validate(predict: Predict) -> dict[str, Any]:
         squares = [
@@ -126,7 +136,18 @@ def train_autoencoder(
         shipped.load_state_dict({**model.state_dict(), **average})
         write_network(shipped, out)
 
-    fit(model, out, schedule, plan=plan, loss=loss, validate=validate, save=save, save_every=save_every)
+    identity = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    fit(
+        model,
+        out,
+        schedule,
+        identity=identity,
+        plan=plan,
+        loss=loss,
+        validate=validate,
+        save=save,
+        save_every=save_every,
+    )
     shipped = read_network(Autoencoder, out, torch.bfloat16)
     normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
     write_network(shipped, out)
@@ -140,11 +161,10 @@ def normalise(model: Autoencoder, clips: Sequence[Pictures]) -> None:
     Channels get a variance in proportion to the deviation of their principal component, one on average: what tells
     much of a picture emerges from noise first and weighs most in a loss.
     """
-    values = [
-        model.posterior(as_video(video[None, :48]).to(model.dtype))[0].float().transpose(0, 2).flatten(1)
-        for pictures in clips
-        for video in pictures.values()
-    ]
+    values = []
+    for video in (video for pictures in clips for video in pictures.values()):
+        whole = as_video(video[None, : min(48, len(video) // FRAMES * FRAMES)]).to(model.dtype)
+        values.append(model.posterior(whole)[0].float().transpose(0, 2).flatten(1))
     std, mean = torch.std_mean(torch.cat(values, 1), 1)
     weight = (model.deviation_Z / model.deviation_Z.mean()).float().sqrt()
     model.mean_Z.copy_(mean)
@@ -179,6 +199,15 @@ def _latents_of(video: Tensor, model: Autoencoder) -> tuple[int, ...]:
     """The shape of a video's latents."""
     b, t, _, height, width = video.shape
     return b, t // FRAMES, len(model.deviation_Z), height // SCALE, width // SCALE
+
+
+def _check_cameras(folder: Path) -> None:
+    for camera in read_cameras(folder):
+        if camera.width % SCALE or camera.height % SCALE:
+            raise ValueError(
+                f"camera {camera.name} of {folder} is {camera.width}x{camera.height}; "
+                f"record it in multiples of {SCALE} pixels"
+            )
 
 
 def _groups(folder: Path) -> list[list[str]]:

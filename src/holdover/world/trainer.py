@@ -61,11 +61,22 @@ class Schedule:
         return min(1.0, (step + 1) / self.warmup, remaining)
 
 
+def check_torch() -> None:
+    """To be called before anything slow.
+
+    Raises:
+        ImportError: this PyTorch cannot train.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(f"torch {torch.__version__} has no torch.optim.Muon: pip install 'torch>=2.9' to train")
+
+
 def fit(
     model: nn.Module,
     out: Path,
     schedule: Schedule,
     *,
+    identity: Mapping[str, Any],
     plan: Callable[[int, np.random.Generator], Sample],
     loss: Callable[[Predict, Sample, np.random.Generator], tuple[Tensor, dict[str, Any]]],
     save: Callable[[Mapping[str, Tensor]], None],
@@ -78,6 +89,7 @@ def fit(
     alone writes.
 
     Args:
+        identity: what else, beside the schedule, makes this run what it is, in plain values.
         plan: draws the sample of a step; runs on another thread while the step before is computed, and keeps off
             PyTorch: a second thread's OpenMP team would make this one's sleep between operations.
         loss: of a sample, by a ``predict`` that calls the model with its weights in bfloat16; and what to log.
@@ -86,10 +98,8 @@ def fit(
         save_every: steps from one save and validation to the next.
 
     Raises:
-        ValueError: ``out`` belongs to a run with other numbers.
+        ValueError: ``out`` belongs to a run with another schedule or identity.
     """
-    if not hasattr(torch.optim, "Muon"):
-        raise RuntimeError(f"training needs torch.optim.Muon (torch 2.9 or newer), not torch {torch.__version__}")
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     parameters = dict(model.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
@@ -100,7 +110,7 @@ def fit(
         (torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0), schedule.adam_rate),
     ]
     out.mkdir(parents=True, exist_ok=True)
-    run = _Run(out, schedule, model, average, [optimiser for optimiser, _ in optimisers])
+    run = _Run(out, {**asdict(schedule), **identity}, model, average, [optimiser for optimiser, _ in optimisers])
     first = run.resume(cut_log=rank == 0)
 
     def draw(step: int) -> tuple[np.random.Generator, Sample]:
@@ -135,13 +145,15 @@ def fit(
             progress.update(bar, advance=1, description=f"training, loss {record['loss']:.4f}")
             if rank > 0:
                 continue
-            if step + 1 == schedule.steps or (step + 1) % save_every == 0:
+            due = step + 1 == schedule.steps or (step + 1) % save_every == 0
+            if due and validate:
                 with torch.no_grad():
-                    record |= validate(_in_half(model, average)) if validate else {}
-                run.save(step + 1)
-                save(average)
+                    record |= validate(_in_half(model, average))
             lines.write(json.dumps(record) + "\n")
             lines.flush()
+            if due:
+                save(average)
+                run.save(step + 1)  # last: a run that is killed before goes back to where all of it is done again
 
 
 def _in_half(model: nn.Module, weights: Mapping[str, Tensor]) -> Predict:
@@ -158,7 +170,7 @@ class _Run:
     """What a run needs to go on, and the folder it lies in."""
 
     out: Path
-    schedule: Schedule
+    identity: dict[str, Any]
     model: nn.Module
     average: dict[str, Tensor]
     optimisers: list[torch.optim.Optimizer]
@@ -170,7 +182,7 @@ class _Run:
     def save(self, step: int) -> None:
         state = {
             "step": step,
-            "schedule": asdict(self.schedule),
+            "identity": self.identity,
             "model": self.model.state_dict(),
             "average": self.average,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
@@ -187,8 +199,10 @@ class _Run:
                 self.log.unlink(missing_ok=True)
             return 0
         state = torch.load(saved, map_location="cpu", weights_only=True)
-        if state["schedule"] != asdict(self.schedule):
-            raise ValueError(f"{self.out} was trained with {state['schedule']}; use that recipe or another folder")
+        known, own = state["identity"], self.identity
+        if known != own:
+            other = [f"{k}={known.get(k)}, not {own.get(k)}" for k in {**known, **own} if known.get(k) != own.get(k)]
+            raise ValueError(f"{self.out} was trained with {'; '.join(other)}: go on so, or use another folder")
         self.model.load_state_dict(state["model"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)
