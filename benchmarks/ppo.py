@@ -1,6 +1,6 @@
 """PPO learns to keep the lane inside the world model, with and without X-Cache, from the same seed.
 
-    python benchmarks/ppo.py --model runs/one-camera/model.safetensors
+    python benchmarks/ppo.py --model runs/one-camera
 
 The agent (stable-baselines3, `pip install 'holdover[rl]'`) sees one camera and its own speed and curvature; only the
 reward tells it where the lane is. What was learnt is kept under ``--runs`` after every update: a run that was killed
