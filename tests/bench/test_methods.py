@@ -127,6 +127,8 @@ def test_the_bench_is_complete_and_right(
     assert (tmp_path / f"methods-{steps}.png").read_bytes().startswith(b"\x89PNG")
     rows = {row["name"]: row for row in figures["cadences"]["plain"]["rows"]}
     assert rows["never()"]["psnr_db"] is None
+    assert rows["never()"]["depth"] == {"abs_rel": 0, "within_1.25": 1}
+    assert rows["fixed_interval(every=4, over=steps)"]["depth"]["abs_rel"] > 0
     assert rows["never()"]["full_per_generation"] == steps
     assert rows["fixed_interval(every=2, over=steps)"]["full_per_generation"] == steps / 2
     assert rows["fixed_interval(every=4, over=steps)"]["full_per_generation"] == steps / 4
