@@ -134,7 +134,7 @@ def test_a_codec_is_kept_in_a_folder_and_shared_by_copies(tmp_path: Path) -> Non
             assert torch.equal(read.autoencoders[modality].state_dict()[name], value.bfloat16().float())
     assert deepcopy(codec) is codec
     shutil.rmtree(tmp_path / "depth")
-    with pytest.raises(ValueError, match=r"no autoencoder of depth in .*; train one, or a model without depth"):
+    with pytest.raises(ValueError, match=r"no autoencoder of depth in .*: give another folder"):
         Codec.load(tmp_path, codec.sizes)
 
 

@@ -61,7 +61,7 @@ class Codec:
         for modality in sizes.modalities:
             own = folder / modality
             if not own.is_dir():
-                raise ValueError(f"no autoencoder of {modality} in {folder}; train one, or a model without {modality}")
+                raise ValueError(f"no autoencoder of {modality} in {folder}: give another folder, or train one")
             autoencoders[modality] = read_network(Autoencoder, own, dtype)
             if autoencoders[modality].std_Z.isnan().any():
                 raise ValueError(f"training of {own} was interrupted; run it again, and it goes on to its end")
