@@ -20,7 +20,9 @@ from holdover.rollout.driver import ClosedLoop
 from holdover.rollout.scenarios import load_scenario
 from holdover.world.cameras import Camera
 from holdover.world.config import CONFIGS
+from holdover.world.latents import Codec
 from holdover.world.recipe import Recipe
+from holdover.world.segments import codec_digest
 from holdover.world.trainer import read_log
 from holdover.world.transformer import WorldModel
 from tests.bench.small import CAMERAS, world_model, write_clips
@@ -92,7 +94,8 @@ def test_wrong_values_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("matplotlib", "report"), ("av", "world"), ("panda3d.core", "simulator")]
+    ("module", "extra"),
+    [("matplotlib", "report"), ("av", "world"), ("diffusers", "world"), ("panda3d.core", "simulator")],
 )
 def test_a_missing_extra_is_named(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any, **__: Any) -> None:
@@ -133,6 +136,28 @@ def test_train_passes_the_recipe_on_and_draws_the_curve(monkeypatch: pytest.Monk
     assert sizes == replace(CONFIGS["tiny"], cameras=CAMERAS[1:])
     assert rest == {"heldout": Path("h"), "start_from": Path("s"), "teacher": None, "device": "cpu"}
     assert (tmp_path / "out" / "curve.png").is_file()
+
+
+def test_training_goes_on_in_a_checkpoints_latents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A teacher's or a start's autoencoders, unless others are given."""
+    digests: list[str] = []
+
+    def train(*_: Any, codec: Codec, **__: Any) -> Path:
+        digests.append(codec_digest(codec))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(holdover.world.train, "train", train)
+    given = "world", "train", "--data", str(write_clips(tmp_path / "clips", 4)), "--out", "x", "--size", "tiny"
+    sizes = replace(CONFIGS["tiny"], cameras=CAMERAS)
+    own = {}
+    for seed, name in enumerate(("one", "other")):
+        small_codec(sizes, seed).save(tmp_path / name)
+        own[name] = codec_digest(Codec.load(tmp_path / name, sizes))
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    for options in (("--teacher", one), ("--start-from", one), ("--teacher", other, "--autoencoders", one)):
+        assert "enough" in refused(*given, *options)
+    assert digests == [own["one"]] * 3
+    assert own["one"] != own["other"]
 
 
 def test_clips_of_one_camera_without_depth_train_a_world_model(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ except ModuleNotFoundError:  # the core installs without a command line
 #: Which extra brings a module that may be missing.
 EXTRAS = {
     "av": "world",
+    "diffusers": "world",
     "pyarrow": "world",
     "rich": "world",
     "panda3d": "simulator",

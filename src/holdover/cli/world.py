@@ -65,7 +65,7 @@ def train(
     data: Annotated[Path, typer.Option(help="A folder of clips.")],
     out: Annotated[Path, typer.Option(help="The folder for weights, log and curve; an interrupted run goes on.")],
     autoencoders: Annotated[
-        Path | None, typer.Option(help="What train-autoencoder wrote. By default the shipped ones.")
+        Path | None, typer.Option(help="What train-autoencoder wrote. Default: the checkpoint's, or the shipped ones.")
     ] = None,
     size: Annotated[str, typer.Option(help="tiny, small, base or xworld-5b.")] = "small",
     camera: Annotated[list[str] | None, typer.Option(help="One to train on, again for more. Default: all.")] = None,
@@ -92,7 +92,7 @@ def train(
         if size not in CONFIGS:
             raise ValueError(f"size {size!r} is not one of {', '.join(CONFIGS)}")
         sizes = config_for(size, data, cameras=camera, depth=depth)
-        codec = Codec.load(autoencoders or shipped_model(), sizes)
+        codec = Codec.load(autoencoders or teacher or start_from or shipped_model(), sizes)
         recipe = _with(STUDENT if teacher else Recipe(), steps=steps, batch=batch, seed=seed)
         weights = run(
             data, out, recipe, codec=codec, heldout=heldout, start_from=start_from, teacher=teacher, device=device
