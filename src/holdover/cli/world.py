@@ -114,6 +114,7 @@ def evaluate(
     model: Model = None,
     per_scenario: Annotated[int, typer.Option(help="Clips of every scenario.")] = 2,
     generations: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 48,
+    steps: Annotated[int, typer.Option(help="Denoising passes of a generation.")] = 4,
     seed: Seed = 0,
 ) -> None:
     """The world model against the simulator: fidelity, drift, obedience, and whether its cameras agree."""
@@ -130,7 +131,8 @@ def evaluate(
                 data=data,
                 per_scenario=per_scenario,
                 generations=generations,
+                steps=steps,
                 seed=seed,
                 progress=progress,
             )
-        show(out / "world.md", figures)
+        show(out / ("world.md" if steps == 4 else f"world-{steps}.md"), figures)
