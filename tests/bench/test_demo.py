@@ -147,6 +147,17 @@ def test_what_is_recorded_is_what_was_driven(out: Path, report: dict[str, Any], 
     assert of["urban", "full"].errors is None
 
 
+@pytest.mark.filterwarnings("ignore:.* could reuse nothing in")
+def test_in_the_plain_cadence_there_is_nothing_to_skip(model: WorldModel, clips: Path, tmp_path: Path) -> None:
+    options = DemoOptions(scenarios=("urban",), generations=12, cadence="plain")
+    with bar() as progress:
+        report = run_demo(model, tmp_path, options, clips=clips, progress=progress)
+    cached = policy_of(report, "urban", "xcache")
+    assert (cached["skip"], cached["stitched"]["psnr_db"]) == (0, None)
+    assert report["settings"]["skip_ceiling"] == 0
+    assert cached["reasons"].keys() == {"warm-up", "kv cycle", "kv update"}
+
+
 def test_the_ceiling_of_the_shipped_cadence(model: WorldModel) -> None:
     assert steady_skip_ceiling(model) == 0.75 * 3 / 4
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +20,7 @@ from holdover.policies.registry import policy
 from holdover.report.files import write_json
 from holdover.report.page import build_page
 from holdover.report.run_dir import Generation, Rollout, remove_rollouts, write_rollout
-from holdover.rollout.driver import LoopConfig
+from holdover.rollout.driver import Cadence, LoopConfig
 from holdover.rollout.scenarios import NAMES, STEADY, Scenario, load_scenario
 from holdover.world.cameras import FPS
 from holdover.world.transformer import WorldModel
@@ -38,12 +38,14 @@ class DemoOptions:
         scenarios: names, see `holdover.rollout.scenarios.NAMES`.
         generations: per scenario; the default is 20 seconds, in whole cycles.
         seed: of the noise.
+        cadence: in ``plain`` every generation is committed, and X-Cache has nothing to skip.
         every: SSIM and ST-LPIPS look at every so-manieth frame. They cost more than the driving.
     """
 
     scenarios: Sequence[str] = NAMES
     generations: int = 60
     seed: int = 0
+    cadence: Cadence = "window"
     every: int = 12
 
     def __post_init__(self) -> None:
@@ -86,9 +88,9 @@ def run_demo(
     distance, started = StLpips(), perf_counter()
     scenarios = [load_scenario(name, model, clips=clips, generations=options.generations) for name in options.scenarios]
     total = progress.add_task("demo", total=len(scenarios) * (options.generations + 1) + 1)
-    share = cadence_block_share(model, scenarios[0], LoopConfig())
+    share = cadence_block_share(model, scenarios[0], LoopConfig(cadence=options.cadence))
     progress.advance(total)
-    metrics = Metrics(every=options.every, distance=distance, block_shares={"window": share})
+    metrics = Metrics(every=options.every, distance=distance, block_shares={options.cadence: share})
     about = {**environment(checkpoint), "block_share": share}
     for name in NAMES:
         remove_rollouts(out, name)
@@ -101,10 +103,11 @@ def run_demo(
         "settings": {
             "generations": options.generations,
             "seed": options.seed,
+            "cadence": options.cadence,
             "every": options.every,
             "scenarios": list(options.scenarios),
             "fps": FPS,
-            "skip_ceiling": steady_skip_ceiling(model),
+            "skip_ceiling": steady_skip_ceiling(model) if options.cadence == "window" else 0.0,
         },
         "seconds": round(perf_counter() - started, 1),
     }
@@ -130,7 +133,7 @@ def _run_scenario(
     progress: Progress,
     total: TaskID,
 ) -> dict[str, Any]:
-    arms = [Arm(name=name, policy=policy(name), loop=loop) for name, loop in ARMS]
+    arms = [Arm(name=n, policy=policy(n), loop=replace(loop, cadence=options.cadence)) for n, loop in ARMS]
     at = moments(scenario.actions, model.sizes.window, MOMENTS)
     progress.update(total, description=f"{scenario.name}: driving")
     with Race(model, scenario, arms, seed=options.seed) as race:

@@ -32,6 +32,7 @@ def demo(
     seed: Seed = 0,
     every: Annotated[int, typer.Option(help="SSIM and ST-LPIPS look at every so-manieth frame.")] = 12,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="One piece per chunk, committed each time.")] = False,
 ) -> None:
     """Drive three scenarios with and without X-Cache; ends with a table, a page and its path."""
     with plain_errors():
@@ -41,7 +42,11 @@ def demo(
         from holdover.rollout.scenarios import NAMES
 
         options = DemoOptions(
-            scenarios=tuple(scenario) if scenario else NAMES, generations=generations, seed=seed, every=every
+            scenarios=tuple(scenario) if scenario else NAMES,
+            generations=generations,
+            seed=seed,
+            cadence="plain" if plain else "window",
+            every=every,
         )
         loaded, path = load(model)
         with bar() as progress:
