@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
+import torch
 
 import holdover
+from holdover.engine.step import Role
 from tests.engine.models import EAGER, Scale, Stack, ones
 
 
@@ -38,6 +41,20 @@ def test_records_tell_every_decision() -> None:
     cache.trace.clear()
     assert len(cache.trace) == 0
     assert cache.stats().reused == 1  # counts are kept apart
+
+
+@pytest.mark.parametrize("role", ["denoise", "kv_update"])
+def test_a_trace_does_not_keep_what_steered_the_video(role: Role) -> None:
+    model = Stack(Scale())
+    with holdover.attach(model, holdover.xcache()) as cache:
+        for chunk in range(2):
+            prompt = torch.ones(3)
+            given = weakref.ref(prompt)
+            with cache.step(chunk=chunk, condition={"prompt": prompt}, role=role):
+                model(ones())
+            del prompt
+            assert given() is None
+        assert len(cache.trace) == 2
 
 
 def test_stats_count_per_stream_and_over_all() -> None:

@@ -121,6 +121,9 @@ def test_it_is_saved_and_read(tmp_path: Path) -> None:
         assert torch.equal(read.state_dict()[name], value.bfloat16().float())
     half = read_network(Autoencoder, tmp_path / "colour", torch.bfloat16)
     torch.testing.assert_close(half.encode(video), read.encode(video), atol=0.1, rtol=0.1)
+    write_network(read, tmp_path / "copy")  # which does not tell where it came from
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "colour" / name).read_bytes()
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="other does not hold a Autoencoder of this version"):
         read_network(Autoencoder, tmp_path / "other", torch.float32)

@@ -39,7 +39,7 @@ class DemoOptions:
         generations: per scenario; the default is 20 seconds, in whole cycles.
         seed: of the noise.
         cadence: in ``plain`` every generation is committed, and X-Cache has nothing to skip.
-        every: SSIM and ST-LPIPS look at every so-manieth frame. They cost more than the driving.
+        every: SSIM and ST-LPIPS look at every so-manieth frame.
     """
 
     scenarios: Sequence[str] = NAMES

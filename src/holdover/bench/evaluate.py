@@ -143,7 +143,7 @@ def run_evaluation(
         "cross_view": cross_view(rollouts, model.sizes.cameras),
         "environment": environment(),
     }
-    write_card(out, "world" if steps == LoopConfig.steps else f"world-{steps}", card(figures), figures)
+    write_card(out, card_name(steps), card(figures), figures)
     return figures
 
 
@@ -248,6 +248,11 @@ def _mismatch(
     grid = torch.from_numpy(np.nan_to_num(where)).float().expand(len(other), -1, -1, -1)
     looked = F.grid_sample(torch.from_numpy(other).permute(0, 3, 1, 2).float(), grid, align_corners=False)
     return float(np.square(looked.permute(0, 2, 3, 1).double().numpy() - one)[:, seen].mean())
+
+
+def card_name(steps: int) -> str:
+    """Of an evaluation's files."""
+    return "world" if steps == LoopConfig.steps else f"world-{steps}"
 
 
 def matching_pixels(one: Camera, other: Camera) -> NDArray[np.float64]:

@@ -261,7 +261,7 @@ def describe(
     """The figures of one run against full compute; counts and times are of what follows the first cycle."""
     lane, base = race.lanes[setting.name], race.base(setting.name)
     fidelity = compare(lane.video(), base.video(), every=every, distance=distance).fidelity()
-    depth = depth_errors(_flat(lane.depth()), _flat(base.depth())) if _draws_depth(base.loop.model) else None
+    draws_depth = "depth" in base.loop.model.sizes.modalities
     cycle = lane.loop.chunk_frames
     full, skip = count(lane.decisions(), first=cycle, generations=len(lane.exact) - cycle)
     stats, level = lane.stats(), lane.arm.policy.level if lane.arm.policy else "block"
@@ -273,7 +273,7 @@ def describe(
         "every": setting.options.get("every"),
         "policy": repr(lane.arm.policy),
         **fidelity.to_json(),
-        "depth": depth,
+        "depth": depth_errors(_flat(lane.depth()), _flat(base.depth())) if draws_depth else None,
         "full_per_generation": full,
         "skip": skip,
         "speedup": _speedup(base.dit_seconds, lane.dit_seconds, cycle),
@@ -282,10 +282,6 @@ def describe(
         "end_to_end_speedup": _speedup(base.end_to_end_seconds, lane.end_to_end_seconds, cycle),
         "bytes_held": stats.bytes_held,
     }
-
-
-def _draws_depth(model: WorldModel) -> bool:
-    return "depth" in model.sizes.modalities
 
 
 def _flat(video: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:

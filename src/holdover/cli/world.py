@@ -120,7 +120,7 @@ def evaluate(
     """The world model against the simulator: fidelity, drift, obedience, and whether its cameras agree."""
     with plain_errors():
         keep_memory()
-        from holdover.bench.evaluate import run_evaluation
+        from holdover.bench.evaluate import card_name, run_evaluation
         from holdover.report.progress import bar
 
         with bar() as progress:
@@ -135,4 +135,4 @@ def evaluate(
                 seed=seed,
                 progress=progress,
             )
-        show(out / ("world.md" if steps == 4 else f"world-{steps}.md"), figures)
+        show(out / f"{card_name(steps)}.md", figures)

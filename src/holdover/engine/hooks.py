@@ -38,7 +38,7 @@ class Hook:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return untraced(args, kwargs)
-            return dispatch(block, args, kwargs) if self._live else self._answer(args, kwargs)
+            return self._answer(args, kwargs)
 
         # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.
         self._forward = functools.wraps(self._original, updated=())(forward)

@@ -18,7 +18,7 @@ from holdover.engine.rows import Row, Runtime
 from holdover.engine.slots import Block, Span
 from holdover.engine.state import ANY
 from holdover.engine.step import Step
-from holdover.engine.trace import REUSE, Note, Tally
+from holdover.engine.trace import REUSE, Note, Tally, place
 
 EXEMPT = {"kv_update": "kv update", "prefill": "prefill"}
 
@@ -37,7 +37,7 @@ class OpenSpan:
         apart: whether rows can be computed without the others.
         predictions: the span's output for the rows that are reused.
         audited: those of them that the audit computes as well; ``shadow`` is the hidden state so far.
-        blocks: those of the span that have run.
+        blocks: name and number of those that have run.
         notes: per row what the trace will tell of them.
         extras: per block what it returned beside the hidden state, for the rows computed.
         handed_on: whether every block so far was given the tensors that the one before returned beside.
@@ -53,7 +53,7 @@ class OpenSpan:
     predictions: dict[int, Tensor] = field(default_factory=dict)
     audited: list[int] = field(default_factory=list)
     shadow: Tensor | None = None
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[tuple[str, int]] = field(default_factory=list)
     notes: list[Note] = field(init=False)
     extras: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     computed: list[int] = field(init=False)
@@ -63,7 +63,7 @@ class OpenSpan:
     def __post_init__(self) -> None:
         self.computed = [n for n, reason in enumerate(self.reasons) if reason is not None]
         self.notes = [
-            Note(row.step, self.blocks, reason is not None, reason or REUSE, scores)
+            Note(row.place, self.blocks, reason is not None, reason or REUSE, scores)
             for row, reason, scores in zip(self.rows, self.reasons, self.scores, strict=True)
         ]
 
@@ -90,9 +90,9 @@ class Pass:
         """Answer one block's forward."""
         if self._role != "denoise":
             if not self._notes:
-                blocks: list[Block] = []
-                self._notes = [Note(step, blocks, True, EXEMPT[self._role], {}) for step in self._steps]
-            self._notes[0].blocks.append(block)
+                blocks: list[tuple[str, int]] = []
+                self._notes = [Note(place(step), blocks, True, EXEMPT[self._role], {}) for step in self._steps]
+            self._notes[0].blocks.append(block.label)
             return block.compute(*args, **kwargs)
         if block.index in self._ran:
             raise ValueError(
@@ -112,7 +112,7 @@ class Pass:
         elif self._open is None or self._open.span is not span:
             raise ValueError(f"block {block.name!r} ran before the first of its span; list slots in the model's order")
         current = self._open
-        current.blocks.append(block)
+        current.blocks.append(block.label)
         output = self._compute(block, current, args, kwargs) if current.computed else None
         if current.predictions:
             output = self._reuse(block, current, output, args, kwargs)
@@ -124,7 +124,7 @@ class Pass:
         """The pass ended well: its decisions, and what it held, become the streams'."""
         tallies = self._runtime.tallies
         for note in self._notes:
-            tallies[note.step.stream].count(note)
+            tallies[note.place.stream].count(note)
         self._runtime.trace.extend(self._notes)
         if not self._ran:
             return

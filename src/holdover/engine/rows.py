@@ -22,9 +22,7 @@ from holdover.engine.contract import Audit, Call, Kept, Policy, Reading, Verdict
 from holdover.engine.slots import Block, Span, ViewGroup
 from holdover.engine.state import Condition, FullGeneration, Held, Key, Run, Stream
 from holdover.engine.step import Step
-from holdover.engine.trace import WARM_UP, Tally, Trace
-
-ReadingKey = tuple[torch.Size, torch.device, tuple[ViewGroup, ...]]
+from holdover.engine.trace import WARM_UP, Tally, Trace, place
 
 
 @dataclass(kw_only=True)
@@ -40,8 +38,7 @@ class Runtime:
     streams: dict[str, Stream] = field(default_factory=dict)
     tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     trace: Trace = field(default_factory=Trace)
-    readings: dict[ReadingKey, Reading] = field(default_factory=dict)
-    newest_reading: tuple[ReadingKey, Reading] | None = None
+    readings: dict[tuple[torch.Size, torch.device, tuple[ViewGroup, ...]], Reading] = field(default_factory=dict)
     #: By first block, whether the blocks of a span hand on what they return beside the hidden state, all the same kind.
     alike: dict[int, bool] = field(default_factory=dict)
     warned_barren: bool = False
@@ -60,12 +57,9 @@ class Runtime:
         if self.policy.signal is None:
             return None
         key = x.shape, x.device, self.view_groups
-        if self.newest_reading is not None and self.newest_reading[0] == key:  # quicker than to hash view groups
-            return self.newest_reading[1]
         if key not in self.readings:
             with torch.inference_mode(False):  # what is made here must serve outside inference mode too
                 self.readings[key] = self.policy.signal.prepare(x.shape, x.device, self.view_groups)
-        self.newest_reading = key, self.readings[key]
         return self.readings[key]
 
 
@@ -73,7 +67,7 @@ class Row:
     """One stream's share of a pass: what it sees, and what will become of its state if the pass ends well."""
 
     def __init__(self, runtime: Runtime, step: Step) -> None:
-        self.runtime, self.step = runtime, step
+        self.runtime, self.step, self.place = runtime, step, place(step)
         if step.stream not in runtime.streams:
             runtime.streams[step.stream] = Stream()
         self.stream = runtime.streams[step.stream]

@@ -100,6 +100,7 @@ class Block:
 
     def __init__(self, index: int, name: str, module: nn.Module, slot: Slot) -> None:
         self.index, self.name, self.module, self.slot = index, name, module, slot
+        self.label = name, index
         self.compute: Callable[..., Any] = getattr(module, slot.method)
         #: Whether the block overwrites its input; found out when it first runs.
         self.overwrites_input: bool | None = None

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
-from holdover.engine.slots import Block
 from holdover.engine.step import Role, Step
 
 #: Reasons of the engine itself. Policies add their own.
@@ -48,42 +47,58 @@ class Decision:
     sigma: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a pass stands, of its `Step` no more than the trace tells: conditions must not live as long as it does."""
+
+    stream: str
+    branch: str
+    chunk: int
+    index: int
+    role: Role
+    sigma: float | None
+
+
+def place(step: Step) -> Place:
+    assert step.sigma is None or isinstance(step.sigma, float)
+    return Place(step.stream, step.branch, step.chunk, step.index, step.role, step.sigma)
+
+
 @dataclass(slots=True)
 class Note:
-    """What was decided for one row of a pass, for a run of blocks at once; `decisions` tells it block by block.
+    """What was decided for one row of a pass, for a run of blocks at once.
 
     Attributes:
-        blocks: those that ran; the rows of a pass share the list.
+        blocks: name and number of those that ran; the rows of a pass share the list.
         audit: relative error of a reused span, noted beside its last block.
     """
 
-    step: Step
-    blocks: list[Block]
+    place: Place
+    blocks: list[tuple[str, int]]
     computed: bool
     reason: str
     scores: Mapping[str, float]
     audit: float | None = None
 
-    def decisions(self) -> Iterator[Decision]:
-        step = self.step
-        assert step.sigma is None or isinstance(step.sigma, float)
-        for block in self.blocks:
-            scores = self.scores
-            if self.audit is not None and block is self.blocks[-1]:
-                scores = {**scores, "audit": self.audit}
-            yield Decision(
-                stream=step.stream,
-                branch=step.branch,
-                chunk=step.chunk,
-                index=step.index,
-                slot=block.name,
-                block=block.index,
-                role=step.role,
-                computed=self.computed,
-                reason=self.reason,
-                scores=scores,
-                sigma=step.sigma,
-            )
+    def decision(self, n: int) -> Decision:
+        """What it says of its n-th block."""
+        scores = self.scores
+        if self.audit is not None and n == len(self.blocks) - 1:
+            scores = {**scores, "audit": self.audit}
+        at, (slot, block) = self.place, self.blocks[n]
+        return Decision(
+            stream=at.stream,
+            branch=at.branch,
+            chunk=at.chunk,
+            index=at.index,
+            slot=slot,
+            block=block,
+            role=at.role,
+            computed=self.computed,
+            reason=self.reason,
+            scores=scores,
+            sigma=at.sigma,
+        )
 
 
 class Trace(Sequence[Decision]):
@@ -111,7 +126,7 @@ class Trace(Sequence[Decision]):
 
     def __iter__(self) -> Iterator[Decision]:
         for note in self._notes:
-            yield from note.decisions()
+            yield from map(note.decision, range(len(note.blocks)))
 
     def __repr__(self) -> str:
         return f"<Trace of {len(self)} decisions>"
@@ -127,8 +142,7 @@ class Trace(Sequence[Decision]):
 
     def _at(self, place: int) -> Decision:
         at = bisect_right(self._ends, place)
-        decisions = list(self._notes[at].decisions())
-        return decisions[place - self._ends[at]]
+        return self._notes[at].decision(place - self._ends[at] + len(self._notes[at].blocks))
 
     def to_records(self) -> list[dict[str, Any]]:
         """The decisions as plain dictionaries, ready for JSON."""
@@ -209,7 +223,7 @@ class Tally:
             self.computed += blocks
         else:
             self.reused += blocks
-        if note.step.role == "denoise" and note.reason != WARM_UP:
+        if note.place.role == "denoise" and note.reason != WARM_UP:
             self.skippable += blocks
 
     def count_audit(self, error: float) -> None:

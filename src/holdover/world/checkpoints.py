@@ -18,7 +18,8 @@ Network = TypeVar("Network", bound=ModelMixin)
 
 def write_network(network: ModelMixin, folder: Path) -> None:
     """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``; other files of the folder stay."""
-    twin = type(network).from_config(network.config)
+    # Names with an underscore are diffusers' own: among them the path that a network was read from.
+    twin = type(network).from_config({k: v for k, v in network.config.items() if not k.startswith("_")})
     twin.load_state_dict(network.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".partial"
