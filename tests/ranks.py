@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 
-def run_ranks(worker: str, folder: Path) -> list[Any]:
-    """What each of two ranks wrote to ``folder/<rank>.json``; the worker's arguments are its rank and the folder."""
+def run_ranks(worker: str, folder: Path, *arguments: str) -> list[Any]:
+    """What each of two ranks wrote to ``folder/<rank>.json``; the worker is told its rank, the folder and these."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", worker, str(rank), str(folder)], cwd=Path(__file__).parents[1], env=environment
+            [sys.executable, "-c", worker, str(rank), str(folder), *arguments],
+            cwd=Path(__file__).parents[1],
+            env=environment,
         )
         for rank in range(2)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from holdover.world.depth import FAR, NEAR, from_metres, to_metres
 from holdover.world.latents import Codec
 from holdover.world.train_autoencoder import AutoencoderSchedule, as_video, normalise, train_autoencoder
 from holdover.world.trainer import read_log
+from tests.ranks import run_ranks
 
 from .small import CAMERAS, small_autoencoder, small_config, write_clip
 
@@ -183,6 +185,33 @@ def test_training_learns_what_is_missing(tmp_path: Path) -> None:
         train_autoencoder(tmp_path, tmp_path / "run", AutoencoderSchedule(steps=9), config=SIZES)
     with pytest.raises(ValueError, match="was trained with latent_channels=4, not 8:"):
         train_autoencoder(tmp_path, tmp_path / "run", schedule, config={**SIZES, "latent_channels": 8})
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch.distributed as dist
+from holdover.world import checkpoints, train_autoencoder as training
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+written = []
+write = training.write_network
+training.write_network = lambda *what: (write(*what), written.append(what))
+schedule = training.AutoencoderSchedule(steps=2, batch=1, warmup=1)
+out = training.train_autoencoder(folder / "clips", folder / "run", schedule, config=json.loads(sys.argv[3]))
+read = checkpoints.read_network(training.Autoencoder, out, training.torch.float32)
+(folder / f"{rank}.json").write_text(json.dumps([len(written), read.std_Z.tolist()]))
+dist.barrier()  # a rank that leaves first would take its peer down
+dist.destroy_process_group()
+"""
+
+
+def test_of_two_ranks_one_writes_and_the_other_waits(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clips", 0, 8)
+    (writes, first), (none, second) = run_ranks(WORKER, tmp_path, json.dumps(SIZES))
+    assert (writes, none) == (2, 0)  # the averaged weights, and the same normalised
+    assert first == second
+    assert all(np.isfinite(first))
 
 
 def test_an_interrupted_one_is_no_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

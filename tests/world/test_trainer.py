@@ -156,6 +156,7 @@ saved = run(folder / "run")
 everything = [None, None]
 dist.all_gather_object(everything, saved)
 (folder / f"{rank}.json").write_text(json.dumps(everything))
+dist.barrier()  # a rank that leaves first would take its peer down
 dist.destroy_process_group()
 """
 

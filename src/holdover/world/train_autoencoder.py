@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from holdover.world.checkpoints import read_network, write_network
 from holdover.world.clips import frame_count, read_cameras, read_clip
 from holdover.world.depth import from_metres
 from holdover.world.segments import clips_of_length
-from holdover.world.trainer import Predict, Schedule, check_torch, fit
+from holdover.world.trainer import Predict, Schedule, check_torch, fit, wait_for_all
 
 _HELDOUT = 12, 4  # latent frames of a held-out clip before what is measured, and of it
 
@@ -148,9 +149,11 @@ def train_autoencoder(
         save=save,
         save_every=save_every,
     )
-    shipped = read_network(Autoencoder, out, torch.bfloat16)
-    normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
-    write_network(shipped, out)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shipped = read_network(Autoencoder, out, torch.bfloat16)
+        normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
+        write_network(shipped, out)
+    wait_for_all()
     return out
 
 

@@ -86,7 +86,7 @@ def fit(
     """Train, or continue training; ``out`` receives ``state.pt`` (to resume) and ``log.jsonl`` (a line a step).
 
     Under an initialised ``torch.distributed`` every rank draws samples of its own, gradients are averaged, and rank 0
-    alone writes.
+    alone writes; none returns before it has.
 
     Args:
         identity: what else, beside the schedule, makes this run what it is, in plain values.
@@ -154,6 +154,13 @@ def fit(
             if due:
                 save(average)
                 run.save(step + 1)  # last: a run that is killed before goes back to where all of it is done again
+    wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Where there are several ranks: until each is here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _in_half(model: nn.Module, weights: Mapping[str, Tensor]) -> Predict:
