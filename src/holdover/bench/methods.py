@@ -22,6 +22,7 @@ from holdover.bench.measure import environment
 from holdover.bench.methods_card import card
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import amdahl_bound, clock_blocks, cycles, speedup
+from holdover.bench.triggers import with_trigger
 from holdover.engine.attach import attach
 from holdover.engine.contract import Policy
 from holdover.engine.trace import Decision
@@ -49,17 +50,24 @@ _CONTROL = {"span": "all", "front_anchors": 0, "warmup": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A method and its options; ``calibrated`` ones are completed by what the calibration measured."""
+    """A method and its options.
+
+    Attributes:
+        calibrated: they are completed by what the calibration measured.
+        trigger: of WorldCache-HTC, another than its own (`holdover.bench.triggers`).
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
+    trigger: str = ""
 
     @property
     def name(self) -> str:
         hidden = _CONTROL if self.method == "fixed_interval" else {}
         shown = [f"{name}={value}" for name, value in self.options.items() if name not in hidden]
-        return f"{self.method}({', '.join(shown + ['calibrated'] * self.calibrated)})"
+        shown += ["calibrated"] * self.calibrated + [f"trigger={self.trigger}"] * bool(self.trigger)
+        return f"{self.method}({', '.join(shown)})"
 
     @property
     def over(self) -> str:
@@ -73,7 +81,8 @@ class Setting:
         do anything then, and the clean pass alone is."""
         measured = calibration[self.method] if self.calibrated else {}
         protected = {} if self.method == "never" else {"protection": "generation" if cadence == "window" else "pass"}
-        return policy(self.method, **self.options, **measured, **protected)
+        made = policy(self.method, **self.options, **measured, **protected)
+        return with_trigger(made, self.trigger) if self.trigger else made
 
 
 def _each(method: str, *settings: Mapping[str, Any], calibrated: bool = False) -> list[Setting]:

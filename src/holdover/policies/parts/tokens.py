@@ -121,13 +121,18 @@ class TokenCurvature(Predictor):
     def reused(self, call: Call, y: Tensor) -> Kept:
         assert call.held is not None
         held, index = call.held, call.step.index
-        gone = torch.linalg.vector_norm(self._at(held, index) - self._at(held, held.numbers["shown"]), dim=-1)
         group_BL = held.tensors["group"]
+        now, shown = (self._at(held, at).reshape(*group_BL.shape, -1) for at in (index, held.numbers["shown"]))
         chosen_BL = group_BL == CHAOTIC
         counted_BL = chosen_BL if self.drift_reduction == "chaotic" else group_BL != PINNED
         # A product, so that what is not a number anywhere shows in the sum.
-        error = (held.tensors["kappa"] * gone.reshape(group_BL.shape) * chosen_BL).sum() / counted_BL.sum()
+        error = (self.drift(held.tensors["kappa"], now, shown) * chosen_BL).sum() / counted_BL.sum()
         return Kept(numbers={"drift": held.numbers["drift"] + float(error), "shown": float(index)})
+
+    def drift(self, kappa_BL: Tensor, now_BLC: Tensor, shown_BLC: Tensor) -> Tensor:
+        """What each token adds to the drift when it is shown as ``now``, ``[B, L]``."""
+        moved_BL: Tensor = torch.linalg.vector_norm(now_BLC - shown_BLC, dim=-1)
+        return kappa_BL * moved_BL
 
     def groups(self, outputs: Mapping[str, Tensor], times: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
         """κ and group of every token, ``[B, L]``.
