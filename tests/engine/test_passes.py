@@ -164,6 +164,39 @@ def test_a_block_runs_once_per_step() -> None:
             assert model(model(ones()))[0, 0, 0] == 4
 
 
+WHOLE = holdover.fixed_interval(span="all", front_anchors=0, warmup=0, every=2)
+
+
+@pytest.mark.parametrize("policy", [holdover.never(), WHOLE], ids=["never", "fixed_interval"])
+@pytest.mark.parametrize("chunk", [1, 2])  # of the interval, reused and computed
+def test_blocks_that_need_no_decision_are_counted_and_checked_all_the_same(policy: holdover.Policy, chunk: int) -> None:
+    """Those within a span, from the second generation on."""
+    model = Stack(Scale(), Fragile(), Scale(), Scale())
+    computed, next_computed = policy is not WHOLE or chunk == 2, policy is not WHOLE or chunk == 1
+    with holdover.attach(model, policy) as cache:
+        for before in range(chunk):
+            run(cache, model, ones(), before)
+        known = len(cache.trace)
+        assert run(cache, model, ones(2), chunk)[0, 0, 0] == (48 if computed else 25)
+        assert [(d.block, d.slot, d.computed) for d in cache.trace][known:] == [
+            (n, f"blocks.{n}", computed) for n in range(4)
+        ]
+        with pytest.raises(ValueError, match=r"'blocks\.1' ran twice within one step"), cache.step(chunk=chunk + 2):
+            x = model.blocks[1](model.blocks[1](model.blocks[0](ones())))
+        if next_computed:
+            model.blocks[1].broken = True
+            with pytest.raises(OSError, match="out of order"):
+                run(cache, model, ones(), chunk + 2)
+            model.blocks[1].broken = False
+        assert len(cache.trace) == known + 4  # passes that failed are not told
+        with pytest.raises(ValueError, match=r"'blocks\.2' ran outside any step"):
+            model.blocks[2](ones())
+        with cache.step(chunk=chunk + 2, commits=False):
+            x = model.blocks[3](model.blocks[0](ones()))  # a model that leaves out layers
+        assert [d.block for d in cache.trace][known + 4 :] == [0, 3]
+        assert x[0, 0, 0] == (4 if next_computed else 1 + 46)
+
+
 def test_a_span_needs_the_order_of_its_slots() -> None:
     model = Stack(Scale(), Scale())
     policy = holdover.fixed_interval(span="all", front_anchors=0)

@@ -70,7 +70,7 @@ class Cache:
         self._runtime = runtime
         self._pass: Pass | None = None
         self._bytes_at_detach: dict[str, int] | None = None
-        self._hooks = [Hook(block, self._dispatch) for block in runtime.blocks]
+        self._hooks = [Hook(block, runtime.settled, self._dispatch) for block in runtime.blocks]
         self._asked: RemovableHandle | None = None
 
     def __enter__(self) -> Cache:
@@ -274,6 +274,7 @@ class StepContext:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         done, self._cache._pass = self._cache._pass, None
         assert done is not None
+        done.close()
         if kind is None:
             done.commit()
         else:

@@ -22,7 +22,12 @@ class Hook:
     through; once that wrapper is gone as well, the next call takes it out.
     """
 
-    def __init__(self, block: Block, dispatch: Callable[[Block, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        settled: dict[int, tuple[list[tuple[str, int]], bool]],
+        dispatch: Callable[[Block, tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
         self._block, self._dispatch, self._live = block, dispatch, True
         self._method = block.slot.method
         self._original = getattr(block.module, self._method)
@@ -38,7 +43,12 @@ class Hook:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return untraced(args, kwargs)
-            return self._answer(args, kwargs)
+            decided = settled.pop(block.index, None)
+            if decided is None:
+                return self._answer(args, kwargs)
+            labels, computed = decided
+            labels.append(block.label)
+            return block.compute(*args, **kwargs) if computed else block.read(args, kwargs)
 
         # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.
         self._forward = functools.wraps(self._original, updated=())(forward)

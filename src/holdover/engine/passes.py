@@ -82,29 +82,19 @@ class Pass:
         self._steps, self._role = steps, steps[0].role
         self._rows = [Row(runtime, step) for step in steps] if self._role == "denoise" else []
         self._notes: list[Note] = []
+        #: Why every block is computed, where it is.
+        self._always = EXEMPT.get(self._role) or (runtime.policy.name if runtime.policy.predictor is None else None)
         self._ran: set[int] = set()
+        self._settled: set[int] = set()
         self._open: OpenSpan | None = None
         self._entry: Tensor | None = None
 
     def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block's forward."""
-        if self._role != "denoise":
-            if not self._notes:
-                blocks: list[tuple[str, int]] = []
-                self._notes = [Note(place(step), blocks, True, EXEMPT[self._role], {}) for step in self._steps]
-            self._notes[0].blocks.append(block.label)
-            return block.compute(*args, **kwargs)
-        if block.index in self._ran:
-            raise ValueError(
-                f"block {block.name!r} ran twice within one step; give every forward pass a step of its own, guidance "
-                f"branches with step(branch=...)"
-            )
-        if block.slot.kv_update is not None and block.slot.kv_update(block.module, *args, **kwargs):
-            raise ValueError(
-                f"block {block.name!r} writes the KV cache within a denoising step; wrap this pass: "
-                f"`with cache.step(chunk=n, role='kv_update'): model(...)`"
-            )
-        self._ran.add(block.index)
+        if self._role == "denoise":
+            self._check(block, args, kwargs)
+        if self._always is not None:
+            return self._plainly(block, self._always, args, kwargs)
         span = self._runtime.span_of[block.index]
         if block.index == span.first:
             self._open = self._decide(block, span, args, kwargs)
@@ -116,9 +106,45 @@ class Pass:
         output = self._compute(block, current, args, kwargs) if current.computed else None
         if current.predictions:
             output = self._reuse(block, current, output, args, kwargs)
+        if block.index == span.first:
+            self._settle(current)
         if block.index == span.last:
             self._open = None
         return output
+
+    def _check(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if block.index in self._ran or (block.index in self._settled and block.index not in self._runtime.settled):
+            raise ValueError(
+                f"block {block.name!r} ran twice within one step; give every forward pass a step of its own, guidance "
+                f"branches with step(branch=...)"
+            )
+        if block.slot.kv_update is not None and block.slot.kv_update(block.module, *args, **kwargs):
+            raise ValueError(
+                f"block {block.name!r} writes the KV cache within a denoising step; wrap this pass: "
+                f"`with cache.step(chunk=n, role='kv_update'): model(...)`"
+            )
+        self._ran.add(block.index)
+
+    def _plainly(self, block: Block, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a block of a pass in which all are."""
+        if not self._notes:
+            labels: list[tuple[str, int]] = []
+            self._notes = [Note(place(step), labels, True, reason, {}) for step in self._steps]
+            self._settled.update(self._runtime.settle(0, len(self._runtime.blocks) - 1, labels, computed=True))
+            self._runtime.settled.pop(block.index, None)
+        self._notes[0].blocks.append(block.label)
+        return block.compute(*args, **kwargs)
+
+    def _settle(self, current: OpenSpan) -> None:
+        """Between the first and the last block of a span there may be nothing left to decide or to look at."""
+        span = current.span
+        if current.passes_through or (not current.predictions and self._runtime.alike.get(span.first)):
+            computed = not current.passes_through
+            self._settled.update(self._runtime.settle(span.first + 1, span.last - 1, current.blocks, computed=computed))
+
+    def close(self) -> None:
+        """The model has run, well or not."""
+        self._runtime.settled.clear()
 
     def commit(self) -> None:
         """The pass ended well: its decisions, and what it held, become the streams'."""
@@ -126,7 +152,7 @@ class Pass:
         for note in self._notes:
             tallies[note.place.stream].count(note)
         self._runtime.trace.extend(self._notes)
-        if not self._ran:
+        if not self._notes:
             return
         for row in self._rows:
             row.commit()
@@ -217,7 +243,7 @@ class Pass:
         if runtime.policy.predictor is None:
             return output
         within = span.first < block.index < span.last
-        if within and not current.predictions and (isinstance(output, Tensor) or runtime.alike.get(span.first)):
+        if within and not current.predictions and isinstance(output, Tensor):
             return output  # what is held comes from the last block
         if block.overwrites_input is None and block.index == span.first:
             block.overwrites_input = self._overwrites(block, current, output, args, kwargs)
@@ -248,8 +274,8 @@ class Pass:
         if span.first not in alike and len(current.computed) == len(current.rows):
             kinds = [[(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in items] for items in extras.values()]
             whole = len(kinds) == span.last - span.first + 1 and all(kind == kinds[-1] for kind in kinds)
-            alike[span.first] = whole and current.handed_on and self._runtime.audit.rate == 0
-        return {ANY: extras[span.last]} if alike.get(span.first) else extras
+            alike[span.first] = not kinds or (whole and current.handed_on and self._runtime.audit.rate == 0)
+        return {ANY: extras[span.last]} if extras and alike.get(span.first) else extras
 
     def _overwrites(
         self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -41,12 +41,23 @@ class Runtime:
     readings: dict[tuple[torch.Size, torch.device, tuple[ViewGroup, ...]], Reading] = field(default_factory=dict)
     #: By first block, whether the blocks of a span hand on what they return beside the hidden state, all the same kind.
     alike: dict[int, bool] = field(default_factory=dict)
+    #: Blocks that the pass in progress need not be asked about: where their labels go, and whether they are computed.
+    settled: dict[int, tuple[list[tuple[str, int]], bool]] = field(default_factory=dict)
     warned_barren: bool = False
 
     def __post_init__(self) -> None:
         spans = self.policy.spans(len(self.blocks))
         assert [b for span in spans for b in range(span.first, span.last + 1)] == list(range(len(self.blocks)))
         self.span_of = [span for span in spans for _ in range(span.first, span.last + 1)]
+
+    def settle(self, first: int, last: int, labels: list[tuple[str, int]], *, computed: bool) -> Sequence[int]:
+        """Ask the pass no more about these blocks, each of which may run once; returns which those are.
+
+        Whether a call writes the KV cache is asked of every call of a block that can tell.
+        """
+        found = [block for block in range(first, last + 1) if self.blocks[block].slot.kv_update is None]
+        self.settled.update(dict.fromkeys(found, (labels, computed)))
+        return found
 
     def splits(self, span: Span) -> bool:
         """Whether rows of a batch can run through a span without the others."""
