@@ -101,7 +101,7 @@ def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
     forked = [twin.step(action).latents for action in scenario.actions[5:]]
     own = [lane.step(action).latents for action in scenario.actions[5:]]
     assert torch.equal(torch.cat(forked, 1), torch.cat(own, 1))
-    assert len(lane.commit_errors) == 2  # the fork's KV updates are not the lane's
+    assert len(lane.commit_errors()) == 2  # the fork's KV updates are not the lane's
     stats = lane.stats()
     assert stats is not None
     assert len(lane.decisions()) == stats.computed + stats.reused
@@ -116,9 +116,9 @@ def test_commit_errors_compare_what_was_committed_with_what_was_shown(model: Wor
     with Race(model, scenario, arms) as race:
         for action in scenario.actions[:8]:
             race.step(action)
-    assert race.lanes["emitted"].commit_errors == [0.0, 0.0]
-    assert len(race.lanes["first"].commit_errors) == 2
-    assert min(race.lanes["first"].commit_errors) > 0
+    assert race.lanes["emitted"].commit_errors() == [0.0, 0.0]
+    assert len(race.lanes["first"].commit_errors()) == 2
+    assert min(race.lanes["first"].commit_errors()) > 0
 
 
 def test_arms_need_names_of_their_own(model: WorldModel, scenario: Scenario) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import Progress, TaskID
 
 from holdover.bench.ablation_card import card
 from holdover.bench.cards import write_card
+from holdover.bench.fidelity import psnr
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import Metrics, describe, describe_full, environment
 from holdover.bench.reaction import drive, moments
@@ -143,5 +146,6 @@ def _run(
             else:
                 figures = describe(race, arm.name, scenario, metrics, reactions[arm.name])
                 del figures["cosine_by_step_and_block"]  # the demo's; here it would bury the rest
-                rows.append(figures)
+                off = psnr(np.array(race.lanes[arm.name].commit_errors()))
+                rows.append({**figures, "committed_as_emitted_db": off if math.isfinite(off) else None})
     return {"name": scenario.name, "reaction_measured_at": at, "rows": rows}

@@ -46,8 +46,6 @@ class Lane:
         dit_seconds, end_to_end_seconds: per generation; the latter with decoding to frames.
         exact: per generation, whether every block was computed.
         pieces: the newest as generated, those of one cycle.
-        commit_errors: per KV update after the start, the mean squared difference of what it wrote and what had been
-            shown, in units of 1/255 of a pixel's range.
     """
 
     def __init__(self, arm: Arm, loop: ClosedLoop) -> None:
@@ -57,9 +55,8 @@ class Lane:
         self.dit_seconds: list[float] = []
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
-        self.commit_errors: list[float] = []
         self._made: list[tuple[Tensor, Tensor]] = []  # latents, and those shown before them
-        self._committed: Tensor | None = None
+        self._committed: dict[int, Tensor] = {}  # latents, by how many generations had been shown
 
     @classmethod
     def start(cls, arm: Arm, model: WorldModel, scenario: Scenario, *, seed: int) -> Lane:
@@ -105,6 +102,23 @@ class Lane:
         pieces = [codec.decode_depth(latents, before) for latents, before in self._made]
         return {name: np.concatenate([piece[name][0] for piece in pieces]) for name in pieces[0]}
 
+    def commit_errors(self) -> list[float]:
+        """Per KV update after the start, the mean squared difference of what it wrote and what had been shown.
+
+        In units of 1/255 of a pixel's range.
+        """
+        codec, found = self.loop.model.codec, []
+        for shown, latents in self._committed.items():
+            first = shown - self.loop.chunk_frames
+            written = codec.decode(latents, self._made[first][1])
+            found.append(
+                [
+                    (written[name][0].astype(float) - np.concatenate(pieces[first:shown])).ravel()
+                    for name, pieces in self.frames.items()
+                ]
+            )
+        return [float(np.square(np.concatenate(errors)).mean()) for errors in found]
+
     def decisions(self) -> list[Decision]:
         """The cache's decisions in this run, its forks left out."""
         return [d for d in self.cache.trace if d.stream == STREAM] if self.cache else []
@@ -118,19 +132,13 @@ class Lane:
 
     def _see_commit(self, _model: Any, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
         if kwargs.get("write") and kwargs["cache"] is self.loop.kv:  # and not that of a fork
-            self._committed = args[0].clone()
+            self._committed[len(self._made) + 1] = args[0].clone()  # with the generation under way
 
     def _keep(self, piece: Piece, frames: Mapping[str, NDArray[np.uint8]], seconds: float) -> None:
         for name, video in frames.items():
             self.frames.setdefault(name, []).append(video)
         self.pieces.append(piece)
         self._made.append((piece.latents, piece.before))
-        if self._committed is not None:
-            written = self.loop.model.codec.decode(self._committed, self.pieces[0].before)
-            shown = {name: np.concatenate(videos[-len(self.pieces) :]) for name, videos in self.frames.items()}
-            errors = [(written[name][0].astype(float) - video).ravel() for name, video in shown.items()]
-            self.commit_errors.append(float(np.square(np.concatenate(errors)).mean()))
-            self._committed = None
         self.dit_seconds.append(piece.dit_seconds)
         self.end_to_end_seconds.append(seconds)
         self.exact.append(piece.exact)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from holdover.bench.fidelity import Comparison, compare, psnr
+from holdover.bench.fidelity import Comparison, compare
 from holdover.bench.lanes import Lane, Race
 from holdover.bench.reaction import EVENTS, Reaction, mean_ratio
 from holdover.bench.stlpips import StLpips
@@ -81,7 +81,6 @@ def describe(
             _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.layers)
         ],
         "full_generations": sum(lane.exact),
-        "committed_as_emitted_db": _finite(psnr(np.array(lane.commit_errors))),
     }
 
 
