@@ -99,9 +99,8 @@ _OVER_GENERATIONS = [
     *_each("xcache_reactive", {}),
 ]
 
-#: The sampler draws new noise at every step, so what enters changes by more than half of itself from step to step.
-#: Published thresholds, made for samplers without noise, are an order of magnitude smaller. They are run where there
-#: are many steps, beside looser ones; here the looser ones are.
+#: The sampler of few steps draws new noise at each, so what enters changes by more than half of itself from step to
+#: step, and published thresholds, which are an order of magnitude smaller, would compute everything.
 FEW_STEPS = [
     *_each("never", {}),
     *_every(2, 4),
@@ -125,25 +124,33 @@ _PREDICTORS = [
     {"stable": stable, "chaotic": chaotic, "eta": 1e3}
     for stable, chaotic in ((0.3, 0.6), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0))
 ]
+_VOYAGER = {"chaotic": 0.7, "n_max": 6, "retain": 5}
+#: And with one predictor and several triggers, at thresholds at which they compute about as much.
+_TRIGGERS = [("", 1.0), ("every 3", 1.0), ("difference", 0.01), ("norm", 0.003), ("curvature", 30.0)]
+#: Euler's steps draw no noise. Published thresholds stand beside others.
 MANY_STEPS = [
     *_each("never", {}),
     *_every(2, 3, 4, 5, 7, 12),
     *_OVER_GENERATIONS,
-    *_each("teacache", {"threshold": 0.1}, {"threshold": 1.0}, {"threshold": 2.0}),
-    *_each("teacache", {"threshold": 0.5}, {"threshold": 1.0}, calibrated=True),
-    *_each("fbcache", {"threshold": 0.05}, {"threshold": 0.75}, {"threshold": 0.85}),
-    *_each("easycache", {"threshold": 0.025}, {"threshold": 0.4}, {"threshold": 0.8}),
+    *_each("teacache", {"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}),
+    *_each("teacache", {"threshold": 0.1}, {"threshold": 0.2}, calibrated=True),
+    *_each("fbcache", {"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}),
+    *_each("easycache", {"threshold": 0.025}, {"threshold": 0.1}, {"threshold": 0.2}),
     *_each("magcache", {"threshold": 0.06}, {"threshold": 0.3}, calibrated=True),
-    *_each("bwcache", {"threshold": 0.15}, {"threshold": 1.0, "run": 1}, {"threshold": 1.0}),
-    *_each("taylorseer", *({"every": every, "order": order} for every, order in ((2, 1), (5, 0), (5, 1), (5, 2)))),
+    *_each("bwcache", {"threshold": 0.05}, {"threshold": 0.15}),
+    *_each("taylorseer", *({"every": every, "order": order} for every, order in ((2, 1), (3, 0), (3, 1), (3, 2)))),
     *_each("delta_dit", {"every": 2}, {"every": 4}),
-    *_each("flowcache", {"threshold": 0.01}, {"threshold": 1.0}, {"threshold": 2.0}),
-    *_each("dicache", {"threshold": 0.08}, {"threshold": 1.0}, {"threshold": 2.0}),
-    *_each("worldcache_pcd", {"threshold": 0.08}, {"threshold": 1.0}, {"threshold": 2.0}),
-    *_each("worldcache_pcd", *({"threshold": 1.0, module: False} for module in ("cfc", "swd", "ofa", "ats"))),
-    *_each("worldcache_htc", {}, {"chaotic": 0.7, "n_max": 6, "eta": 3.33, "retain": 5}, *_PREDICTORS),
+    *_each("flowcache", {"threshold": 0.01}, {"threshold": 0.05}, {"threshold": 0.2}),
+    *_each("dicache", {"threshold": 0.08}, {"threshold": 0.2}),
+    *_each("worldcache_pcd", {"threshold": 0.02}, {"threshold": 0.04}, {"threshold": 0.08}),
+    *_each("worldcache_pcd", *({"threshold": 0.04, module: False} for module in ("cfc", "swd", "ofa", "ats"))),
+    *_each("worldcache_htc", {}, {**_VOYAGER, "eta": 3.33}, *_PREDICTORS),
+    *[
+        Setting(method="worldcache_htc", options={**_VOYAGER, "eta": eta}, trigger=trigger)
+        for trigger, eta in _TRIGGERS
+    ],
     *_each("pab", {}),
-    *_each("toca", {}, {"fresh": 0.3}),
+    *_each("toca", {"every": 3}, {"every": 3, "fresh": 0.3}),
 ]
 LEFT_OUT = {
     "deepcache": "needs a U-Net, whose deep part it holds over; this model is a plain stack of blocks",
