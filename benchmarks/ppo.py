@@ -37,9 +37,10 @@ POLICIES = ("xcache_reactive", "never")
 CARS = 4  # driven by the agent as it stands, between updates
 OVER = 50  # episodes of a mean
 #: Steps are per car and update; episodes last 60 at most.
-PPO_OPTIONS: dict[str, Any] = {"n_steps": 128, "batch_size": 128, "n_epochs": 5, "gamma": 0.95, "learning_rate": 6e-4}
-#: Standard deviation of actions at the beginning and at the end, geometric in between, as a share of their range: with
-#: less than the first nothing is found out, and the first leaves the lane by itself in some fifteen steps.
+PPO_OPTIONS: dict[str, Any] = {"n_steps": 128, "batch_size": 128, "n_epochs": 5, "gamma": 0.95, "learning_rate": 7e-4}
+#: Standard deviation of actions at the beginning and at the end, geometric in between, as a share of their range; the
+#: learning rate falls with it. With less than the first nothing is found out, and the first leaves the lane by itself
+#: in some fifteen steps.
 NOISE = (0.1, 0.02)
 
 
@@ -111,6 +112,8 @@ def train(
     while agent.num_timesteps < steps:
         spread = noise[0] * (noise[1] / noise[0]) ** (agent.num_timesteps / steps)
         agent.policy.log_std.data.fill_(math.log(spread))
+        rate = agent.learning_rate * spread / noise[0]
+        agent.lr_schedule = lambda _, rate=rate: rate
         agent.learn(agent.n_steps * CARS, callback=note, reset_num_timesteps=False)
         write_json(log_file, log)
         with whole(agent_file) as temporary:
