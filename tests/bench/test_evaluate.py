@@ -151,6 +151,11 @@ def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypat
             relative.append((np.abs(now - true) / true)[true < 100])
     assert figures["depth"]["1"]["abs_rel"] == pytest.approx(np.concatenate(relative).mean(), rel=1e-5)
     assert f"| 1 s | {figures['depth']['1']['abs_rel']:.3f} |" in text
+    with Progress(disable=True) as progress:
+        guided = run_evaluation(model, tmp_path, clips=clips, data=clips, guidance=2, progress=progress)
+    assert json.loads((tmp_path / "world-guided-2.json").read_text()) == guided
+    assert guided["horizons"]["1"] != figures["horizons"]["1"]
+    assert guided["action"]["simulator"] == figures["action"]["simulator"]
 
 
 def test_a_model_without_depth_is_evaluated_without(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -90,17 +90,19 @@ def run_evaluation(
     clips: Path,
     data: Path,
     steps: int = LoopConfig.steps,
+    guidance: float = 1.0,
     per_scenario: int = 2,
     generations: int = 48,
     seed: int = 0,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Evaluate a world model in full compute; writes ``world.md`` and ``world.json``, or ``world-<steps>``.
+    """Evaluate a world model in full compute; writes `card_name`, as Markdown and as JSON.
 
     Args:
         clips: held-out recordings, each long enough for two windows and the generations; longer by preference.
         data: other recordings, on which the network that reads motion back is trained.
         steps: denoising passes of a generation; more than four follow the flow by Euler's steps.
+        guidance: on the action, see `LoopConfig`.
         per_scenario: clips to drive of every scenario.
         generations: to drive of each clip, at most.
 
@@ -108,7 +110,7 @@ def run_evaluation(
         ValueError: there are no clips.
     """
     chosen = _choose(clips, per_scenario)
-    loop = LoopConfig.of_steps(steps)
+    loop = replace(LoopConfig.of_steps(steps), guidance=guidance)
     task = progress.add_task("evaluating", total=len(chosen) + TRAINING_STEPS)
     rollouts = []
     for path in chosen:
@@ -132,6 +134,7 @@ def run_evaluation(
     distance = StLpips()
     figures: dict[str, Any] = {
         "steps": steps,
+        "guidance": guidance,
         "clips": [path.name for path in chosen],
         "horizons": {f"{seconds:g}": _fidelity(rollouts, seconds, distance) for seconds in HORIZONS},
         "depth": {f"{seconds:g}": _depth(rollouts, seconds) for seconds in HORIZONS} if rollouts[0].depth else None,
@@ -143,7 +146,7 @@ def run_evaluation(
         "cross_view": cross_view(rollouts, model.sizes.cameras),
         "environment": environment(),
     }
-    write_card(out, card_name(steps), card(figures), figures)
+    write_card(out, card_name(steps, guidance), card(figures), figures)
     return figures
 
 
@@ -250,9 +253,10 @@ def _mismatch(
     return float(np.square(looked.permute(0, 2, 3, 1).double().numpy() - one)[:, seen].mean())
 
 
-def card_name(steps: int) -> str:
-    """Of an evaluation's files."""
-    return "world" if steps == LoopConfig.steps else f"world-{steps}"
+def card_name(steps: int, guidance: float) -> str:
+    """Of an evaluation's files: ``world``, with what differs from four steps without guidance."""
+    few, unguided = steps == LoopConfig.steps, guidance == 1
+    return "world" + ("" if few else f"-{steps}") + ("" if unguided else f"-guided-{guidance:g}")
 
 
 def matching_pixels(one: Camera, other: Camera) -> NDArray[np.float64]:
@@ -302,8 +306,8 @@ def card(figures: dict[str, Any]) -> str:
     ]
     return f"""# The world model against the simulator
 
-Everything computed, {figures["steps"]} steps a generation, the actions of held-out clips
-({", ".join(figures["clips"])}).
+Everything computed, {figures["steps"]} steps a generation, guidance {figures["guidance"]:g}, the actions of held-out
+clips ({", ".join(figures["clips"])}).
 
 Fidelity after so many seconds, stitched view:
 

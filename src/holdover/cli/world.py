@@ -115,6 +115,7 @@ def evaluate(
     per_scenario: Annotated[int, typer.Option(help="Clips of every scenario.")] = 2,
     generations: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 48,
     steps: Annotated[int, typer.Option(help="Denoising passes of a generation.")] = 4,
+    guidance: Annotated[float, typer.Option(help="On the action: 1 for none.")] = 1.0,
     seed: Seed = 0,
 ) -> None:
     """The world model against the simulator: fidelity, drift, obedience, and whether its cameras agree."""
@@ -132,7 +133,8 @@ def evaluate(
                 per_scenario=per_scenario,
                 generations=generations,
                 steps=steps,
+                guidance=guidance,
                 seed=seed,
                 progress=progress,
             )
-        show(out / f"{card_name(steps)}.md", figures)
+        show(out / f"{card_name(steps, guidance)}.md", figures)
