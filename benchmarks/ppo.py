@@ -1,5 +1,7 @@
-"""PPO learns to keep the lane inside the world model, with and without X-Cache, from the same seed.
+r"""PPO learns to keep the lane inside the world model, with and without X-Cache, from the same seed.
 
+    holdover world train --data data/train --heldout data/heldout --out runs/one-camera \
+        --size tiny --camera front_wide --steps 2500 --batch 8
     python benchmarks/ppo.py --model runs/one-camera
 
 The agent (stable-baselines3, `pip install 'holdover[rl]'`) sees one camera and its own speed and curvature; only the
