@@ -321,22 +321,29 @@ def count(decisions: Iterable[Decision], *, first: int, generations: int) -> tup
 
 
 def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
-    """Put into each method's row the fixed interval along its axis whose FULL count is closest; of two, the larger.
+    """Put into each method's row what the fixed interval along its axis does with as many FULL passes.
 
-    ``gain_db`` is the method's PSNR less the control's; None where one of them equals full compute.
+    That is PSNR in dB, skip and speed-up of the intervals with the next fewer and the next more FULL passes,
+    interpolated; ``gain_db`` is the method's PSNR less that. None where there is no such pair, or its PSNR is unknown.
     """
-    controls = [row for row in rows if row["method"] == "fixed_interval"]
+    controls = [row for row in rows if row["method"] == "fixed_interval" and row["psnr_db"] is not None]
     for row in rows:
         row["control"] = None
-        same = [control for control in controls if control["over"] == row["over"]]
-        if row["method"] in ("never", "fixed_interval") or not same:
-            continue
         full = row["full_per_generation"]
-        control = min(same, key=lambda c: (abs(c["full_per_generation"] - full), -c["full_per_generation"]))
-        known = row["psnr_db"] is not None and control["psnr_db"] is not None
+        same = [control for control in controls if control["over"] == row["over"]]
+        fewer = [control for control in same if control["full_per_generation"] <= full]
+        more = [control for control in same if control["full_per_generation"] >= full]
+        if row["method"] in ("never", "fixed_interval") or not (fewer and more):
+            continue
+        low = max(fewer, key=lambda control: control["full_per_generation"])
+        high = min(more, key=lambda control: control["full_per_generation"])
+        apart = high["full_per_generation"] - low["full_per_generation"]
+        share = (full - low["full_per_generation"]) / apart if apart else 0.0
+        mixed = {key: (1 - share) * low[key] + share * high[key] for key in ("psnr_db", "skip", "speedup")}
         row["control"] = {
-            **{key: control[key] for key in ("name", "every", "full_per_generation", "skip", "psnr_db", "speedup")},
-            "gain_db": row["psnr_db"] - control["psnr_db"] if known else None,
+            "every": sorted({low["every"], high["every"]}),
+            **mixed,
+            "gain_db": None if row["psnr_db"] is None else row["psnr_db"] - mixed["psnr_db"],
         }
 
 
