@@ -18,11 +18,14 @@ from tests.serve.small import action
 from tests.serve.test_server import drive, near, solo
 
 SERVER = """
-import sys
+import json, sys, threading
 from pathlib import Path
 from holdover.serve.server import serve
 from tests.serve.small import small_world
-serve(small_world(), port=int(sys.argv[1]), folder=Path(sys.argv[2]), durable=True)
+world, threads = small_world(), set()
+world.model.register_forward_pre_hook(lambda *_: threads.add(threading.current_thread().name))
+serve(world, port=int(sys.argv[1]), folder=Path(sys.argv[2]), durable=True)
+print(json.dumps({"event": "served", "on": sorted(threads)}), file=sys.stderr)
 """
 
 
@@ -65,3 +68,13 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
     log = [json.loads(line) for line in second.communicate(timeout=120)[1].splitlines()]
     assert "drained" in [line["event"] for line in log]
     assert not any("traceback" in line for line in log)
+    assert log[-1] == {"event": "served", "on": ["MainThread"]}
+    assert second.returncode == 0
+
+
+def test_a_server_whose_port_is_taken_says_so(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = [sys.executable, "-c", SERVER, str(taken.getsockname()[1]), str(tmp_path)]
+        ended = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+    assert ended.returncode not in (0, -signal.SIGKILL)
+    assert "address already in use" in ended.stderr

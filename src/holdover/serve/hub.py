@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +27,7 @@ TAKEN_OVER, GONE = 4409, 4404
 
 
 class Hub:
-    """Runs the sessions of one world. Its state belongs to the event loop, the world to one thread of its own.
+    """Runs the sessions of one world. Its state belongs to the event loop, the world to one other thread.
 
     Args:
         world: the model and what it offers.
@@ -34,11 +35,20 @@ class Hub:
         folder: where sessions and snapshots are parked; sessions found there are taken up again.
         durable: write a session after each generation, before it is sent: then a killed server loses at most the
             generation in flight.
+        thread: the world's; by default a new one.
     """
 
-    def __init__(self, world: World, *, limits: Limits | None = None, folder: Path, durable: bool = False) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        limits: Limits | None = None,
+        folder: Path,
+        durable: bool = False,
+        thread: Executor | None = None,
+    ) -> None:
         self.world, self.limits, self.durable = world, limits or Limits(), durable
-        self.keeper = Keeper(world, folder=folder, max_bytes=self.limits.max_bytes)
+        self.keeper = Keeper(world, folder=folder, max_bytes=self.limits.max_bytes, thread=thread)
         self.metrics = Metrics()
         self.draining = False
         self.period = world.model.sizes.frames_per_latent / FPS

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -23,21 +23,22 @@ T = TypeVar("T")
 
 
 class Keeper:
-    """Holds the sessions of a world. Its state belongs to the event loop, the world to one thread of its own.
+    """Holds the sessions of a world. Its state belongs to the event loop, the world to one other thread.
 
     Args:
         world: the model.
         folder: where sessions and snapshots are parked; `load` takes up what is found there.
         max_bytes: of sessions and snapshots in memory.
+        thread: the world's; by default a new one.
     """
 
-    def __init__(self, world: World, *, folder: Path, max_bytes: int) -> None:
+    def __init__(self, world: World, *, folder: Path, max_bytes: int, thread: Executor | None = None) -> None:
         self.world, self.folder, self.max_bytes = world, folder, max_bytes
         self.seats: dict[str, Seat] = {}
         self.shelf: OrderedDict[str, Shelved] = OrderedDict()
         #: Set when the scheduler should look at the seats again.
         self.wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "holdover-world")
+        self._thread = thread or ThreadPoolExecutor(1, "holdover-world")
 
     async def load(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

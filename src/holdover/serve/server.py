@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import ParamSpec, TypeVar
 
 import uvicorn
 
@@ -15,6 +21,37 @@ from holdover.serve.hub import Hub
 from holdover.serve.protocol import MAX_MESSAGE
 from holdover.serve.seats import Limits
 from holdover.serve.world import World
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ThisThread(Executor):
+    """Does its work on the thread that calls `run`, until it is shut down."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+    def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._work.put(work)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._work.put(None)
+
+    def run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
 
 
 class JsonLines(logging.Formatter):
@@ -44,6 +81,9 @@ def serve(
 ) -> None:
     """Serve a world until SIGINT or SIGTERM: then finish the generation in flight and park the sessions.
 
+    The world runs on the calling thread, which must be the main one, and the server beside it: elsewhere the threads of
+    OpenMP sleep between operations, by which a generation took twice as long on two cores.
+
     Args:
         world: what is served.
         host, port: where to listen.
@@ -57,7 +97,8 @@ def serve(
     """
     if not tokens and not is_loopback(host):
         raise ValueError(f"host={host!r} is reached by others, and there are no tokens; give a file of tokens")
-    app = create_app(Hub(world, limits=limits, folder=folder, durable=durable), Access(tokens or ()))
+    this = ThisThread()
+    app = create_app(Hub(world, limits=limits, folder=folder, durable=durable, thread=this), Access(tokens or ()))
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     for name in ("holdover.serve", "uvicorn"):
@@ -68,4 +109,21 @@ def serve(
         app, host=host, port=port, log_config=None, access_log=False, ws_max_size=MAX_MESSAGE, ws="websockets-sansio",
         timeout_graceful_shutdown=30, server_header=False,
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    server, ended = uvicorn.Server(config), list[BaseException]()
+
+    def listen() -> None:
+        try:
+            server.run()
+        except BaseException as error:  # the exit of a server that could not start, too
+            ended.append(error)
+        finally:
+            this.shutdown()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
+    listening = Thread(target=listen, name="holdover-server")
+    listening.start()
+    this.run()
+    listening.join()
+    if ended:
+        raise ended[0]
