@@ -1,4 +1,4 @@
-r"""PPO learns to keep the lane inside the world model, with and without X-Cache, from the same seed.
+r"""PPO is trained to keep the lane inside the world model, with and without X-Cache, from the same seed.
 
     holdover world train --data data/train --heldout data/heldout --out runs/one-camera \
         --size tiny --camera front_wide --steps 2500 --batch 8
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint; its first camera is what the agent sees")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--runs", type=Path, default=Path("runs/ppo"), help="what was learnt so far")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenario", default="highway", help="urban, highway or uturn")
     options = parser.parse_args()

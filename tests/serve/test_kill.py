@@ -7,12 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import pytest
 
+from holdover.serve.server import ThisThread
 from tests.serve.live import Live
 from tests.serve.small import action
 from tests.serve.test_server import drive, near, solo
@@ -70,6 +74,24 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not any("traceback" in line for line in log)
     assert log[-1] == {"event": "served", "on": ["MainThread"]}
     assert second.returncode == 0
+
+
+def test_work_is_done_by_the_thread_that_runs_it() -> None:
+    this, asked = ThisThread(), list[Future[str]]()
+
+    def ask() -> None:
+        asked.append(this.submit(lambda: threading.current_thread().name))
+        asked.append(this.submit(str, b"x", "no such encoding"))
+        this.shutdown()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    this.run()
+    asking.join()
+    assert asked[0].result(timeout=0) == threading.current_thread().name
+    assert isinstance(asked[1].exception(timeout=0), LookupError)
+    with pytest.raises(RuntimeError, match="shutting down"):
+        this.submit(str)
 
 
 def test_a_server_whose_port_is_taken_says_so(tmp_path: Path) -> None:

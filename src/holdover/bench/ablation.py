@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from holdover.bench.ablation_card import card
 from holdover.bench.cards import write_card
 from holdover.bench.fidelity import psnr
 from holdover.bench.lanes import Arm, Race
-from holdover.bench.measure import Metrics, describe, describe_full, environment
+from holdover.bench.measure import Metrics, describe, describe_full, environment, finite
 from holdover.bench.reaction import drive, moments
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import cadence_block_share
@@ -147,5 +146,5 @@ def _run(
                 figures = describe(race, arm.name, scenario, metrics, reactions[arm.name])
                 del figures["cosine_by_step_and_block"]  # the demo's; here it would bury the rest
                 off = psnr(np.array(race.lanes[arm.name].commit_errors()))
-                rows.append({**figures, "committed_as_emitted_db": off if math.isfinite(off) else None})
+                rows.append({**figures, "committed_as_emitted_db": finite(off)})
     return {"name": scenario.name, "reaction_measured_at": at, "rows": rows}

@@ -147,10 +147,10 @@ def _fidelity(comparison: Comparison, window_frames: int) -> dict[str, Any]:
     return {
         "stitched": comparison.fidelity().to_json(),
         "cameras": {camera: comparison.fidelity(camera).to_json() for camera in cameras},
-        "psnr_db_first_5s": _finite(comparison.psnr(frames=slice(_EDGE))),
-        "psnr_db_last_5s": _finite(comparison.psnr(frames=slice(-_EDGE, None))),
-        "psnr_db_by_window": [_finite(value) for value in comparison.psnr_by(window_frames)],
-        "psnr_db_by_second": [_finite(value) for value in comparison.psnr_by(INTERVAL)],
+        "psnr_db_first_5s": finite(comparison.psnr(frames=slice(_EDGE))),
+        "psnr_db_last_5s": finite(comparison.psnr(frames=slice(-_EDGE, None))),
+        "psnr_db_by_window": [finite(value) for value in comparison.psnr_by(window_frames)],
+        "psnr_db_by_second": [finite(value) for value in comparison.psnr_by(INTERVAL)],
     }
 
 
@@ -160,22 +160,23 @@ def _truth(lane: Lane, scenario: Scenario, metrics: Metrics) -> dict[str, Any] |
         return None
     comparison = compare(lane.video(), scenario.truth, every=metrics.every)
     return {
-        "psnr_db": _finite(comparison.psnr()),
+        "psnr_db": finite(comparison.psnr()),
         "ssim": comparison.ssim["stitched"],
         "psnr_db_by_horizon": {
-            str(seconds): _finite(comparison.psnr(frames=slice(seconds * FPS)))
+            str(seconds): finite(comparison.psnr(frames=slice(seconds * FPS)))
             for seconds in HORIZONS
             if seconds * FPS <= len(comparison.errors["stitched"])
         },
     }
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """As JSON has it: None where it is infinite or no number."""
     return value if math.isfinite(value) else None
 
 
 def _nullable(values: NDArray[np.float64]) -> list[float | None]:
-    return [_finite(float(value)) for value in values]
+    return [finite(float(value)) for value in values]
 
 
 def _processor() -> str:

@@ -27,12 +27,15 @@ T = TypeVar("T")
 
 
 class ThisThread(Executor):
-    """Does its work on the thread that calls `run`, until it is shut down."""
+    """Does its work on the thread that calls `run`, until it is shut down; what is submitted after that is refused."""
 
     def __init__(self) -> None:
+        self._closed = False
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        if self._closed:
+            raise RuntimeError("the server is shutting down")
         future: Future[T] = Future()
 
         def work() -> None:
@@ -47,6 +50,7 @@ class ThisThread(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._closed = True
         self._work.put(None)
 
     def run(self) -> None:
