@@ -4,8 +4,8 @@ r"""PPO is trained to keep the lane inside the world model, with and without X-C
         --size tiny --camera front_wide --steps 2500 --batch 8
     python benchmarks/ppo.py --model runs/one-camera
 
-The agent (stable-baselines3, `pip install 'holdover[rl]'`) sees one camera and its own speed and curvature; only the
-reward tells it where the lane is. What was learnt is kept under ``--runs`` after every update: a run that was killed
+The agent (stable-baselines3, `pip install 'holdover[rl]'`) sees one camera, its own speed and curvature, and where in
+the lane it is. What was learnt is kept under ``--runs`` after every update: a run that was killed
 goes on from there, with new episodes. Writes ``ppo.md``, ``ppo.json`` and ``ppo.png``.
 """
 
@@ -38,6 +38,7 @@ from holdover.world.transformer import WorldModel
 POLICIES = ("xcache_reactive", "never")
 CARS = 4  # driven by the agent as it stands, between updates
 OVER = 50  # episodes of a mean
+HEADING = 0.2  # radians off the lane's heading that are as good as any more
 #: Steps are per car and update; episodes last 60 at most.
 PPO_OPTIONS: dict[str, Any] = {"n_steps": 128, "batch_size": 128, "n_epochs": 5, "gamma": 0.95, "learning_rate": 7e-4}
 #: Standard deviation of actions at the beginning and at the end, geometric in between, as a share of their range; the
@@ -47,13 +48,18 @@ NOISE = (0.1, 0.02)
 
 
 def make_env(course: Course, scenario: str | None, policy: str, camera: str) -> gymnasium.Env[Any, Any]:
-    """The environment as a network likes it: actions and own motion in [-1, 1], and returns noted."""
+    """The environment as a network likes it: actions and all that is no picture in [-1, 1], and returns noted."""
     env = gymnasium.make(ID, course=course, scenario=scenario, policy=policy, cameras=[camera])
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Dict)
-    most = space["ego"].high  # type: ignore[attr-defined]
-    scaled = gymnasium.spaces.Dict({**space, "ego": gymnasium.spaces.Box(-1, 1, most.shape)})
-    env = TransformObservation(env, lambda seen: {**seen, "ego": seen["ego"] / most}, scaled)
+    most = {name: space[name].high for name in ("ego", "lane")}  # type: ignore[attr-defined]
+    most["lane"][1] = HEADING
+    scaled = gymnasium.spaces.Dict({**space, **{name: gymnasium.spaces.Box(-1, 1, (2,)) for name in most}})
+
+    def scale(seen: dict[str, Any]) -> dict[str, Any]:
+        return {**seen, **{name: np.clip(seen[name] / most[name], -1, 1) for name in most}}
+
+    env = TransformObservation(env, scale, scaled)
     return Monitor(RescaleAction(env, np.float32(-1), np.float32(1)))
 
 

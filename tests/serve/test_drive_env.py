@@ -53,14 +53,16 @@ def test_the_reward_is_progress_along_the_middle(course: Course) -> None:
     assert info["x"] == pytest.approx(5.0 * 4 / 12)  # four frames of a twelfth of a second
     assert reward == pytest.approx(5 / 30 * (1 - (0.5 / 1.75) ** 2), rel=1e-4)
     assert observation["ego"] == pytest.approx([5.0, 0.0], abs=1e-4)
+    assert observation["lane"] == pytest.approx([0.5, 0.0], abs=1e-4)
     assert observation["front_wide"].any()
     for _ in range(20):
-        _, reward, terminated, _, info = env.step(normalise_action(10.0, 0.1))
+        observation, reward, terminated, _, info = env.step(normalise_action(10.0, 0.1))
         if terminated:
             break
     assert terminated
     assert reward == -1
     assert info["offset"] > 1.75
+    assert observation["lane"] == pytest.approx([1.75, info["heading_error"]])
 
 
 @pytest.mark.parametrize("wall", [math.inf, 30.0, 10.0, 4.0, 3.0])

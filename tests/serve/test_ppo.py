@@ -43,6 +43,8 @@ def test_what_the_agent_is_shown_and_what_it_may_do(checkpoint: Path) -> None:
         assert drive._car.session.loop._actions[-1][0].tolist() == pytest.approx([speed, turn])
         ego = drive._car.ego
         assert seen["ego"] == pytest.approx([ego.speed / MAX_SPEED, ego.curvature / MAX_CURVATURE], rel=0.011)
+        offset, heading = drive._car.road.beside(ego)
+        assert seen["lane"] == pytest.approx(np.clip([offset / 1.75, heading / 0.2], -1, 1), rel=1e-5)
         assert (seen["front_wide"] == drive.newest.frames["front_wide"][-1]).all()
         assert seen in env.observation_space
 

@@ -113,6 +113,8 @@ class _Car:
             raise ValueError(f"camera {unknown[0]!r} is not one of {', '.join(sizes)}")
         self.pictures = {name: sizes[name] for name in (cameras or sizes)}
         ahead = [camera for camera in course.world.model.sizes.cameras if camera.yaw == 0]
+        most = np.array([max_offset, np.pi / 2], np.float32)
+        self._lane = -most, most
         self.ahead = max(ahead, key=lambda camera: camera.fov, default=None)
         self.session = WorldSession(course.world, policy=policy)
 
@@ -141,12 +143,17 @@ class _Car:
         return float(progress * (1 - (info["offset"] / self.max_offset) ** 2) * safe), False, info
 
     def observe(self, frames: Mapping[str, NDArray[np.uint8]] | None) -> dict[str, Any]:
-        """The newest frame of each camera, black before the first, and the car's own speed and curvature."""
+        """The newest frame of each camera, black before the first, the car's own motion, and its place in the lane."""
         seen: dict[str, Any] = {
             name: np.zeros(shape, np.uint8) if frames is None else frames[name][-1]
             for name, shape in self.pictures.items()
         }
-        return {**seen, "ego": np.array([self.ego.speed, self.ego.curvature], np.float32)}
+        beside = np.clip(self.road.beside(self.ego), *self._lane)
+        return {
+            **seen,
+            "ego": np.array([self.ego.speed, self.ego.curvature], np.float32),
+            "lane": beside.astype(np.float32),
+        }
 
     def spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
         """What it observes, and what it may be told."""
@@ -155,6 +162,7 @@ class _Car:
         }
         most = np.array([MAX_SPEED, MAX_CURVATURE], np.float32) * np.float32(1.01)
         seen["ego"] = gymnasium.spaces.Box(np.array([0, -1], np.float32) * most, most, dtype=np.float32)
+        seen["lane"] = gymnasium.spaces.Box(*self._lane, dtype=np.float32)
         return gymnasium.spaces.Dict(seen), gymnasium.spaces.Box(_LEAST, _MOST, dtype=np.float32)
 
     def _info(self) -> dict[str, Any]:
@@ -176,10 +184,12 @@ def _clipped(action: Any) -> NDArray[np.float32]:
 class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     """Keep the lane, swiftly. One step is one generation, a third of a second of the shipped model.
 
-    The action is normalised: speed in [0, 1], curvature in [-1, 1]. The observation is the newest frame of each camera,
-    and ``ego``, speed in m/s and curvature in 1/m. The reward is speed along the lane as a share of the greatest, times
-    one less the squared offset as a share of ``max_offset``; leaving the lane ends the episode at -1. Where the model
-    draws depth, less than two seconds to what is ahead cost their share, and running into it ends the episode likewise.
+    The action is normalised: speed in [0, 1], curvature in [-1, 1]. The observation is the newest frame of each camera;
+    ``ego``, speed in m/s and curvature in 1/m; and ``lane``, what a lane sensor would tell: metres left of the lane's
+    middle, ``max_offset`` at most, and radians left of its heading. The reward is speed along the lane as a share of
+    the greatest, times one less the squared offset as a share of ``max_offset``; leaving the lane ends the episode at
+    -1. Where the model draws depth, less than two seconds to what is ahead cost their share, and running into it ends
+    the episode likewise.
 
     Args:
         scenario: to start in; by default each episode draws one.
