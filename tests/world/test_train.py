@@ -305,7 +305,9 @@ def test_a_torch_that_cannot_train_is_refused_at_once(tmp_path: Path, monkeypatc
         train_autoencoder(tmp_path / "none", tmp_path, AutoencoderSchedule())
 
 
-@pytest.mark.parametrize("changes", [{"plain_share": 1.5}, {"unconditional_share": -0.1}, {"teacher_steps": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"plain_share": 1.5}, {"unconditional_share": -0.1}, {"teacher_steps": 0}, {"teacher_guidance": 0.5}]
+)
 def test_impossible_recipes_are_refused(changes: dict[str, Any]) -> None:
     [(name, value)] = changes.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdover.world.cameras import RIG, stitch
+from holdover.world.checkpoints import weights_digest, write_difference
 from holdover.world.clips import open_dataset
 from holdover.world.config import CONFIGS, Plane, WorldConfig, camera_rays, config_for, token_rays
 from holdover.world.kv_cache import KVCache
@@ -324,6 +325,26 @@ def test_a_checkpoint_keeps_weights_sizes_and_codec(tmp_path: Path, depth_channe
     folders = {"colour", "depth"} if depth_channels else {"colour"}
     files = {"config.json", "diffusion_pytorch_model.safetensors"}
     assert {path.name for path in (tmp_path / "model").iterdir()} == files | folders
+
+
+def test_a_student_is_kept_as_the_difference_from_its_teacher(tmp_path: Path) -> None:
+    teacher = small_model()
+    teacher.save(tmp_path)
+    kept, student = WorldModel.load(tmp_path, dtype=torch.float32), small_model()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.02)
+            parameter[..., ::2] += 0.01
+    write_difference(student, kept, tmp_path / "student")
+    read = WorldModel.load(tmp_path / "student", dtype=torch.float32)
+    for (name, value), before in zip(student.state_dict().items(), kept.state_dict().values(), strict=True):
+        most = (value - before).abs().amax(-1, keepdim=True)
+        assert ((read.state_dict()[name] - value).abs() <= 0.51 * most / 127 + 1e-7).all(), name
+    assert set(read.codec.autoencoders) == set(teacher.codec.autoencoders)
+    assert weights_digest(tmp_path / "student") != weights_digest(tmp_path)
+    small_model(layers=2).save(tmp_path)
+    with pytest.raises(ValueError, match="student does not hold what a WorldModel like this is to be changed by"):
+        WorldModel.load(tmp_path / "student")
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 Network = TypeVar("Network", bound=ModelMixin)
+
+#: Of a network that lies beside the one it began with, half as large as its weights would be.
+DIFFERENCE = "difference.safetensors"
 
 
 def write_network(network: ModelMixin, folder: Path) -> None:
@@ -31,9 +34,43 @@ def write_network(network: ModelMixin, folder: Path) -> None:
     temporary.rmdir()
 
 
+def write_difference(network: ModelMixin, base: ModelMixin, folder: Path) -> None:
+    """Write what a network adds to another of the same sizes: eight bits a value, and a scale for every row."""
+    tensors = {}
+    for (name, own), other in zip(network.state_dict().items(), base.state_dict().values(), strict=True):
+        added = own.float() - other.float()
+        scale = (added.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        tensors[name] = (added / scale).round().to(torch.int8)
+        tensors[f"{name}.scale"] = scale
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".partial"
+    save_file(tensors, temporary)
+    temporary.chmod(0o644)
+    temporary.replace(folder / DIFFERENCE)
+
+
+def add_difference(network: ModelMixin, folder: Path) -> None:
+    """Make a network what another was: the reverse of `write_difference`, within half a scale.
+
+    Raises:
+        ValueError: the folder holds the difference from another kind of network.
+    """
+    try:
+        tensors = load_file(folder / DIFFERENCE)
+        for name, value in network.state_dict().items():
+            value.copy_(value.float() + tensors.pop(name) * tensors.pop(f"{name}.scale"))
+        if tensors:
+            raise KeyError(*tensors)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} does not hold what a {type(network).__name__} like this is to be changed by"
+        ) from error
+
+
 def weights_digest(folder: Path) -> str:
-    """Tells the weights that `write_network` wrote from others."""
-    with (folder / SAFETENSORS_WEIGHTS_NAME).open("rb") as file:
+    """Tells the weights in a folder from others."""
+    name = DIFFERENCE if (folder / DIFFERENCE).is_file() else SAFETENSORS_WEIGHTS_NAME
+    with (folder / name).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 

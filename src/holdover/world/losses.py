@@ -5,6 +5,7 @@ Lipman et al., arXiv 2210.02747; noisy latents are ``(1 - sigma) * clean + sigma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -126,13 +127,18 @@ def distillation_loss(
         clean = _generate(predict, latents[:, :0], noise_like, latents, held, kv, sigmas[:level])
         noisy = (1 - sigmas[level]) * clean + sigmas[level] * noisy
     remaining = 1 - level / len(sigmas)  # of the way, before the shift
-    steps = remaining * torch.linspace(1, 1 / recipe.teacher_steps, recipe.teacher_steps)
+    count = math.ceil(remaining * recipe.teacher_steps)
+    steps = remaining * torch.linspace(1, 1 / count, count)
+
+    def guided(sigma: float, x: Tensor) -> Tensor:
+        told: Tensor = teacher(x, sigma=sigma, action_BFA=held, cache=teachers_kv).float()
+        if recipe.teacher_guidance == 1:
+            return told
+        untold = teacher(x, sigma=sigma, action_BFA=None, cache=teachers_kv).float()
+        return torch.lerp(untold, told, recipe.teacher_guidance)
+
     with torch.no_grad():
-        target = follow_flow(
-            lambda sigma, x: teacher(x, sigma=sigma, action_BFA=held, cache=teachers_kv).float(),
-            noisy,
-            shifted(steps, recipe.shift).tolist(),
-        )
+        target = follow_flow(guided, noisy, shifted(steps, recipe.shift).tolist())
     sigma_B = torch.full((len(latents),), sigmas[level], device=latents.device)
     return error(predict(noisy, sigma=sigma_B, action_BFA=held, cache=kv), target, sigma_B, recipe)
 

@@ -20,7 +20,9 @@ class Recipe(Schedule):
         l1: weight of an absolute error beside the squared one; it keeps edges sharper.
         levels: a few-step model is trained at so many noise levels alone, the sampler's; 0: at all noise levels.
         shift: of the noise levels.
-        teacher_steps: Euler steps in which a teacher, where there is one, follows the flow to what is learned from it.
+        teacher_steps: Euler steps in which a teacher, where there is one, follows the whole flow, to show its end.
+        teacher_guidance: of a teacher on the action, which the student then has in one pass (Meng et al., arXiv
+            2210.03142); 1 for none.
     """
 
     steps: int = 1600
@@ -34,11 +36,14 @@ class Recipe(Schedule):
     levels: int = 0
     shift: float = 5.0
     teacher_steps: int = 8
+    teacher_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher_steps < 1:
             raise ValueError(f"teacher_steps={self.teacher_steps} must be at least 1")
+        if not self.teacher_guidance >= 1:
+            raise ValueError(f"teacher_guidance={self.teacher_guidance} must be 1, for none, or more")
         for name in ("own_context_from", "plain_share", "unconditional_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, between 0 and 1")
@@ -50,4 +55,4 @@ class Recipe(Schedule):
 
 
 #: Of a few-step student, which begins with its teacher's weights.
-STUDENT = Recipe(steps=400, levels=4, muon_rate=0.005, adam_rate=0.0003, ema=0.99, seed=1)
+STUDENT = Recipe(steps=280, levels=4, muon_rate=0.005, adam_rate=0.0003, ema=0.99, seed=1, teacher_guidance=2.0)

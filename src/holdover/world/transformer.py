@@ -30,7 +30,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from holdover.engine.slots import Slot, ViewGroup
-from holdover.world.checkpoints import read_network, write_network
+from holdover.world.checkpoints import DIFFERENCE, add_difference, read_network, write_network
 from holdover.world.config import WorldConfig, token_rays
 from holdover.world.kv_cache import KVBatch, KVCache
 from holdover.world.latents import Codec
@@ -328,10 +328,16 @@ class WorldModel(ModelMixin, ConfigMixin):
     def load(cls, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> WorldModel:
         """Read a model and its codec, in evaluation mode.
 
+        A student may lie in its teacher's folder, as the difference from it (`write_difference`).
+
         Raises:
             FileNotFoundError: there is no such folder.
             ValueError: the folder does not hold a world model, or not one of this version.
         """
+        if (folder / DIFFERENCE).is_file():
+            model = cls.load(folder.parent, dtype=dtype)
+            add_difference(model, folder)
+            return model
         if not (folder / cls.config_name).is_file():
             raise FileNotFoundError(f"no world model in {folder}; train one with `holdover world train`")
         model = read_network(cls, folder, dtype)
