@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class WorldConfig:
     def modalities(self) -> tuple[str, ...]:
         return ("colour", "depth") if self.depth_channels else ("colour",)
 
-    @property
+    @cached_property
     def groups(self) -> tuple[tuple[Camera, ...], ...]:
         """The cameras by view group, groups in the order of their first camera."""
         names = list(dict.fromkeys(camera.group for camera in self.cameras))
@@ -109,7 +110,7 @@ class WorldConfig:
         """Latents of a token, each way."""
         return self.patch if modality == "colour" else self.depth_patch
 
-    @property
+    @cached_property
     def view_groups(self) -> tuple[ViewGroup, ...]:
         """Where tokens lie: the groups of cameras in colour, then the same in depth."""
         return tuple(
@@ -118,7 +119,7 @@ class WorldConfig:
             for group in self.groups
         )
 
-    @property
+    @cached_property
     def planes(self) -> tuple[Plane, ...]:
         """Every camera in every modality, in the order of their tokens."""
         planes: list[Plane] = []
@@ -128,7 +129,7 @@ class WorldConfig:
                 planes.append(Plane(camera, modality, *self.grid(camera, modality), start))
         return tuple(planes)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """N, tokens of one latent frame."""
         last = self.planes[-1]
