@@ -46,7 +46,7 @@ class DemoOptions:
     generations: int = 60
     seed: int = 0
     cadence: Cadence = "window"
-    every: int = 12
+    every: int = 20  # five generations: as many looks at each place of a cycle
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.scenarios if name not in NAMES]

@@ -30,7 +30,7 @@ def demo(
     clips: Clips = None,
     generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 60,
     seed: Seed = 0,
-    every: Annotated[int, typer.Option(help="SSIM and ST-LPIPS look at every so-manieth frame.")] = 12,
+    every: Annotated[int, typer.Option(help="SSIM and ST-LPIPS look at every so-manieth frame.")] = 20,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="One piece per chunk, committed each time.")] = False,
 ) -> None:
@@ -81,7 +81,7 @@ def calibrate(
             sys.path.insert(0, str(Path.cwd()))
             calibrated, loop = from_factory(factory)
         else:
-            world_model, _ = load(model)
+            world_model, _ = load(model, steps)
             calibrated = world_model
             loop = world_loop(world_model, steps=steps, generations=generations, seed=seed, clips=clips)
         figures = run_calibration(calibrated, loop, out, degree=degree, branch=branch)

@@ -111,7 +111,7 @@ def bench_methods(
 
         with bar() as progress:
             figures = run_methods(
-                load(model)[0],
+                load(model, steps)[0],
                 out,
                 steps=steps,
                 generations=generations,

@@ -83,11 +83,11 @@ def keep_memory() -> None:
     keep_memory()
 
 
-def load(path: Path | None) -> tuple[WorldModel, Path]:
-    """The model at ``path``, or the shipped one."""
+def load(path: Path | None, steps: int = 4) -> tuple[WorldModel, Path]:
+    """The model at ``path``, or the shipped one for so many steps."""
     keep_memory()
     from holdover.rollout.scenarios import shipped_model
     from holdover.world.transformer import WorldModel
 
-    path = path or shipped_model()
+    path = path or shipped_model(steps)
     return WorldModel.load(path), path

@@ -113,7 +113,7 @@ def evaluate(
     out: Benchmarks = Path("benchmarks"),
     model: Model = None,
     per_scenario: Annotated[int, typer.Option(help="Clips of every scenario.")] = 2,
-    generations: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 48,
+    generations: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 66,
     steps: Annotated[int, typer.Option(help="Denoising passes of a generation.")] = 4,
     guidance: Annotated[float, typer.Option(help="On the action: 1 for none.")] = 1.0,
     seed: Seed = 0,
@@ -126,7 +126,7 @@ def evaluate(
 
         with bar() as progress:
             figures = run_evaluation(
-                load(model)[0],
+                load(model, steps)[0],
                 out,
                 clips=clips,
                 data=data,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from holdover.rollout.driver import LoopConfig
 from holdover.world.clips import frame_count, list_clips, read_clip
 from holdover.world.transformer import WorldModel
 
@@ -45,13 +46,15 @@ class Scenario:
         return self.truth is None
 
 
-def shipped_model() -> Path:
-    """The checkpoint that comes with the package.
+def shipped_model(steps: int = LoopConfig.steps) -> Path:
+    """The checkpoint that comes with the package for so many steps: the student of a few, or its teacher.
 
     Raises:
         FileNotFoundError: this installation has none.
     """
     path = _assets() / "model"
+    if steps <= LoopConfig.steps:
+        path /= "student"
     if not path.is_dir():
         raise FileNotFoundError("this installation ships no world model; train one and pass it with --model")
     return path
