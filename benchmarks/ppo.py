@@ -181,7 +181,8 @@ def card(figures: dict[str, Any]) -> str:
     return (
         "# PPO inside the world model\n\n"
         f"`python benchmarks/ppo.py`: {figures['steps']} steps of `holdover/Drive-v1` from seed {figures['seed']}, "
-        f"{figures['scenario'] or 'all scenarios'}, seen through `{figures['camera']}` alone. First and last {OVER} "
+        f"{figures['scenario'] or 'all scenarios'}, from the pictures of `{figures['camera']}`, "
+        f"the car's own motion and its place in the lane. First and last {OVER} "
         "episodes; an episode keeps the lane if it lasts to its end, 60 steps.\n\n![returns](ppo.png)\n\n"
         "| policy of the world | episodes | return, first | last | kept the lane, first | last | skip | "
         f"ms per generation |\n| :-- | --: | --: | --: | --: | --: | --: | --: |\n{rows}\n{about(figures['on'])}\n"
