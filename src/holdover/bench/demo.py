@@ -12,7 +12,7 @@ from rich.progress import Progress, TaskID
 
 from holdover.bench.lanes import Arm, Lane, Race
 from holdover.bench.measure import Metrics, describe, describe_full, environment
-from holdover.bench.reaction import drive, moments
+from holdover.bench.reaction import EVENTS, drive, moments
 from holdover.bench.recording import command_line
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import cadence_block_share
@@ -28,6 +28,7 @@ from holdover.world.transformer import WorldModel
 #: What `run_demo` compares; the names are those of the policies.
 ARMS = (("xcache", LoopConfig(commit="first")), ("xcache_reactive", LoopConfig(commit="last_full")))
 MOMENTS = 1  # at which each rollout's reactions are measured
+SHOWN = [event for event in EVENTS if event.name in ("brake", "steer")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def run_demo(
     total = progress.add_task("demo", total=len(scenarios) * (options.generations + 1) + 1)
     share = cadence_block_share(model, scenarios[0], LoopConfig(cadence=options.cadence))
     progress.advance(total)
-    metrics = Metrics(every=options.every, distance=distance, block_shares={options.cadence: share})
+    metrics = Metrics(every=options.every, distance=distance, block_shares={options.cadence: share}, events=SHOWN)
     about = {**environment(checkpoint), "block_share": share}
     for name in NAMES:
         remove_rollouts(out, name)
@@ -145,7 +146,7 @@ def _run_scenario(
                 stats = lane.stats()
                 held[name].append(stats.bytes_held if stats else 0)
 
-        reactions = drive(race, scenario.actions, at=at, advance=advance)
+        reactions = drive(race, scenario.actions, at=at, events=metrics.events, advance=advance)
         progress.update(total, description=f"{scenario.name}: comparing")
         full = race.base(arms[0].name)
         policies = [describe_full(full, scenario, metrics)]

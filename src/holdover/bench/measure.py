@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from holdover.bench.fidelity import Comparison, compare
 from holdover.bench.lanes import Lane, Race
-from holdover.bench.reaction import EVENTS, Reaction, mean_ratio
+from holdover.bench.reaction import EVENTS, Event, Reaction, mean_ratio
 from holdover.bench.stlpips import StLpips
 from holdover.bench.timing import amdahl_bound, cycles, speedup
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
@@ -39,11 +39,13 @@ class Metrics:
         every: SSIM and ST-LPIPS look at every so-manieth frame.
         distance: ST-LPIPS, or None to leave it out.
         block_shares: per cadence, of the DiT time without a cache, what the blocks of denoising passes take.
+        events: those to which reactions are measured.
     """
 
     every: int
     distance: StLpips | None
     block_shares: Mapping[str, float]
+    events: Sequence[Event] = EVENTS
 
 
 def describe(
@@ -74,7 +76,7 @@ def describe(
         "bytes_held": stats.bytes_held,
         **_fidelity(comparison, config.window * config.frames_per_latent),
         "truth": _truth(lane, scenario, metrics),
-        "reaction": {event.name: mean_ratio(reactions, event.name) for event in EVENTS},
+        "reaction": {event.name: mean_ratio(reactions, event.name) for event in metrics.events},
         "reasons": dict(stats.reasons),
         "skip_by_block": _nullable(skip_by_block(decisions, config.layers)),
         "cosine_by_step_and_block": [
@@ -100,7 +102,7 @@ def describe_full(lane: Lane, scenario: Scenario, metrics: Metrics, *, name: str
         "stitched": perfect,
         "cameras": dict.fromkeys(lane.frames, perfect),
         "truth": _truth(lane, scenario, metrics),
-        "reaction": {event.name: 1.0 for event in EVENTS},
+        "reaction": {event.name: 1.0 for event in metrics.events},
         "reasons": {},
         "full_generations": len(lane.exact),
     }

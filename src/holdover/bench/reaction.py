@@ -143,7 +143,9 @@ def measure(
     ]
 
 
-def measure_race(race: Race, action: Tensor, *, horizon: int = 1) -> dict[str, list[Reaction]]:
+def measure_race(
+    race: Race, action: Tensor, *, events: Sequence[Event] = EVENTS, horizon: int = 1
+) -> dict[str, list[Reaction]]:
     """`measure` for every cached run of a race, where it stands; the race is not moved."""
     responses: dict[int, Responses] = {}
     reactions = {}
@@ -153,7 +155,7 @@ def measure_race(race: Race, action: Tensor, *, horizon: int = 1) -> dict[str, l
         full = fork(race.reference(name).loop, "reference")
         full.cache, full.config = None, replace(full.config, commit="first")
         memory = responses.setdefault(id(race.reference(name).loop), {})
-        reactions[name] = measure(lane.loop, full, action, horizon=horizon, full_responses=memory)
+        reactions[name] = measure(lane.loop, full, action, events=events, horizon=horizon, full_responses=memory)
     return reactions
 
 
@@ -162,6 +164,7 @@ def drive(
     actions: Tensor,
     *,
     at: Sequence[int] = (),
+    events: Sequence[Event] = EVENTS,
     horizon: int = 1,
     advance: Callable[[], None],
 ) -> dict[str, list[Reaction]]:
@@ -170,7 +173,7 @@ def drive(
     Args:
         actions: one per generation ``[G, A]``.
         at: generations at which to measure, see `moments`.
-        horizon: see `measure`.
+        events, horizon: see `measure`.
         advance: called after each generation.
 
     Returns:
@@ -179,7 +182,7 @@ def drive(
     reactions: dict[str, list[Reaction]] = {name: [] for name in race.lanes}
     for g, action in enumerate(actions):
         if g in at:
-            for name, found in measure_race(race, action, horizon=horizon).items():
+            for name, found in measure_race(race, action, events=events, horizon=horizon).items():
                 reactions[name] += found
         race.step(action)
         advance()
