@@ -17,6 +17,7 @@ from holdover.world.checkpoints import weights_digest, write_difference
 from holdover.world.clips import open_dataset
 from holdover.world.config import CONFIGS, Plane, WorldConfig, camera_rays, config_for, token_rays
 from holdover.world.kv_cache import KVCache
+from holdover.world.latents import Codec
 from holdover.world.rotary import RotaryTables, rotary_table, rotate
 from holdover.world.transformer import Block, WorldModel, attention, sigma_features
 
@@ -341,6 +342,7 @@ def test_a_student_is_kept_as_the_difference_from_its_teacher(tmp_path: Path) ->
         most = (value - before).abs().amax(-1, keepdim=True)
         assert ((read.state_dict()[name] - value).abs() <= 0.51 * most / 127 + 1e-7).all(), name
     assert set(read.codec.autoencoders) == set(teacher.codec.autoencoders)
+    assert set(Codec.load(tmp_path / "student", student.sizes).autoencoders) == set(teacher.codec.autoencoders)
     assert weights_digest(tmp_path / "student") != weights_digest(tmp_path)
     small_model(layers=2).save(tmp_path)
     with pytest.raises(ValueError, match="student does not hold what a WorldModel like this is to be changed by"):

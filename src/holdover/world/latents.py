@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
-from holdover.world.checkpoints import read_network, write_network
+from holdover.world.checkpoints import DIFFERENCE, read_network, write_network
 from holdover.world.config import Plane, WorldConfig
 from holdover.world.depth import from_metres, to_metres
 
@@ -52,11 +52,13 @@ class Codec:
 
     @classmethod
     def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype = torch.bfloat16) -> Codec:
-        """Read the autoencoders that lie beside a transformer.
+        """Read the autoencoders that lie beside a transformer; those of a student kept as a difference are its teacher's.
 
         Raises:
             ValueError: one is missing, or of another version or size, or was not trained to its end.
         """
+        if (folder / DIFFERENCE).is_file():
+            folder = folder.parent
         autoencoders = {}
         for modality in sizes.modalities:
             own = folder / modality
