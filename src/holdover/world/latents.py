@@ -52,7 +52,7 @@ class Codec:
 
     @classmethod
     def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype = torch.bfloat16) -> Codec:
-        """Read the autoencoders that lie beside a transformer; those of a student kept as a difference are its teacher's.
+        """Read the autoencoders that lie beside a transformer; a student kept as a difference has its teacher's.
 
         Raises:
             ValueError: one is missing, or of another version or size, or was not trained to its end.
