@@ -52,8 +52,8 @@ def make_env(course: Course, scenario: str | None, policy: str, camera: str) -> 
     env = gymnasium.make(ID, course=course, scenario=scenario, policy=policy, cameras=[camera])
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Dict)
-    most = {name: space[name].high for name in ("ego", "lane")}  # type: ignore[attr-defined]
-    most["lane"][1] = HEADING
+    ego, lane = (space[name].high for name in ("ego", "lane"))  # type: ignore[attr-defined]
+    most = {"ego": ego, "lane": np.array([lane[0], HEADING], np.float32)}
     scaled = gymnasium.spaces.Dict({**space, **{name: gymnasium.spaces.Box(-1, 1, (2,)) for name in most}})
 
     def scale(seen: dict[str, Any]) -> dict[str, Any]:

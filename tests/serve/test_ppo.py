@@ -37,6 +37,7 @@ def test_what_the_agent_is_shown_and_what_it_may_do(checkpoint: Path) -> None:
     env = make_env(course_of(WorldModel.load(checkpoint)), "highway", "never", "front_wide")
     assert env.action_space == gymnasium.spaces.Box(-1, 1, (2,))
     env.reset(seed=1)
+    assert env.unwrapped.observation_space["lane"].high == pytest.approx([1.75, np.pi / 2])  # type: ignore[index]
     for normalised, speed, turn in (([-1, 0], 0.0, 0.0), ([0, 1], 0.5, 1.0), ([1, -0.5], 1.0, -0.5)):
         seen, *_ = env.step(np.array(normalised, np.float32))
         drive: Any = env.unwrapped

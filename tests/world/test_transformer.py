@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdover.rollout.scenarios import shipped_model
 from holdover.world.cameras import RIG, stitch
 from holdover.world.checkpoints import weights_digest, write_difference
 from holdover.world.clips import open_dataset
@@ -347,6 +348,15 @@ def test_a_student_is_kept_as_the_difference_from_its_teacher(tmp_path: Path) ->
     small_model(layers=2).save(tmp_path)
     with pytest.raises(ValueError, match="student does not hold what a WorldModel like this is to be changed by"):
         WorldModel.load(tmp_path / "student")
+
+
+def test_few_steps_take_the_shipped_student_and_more_its_teacher() -> None:
+    student, teacher = WorldModel.load(shipped_model(4)), WorldModel.load(shipped_model(5))
+    assert shipped_model() == shipped_model(4)
+    assert student.sizes == teacher.sizes == CONFIGS["small"]
+    moved = {n for n, value in teacher.state_dict().items() if not torch.equal(student.state_dict()[n], value)}
+    assert moved == set(teacher.state_dict()) - {"no_action_C"}  # it is always told the action
+    assert set(Codec.load(shipped_model(), student.sizes).autoencoders) == {"colour", "depth"}
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:

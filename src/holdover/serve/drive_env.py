@@ -148,11 +148,10 @@ class _Car:
             name: np.zeros(shape, np.uint8) if frames is None else frames[name][-1]
             for name, shape in self.pictures.items()
         }
-        beside = np.clip(self.road.beside(self.ego), *self._lane)
         return {
             **seen,
             "ego": np.array([self.ego.speed, self.ego.curvature], np.float32),
-            "lane": beside.astype(np.float32),
+            "lane": np.clip(np.array(self.beside, np.float32), *self._lane),
         }
 
     def spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
@@ -166,7 +165,7 @@ class _Car:
         return gymnasium.spaces.Dict(seen), gymnasium.spaces.Box(_LEAST, _MOST, dtype=np.float32)
 
     def _info(self) -> dict[str, Any]:
-        offset, heading_error = self.road.beside(self.ego)
+        self.beside = offset, heading_error = self.road.beside(self.ego)
         return {"offset": offset, "heading_error": heading_error, "x": self.ego.x, "y": self.ego.y, "yaw": self.ego.yaw}
 
 

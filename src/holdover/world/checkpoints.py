@@ -43,7 +43,7 @@ def write_difference(network: ModelMixin, base: ModelMixin, folder: Path) -> Non
         tensors[name] = (added / scale).round().to(torch.int8)
         tensors[f"{name}.scale"] = scale
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".partial"
+    temporary = folder / f".partial-{DIFFERENCE}"
     save_file(tensors, temporary)
     temporary.chmod(0o644)
     temporary.replace(folder / DIFFERENCE)
