@@ -58,7 +58,7 @@ def attach(
         process_group=process_group,
     )
     cache = Cache(runtime)
-    if callable(view_groups):
+    if callable(view_groups) and policy.signal is not None and policy.signal.reads_layout:
         cache.ask_view_groups(model, view_groups)
     return cache
 
@@ -267,9 +267,10 @@ class StepContext:
         self._cache, self._steps, self._batched = cache, steps, batched
 
     def __enter__(self) -> None:
-        self._cache._require_attached()
-        self._cache._require_no_pass("a step")
-        self._cache._pass = Pass(self._cache._runtime, self._steps, self._batched)
+        cache = self._cache
+        cache._require_attached()
+        cache._require_no_pass("a step")
+        cache._pass = Pass(cache._runtime, self._steps, self._batched)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         done, self._cache._pass = self._cache._pass, None

@@ -99,11 +99,14 @@ class Signal(Protocol):
     """What a gate looks at.
 
     ``follows``: it is compared with that of the latest pass, be that computed or not; else with that of the pass in
-    which the span was last computed.
+    which the span was last computed. ``reads_layout``: it looks at the view groups, which the model must then be asked
+    for.
     """
 
     @property
     def follows(self) -> bool: ...
+    @property
+    def reads_layout(self) -> bool: ...
 
     def prepare(self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]) -> Reading:
         """Precompute what reading takes; the engine keeps it per shape and device."""

@@ -25,10 +25,10 @@ class Hook:
     def __init__(
         self,
         block: Block,
-        settled: dict[int, tuple[list[tuple[str, int]], bool]],
+        settled: dict[int, bool],
         dispatch: Callable[[Block, tuple[Any, ...], dict[str, Any]], Any],
     ) -> None:
-        self._block, self._dispatch, self._live = block, dispatch, True
+        self._block, self._dispatch = block, dispatch
         self._method = block.slot.method
         self._original = getattr(block.module, self._method)
         self._previous = block.module.__dict__.get(self._method)
@@ -38,17 +38,18 @@ class Hook:
 
         # Decisions must not be traced into a graph; what keeps Dynamo out is too slow for where it is not.
         disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
-        untraced = disable(self._answer)
+        untraced = disable(lambda args, kwargs: self._dispatch(block, args, kwargs))
+        # Every block of every pass comes by here, and finds the processor's caches emptied by the one before.
+        is_traced, settled_how = torch.compiler.is_dynamo_compiling, settled.pop
+        index, compute, read = block.index, block.compute, block.read
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 return untraced(args, kwargs)
-            decided = settled.pop(block.index, None)
-            if decided is None:
-                return self._answer(args, kwargs)
-            labels, computed = decided
-            labels.append(block.label)
-            return block.compute(*args, **kwargs) if computed else block.read(args, kwargs)
+            computed = settled_how(index, None)
+            if computed:
+                return compute(*args, **kwargs)
+            return self._dispatch(block, args, kwargs) if computed is None else read(args, kwargs)
 
         # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.
         self._forward = functools.wraps(self._original, updated=())(forward)
@@ -57,14 +58,12 @@ class Hook:
 
     def remove(self) -> None:
         """Take the dispatcher out, or leave it as a pass-through where something else wraps it."""
-        self._live = False
+        self._dispatch = self._pass_through
         if hasattr(self._block.module, MARK):  # another of its methods may have been a slot, and be gone already
             delattr(self._block.module, MARK)
         self._withdraw()
 
-    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._live:
-            return self._dispatch(self._block, args, kwargs)
+    def _pass_through(self, _: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._withdraw()
         return self._original(*args, **kwargs)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from holdover.engine.contract import Call, Predictor, Verdict
+from holdover.engine.contract import Call, Predictor
 from holdover.engine.rows import Row, Runtime
 from holdover.engine.slots import Block, Span
 from holdover.engine.state import ANY
@@ -31,7 +31,7 @@ class OpenSpan:
     """A span that the pass is in: its first block has been answered, its last may not have been.
 
     Attributes:
-        calls: per row what its gate and predictor were shown; empty where a span is computed at every pass.
+        calls: per row what its gate and predictor were shown.
         reasons: per row why it is computed, None where it is reused; ``scores`` is what the gate looked at.
         computed: the rows that are computed.
         apart: whether rows can be computed without the others.
@@ -61,11 +61,13 @@ class OpenSpan:
     passes_through: bool = False
 
     def __post_init__(self) -> None:
-        self.computed = [n for n, reason in enumerate(self.reasons) if reason is not None]
-        self.notes = [
-            Note(row.place, self.blocks, reason is not None, reason or REUSE, scores)
-            for row, reason, scores in zip(self.rows, self.reasons, self.scores, strict=True)
-        ]
+        self.computed, self.notes = [], []
+        for n, reason in enumerate(self.reasons):
+            if reason is not None:
+                self.computed.append(n)
+            self.notes.append(
+                Note(self.rows[n].place, self.blocks, reason is not None, reason or REUSE, self.scores[n])
+            )
 
 
 class Pass:
@@ -96,6 +98,8 @@ class Pass:
         if self._always is not None:
             return self._plainly(block, self._always, args, kwargs)
         span = self._runtime.span_of[block.index]
+        if span.computed is not None:
+            return self._probe(block, span.computed, args, kwargs)
         if block.index == span.first:
             self._open = self._decide(block, span, args, kwargs)
             self._notes += self._open.notes
@@ -128,23 +132,41 @@ class Pass:
     def _plainly(self, block: Block, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a block of a pass in which all are."""
         if not self._notes:
-            labels: list[tuple[str, int]] = []
-            self._notes = [Note(place(step), labels, True, reason, {}) for step in self._steps]
-            self._settled.update(self._runtime.settle(0, len(self._runtime.blocks) - 1, labels, computed=True))
-            self._runtime.settled.pop(block.index, None)
-        self._notes[0].blocks.append(block.label)
+            settled, labels = self._runtime.settle(0, len(self._runtime.blocks) - 1, computed=True)
+            self._settled.update(settled)
+            blocks = list(labels)
+            self._notes = [Note(place(step), blocks, True, reason, {}) for step in self._steps]
+        if not self._runtime.settled.pop(block.index, False):
+            self._notes[0].blocks.append(block.label)
         return block.compute(*args, **kwargs)
+
+    def _probe(self, block: Block, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute a block that is computed at every pass, and of which nothing is held."""
+        x = self._entering(block, args, kwargs)
+        if self._runtime.policy.reads_entry:
+            self._entries(block, x)
+        labels = [block.label]
+        self._notes += [Note(row.place, labels, True, reason, {}) for row in self._rows]
+        output = block.compute(*args, **kwargs)
+        if block.overwrites_input is None and self._entry is not None and len(self._ran) == 1:
+            block.overwrites_input = _overwrote(block, self._entry, output, args, kwargs)
+        return output
 
     def _settle(self, current: OpenSpan) -> None:
         """Between the first and the last block of a span there may be nothing left to decide or to look at."""
         span = current.span
         if current.passes_through or (not current.predictions and self._runtime.alike.get(span.first)):
-            computed = not current.passes_through
-            self._settled.update(self._runtime.settle(span.first + 1, span.last - 1, current.blocks, computed=computed))
+            settled, labels = self._runtime.settle(span.first + 1, span.last - 1, computed=not current.passes_through)
+            self._settled.update(settled)
+            current.blocks += labels
 
     def close(self) -> None:
         """The model has run, well or not."""
-        self._runtime.settled.clear()
+        left = self._runtime.settled
+        if left:  # it left out blocks that were noted when they were settled
+            for note in self._notes:
+                note.blocks[:] = [label for label in note.blocks if label[1] not in left]
+            left.clear()
 
     def commit(self) -> None:
         """The pass ended well: its decisions, and what it held, become the streams'."""
@@ -157,8 +179,10 @@ class Pass:
         for row in self._rows:
             row.commit()
         for row in self._rows:
-            self._heed_audit(row, tallies[row.step.stream])
-            self._warn_if_barren(row)
+            if row.audit_errors:
+                self._heed_audit(row, tallies[row.step.stream])
+            if (row.stream.barren or 0) >= BARREN:
+                self._warn_if_barren(row)
 
     def roll_back(self) -> None:
         """The pass failed."""
@@ -166,15 +190,10 @@ class Pass:
             row.roll_back()
 
     def _decide(self, block: Block, span: Span, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpenSpan:
-        x = block.read(args, kwargs)
-        if self._batched and x.shape[0] != len(self._rows):
-            raise ValueError(f"the batch has {x.shape[0]} rows, the step {len(self._rows)}; pass one Step per row")
+        x = self._entering(block, args, kwargs)
         predictor = self._runtime.policy.predictor
         parts = self._per_row(x)
         entries = self._entries(block, x) if self._runtime.policy.reads_entry else parts
-        if span.computed is not None:
-            every = [span.computed] * len(parts)
-            return OpenSpan(span=span, rows=self._rows, calls=[], reasons=every, scores=[{}] * len(parts), apart=False)
         reading = self._runtime.reading(parts[0])
         taps: dict[str, Sequence[Tensor]] = {}
 
@@ -187,21 +206,27 @@ class Pass:
             other_args, other_kwargs = block.replace(args, kwargs, hidden)
             return block.split(block.compute(*other_args, **other_kwargs))[0]
 
-        calls = [
-            row.call(span, part, entry, partial(tap, row=n), compute)
-            for n, (row, part, entry) in enumerate(zip(self._rows, parts, entries, strict=True))
-        ]
-        verdicts = [row.judge(call, reading) for row, call in zip(self._rows, calls, strict=True)]
+        calls: list[Call] = []
+        reasons: list[str | None] = []
+        scores: list[Mapping[str, float]] = []
+        for n, row in enumerate(self._rows):
+            call = row.call(span, parts[n], entries[n], partial(tap, row=n), compute)
+            verdict = row.judge(call, reading)
+            calls.append(call)
+            reasons.append(verdict.reason)
+            scores.append(verdict.scores)
         apart = self._batched and self._runtime.splits(span)
-        reasons, scores = self._agree(verdicts, x, apart), [verdict.scores for verdict in verdicts]
+        if self._batched or self._runtime.process_group is not None:
+            reasons = self._agree(reasons, x, apart)
         current = OpenSpan(span=span, rows=self._rows, calls=calls, reasons=reasons, scores=scores, apart=apart)
-        for row, reason in zip(self._rows, reasons, strict=True):
-            row.decided[span.first] = reason is None
+        for n, row in enumerate(self._rows):
+            row.decided[span.first] = reasons[n] is None
         if predictor is None:
             return current
         for n, (row, call) in enumerate(zip(self._rows, calls, strict=True)):
-            if current.reasons[n] is not None:
-                row.prepare(call, reading)
+            if reasons[n] is not None:
+                if call.signal is None:
+                    row.prepare(call, reading)
                 if block.overwrites_input is not False:
                     call.x = call.x.clone()
                 continue
@@ -209,13 +234,20 @@ class Pass:
             row.reuse(call, current.predictions[n])
             if row.draw_audit():
                 current.audited.append(n)
-        beside = any(call.held is not None and call.held.extras for call in calls)
-        current.passes_through = not (current.computed or current.audited or beside)
+        if not (current.computed or current.audited):
+            current.passes_through = not any(call.held is not None and call.held.extras for call in calls)
         if current.audited:
             current.shadow = self._joined([parts[n] for n in current.audited]) if apart else x
             if block.overwrites_input is not False:
                 current.shadow = current.shadow.clone()
         return current
+
+    def _entering(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The hidden state that enters a block, with a row per step."""
+        x = block.read(args, kwargs)
+        if self._batched and x.shape[0] != len(self._rows):
+            raise ValueError(f"the batch has {x.shape[0]} rows, the step {len(self._rows)}; pass one Step per row")
+        return x
 
     def _entries(self, block: Block, x: Tensor) -> Sequence[Tensor]:
         """What entered the pass's first block, by row; kept from there on for the spans that follow."""
@@ -223,9 +255,8 @@ class Pass:
             self._entry = x if block.overwrites_input is False else x.clone()
         return self._per_row(self._entry)
 
-    def _agree(self, verdicts: Sequence[Verdict], x: Tensor, apart: bool) -> list[str | None]:
+    def _agree(self, reasons: list[str | None], x: Tensor, apart: bool) -> list[str | None]:
         """Per row why it is computed, be it that another row, or another rank, needs it; None where nobody does."""
-        reasons = [verdict.reason for verdict in verdicts]
         if not apart and any(reason is not None for reason in reasons):
             reasons = [reason or "batch" for reason in reasons]
         if self._runtime.process_group is None:
@@ -246,22 +277,22 @@ class Pass:
         if within and not current.predictions and isinstance(output, Tensor):
             return output  # what is held comes from the last block
         if block.overwrites_input is None and block.index == span.first:
-            block.overwrites_input = self._overwrites(block, current, output, args, kwargs)
-        if span.computed is not None:
-            return output
+            before = self._joined([current.calls[n].x for n in computed])
+            block.overwrites_input = _overwrote(block, before, output, args, kwargs)
         hidden, extras = block.split(output)
         if block.index - 1 in current.extras:
             given = {id(value) for value in (*args, *kwargs.values())}
-            before = (item for item in current.extras[block.index - 1] if isinstance(item, Tensor))
-            current.handed_on &= all(id(item) in given for item in before)
+            handed = (item for item in current.extras[block.index - 1] if isinstance(item, Tensor))
+            current.handed_on &= all(id(item) in given for item in handed)
         if extras is not None:
             current.extras[block.index] = extras
         if block.index == span.last:
             lasting = self._lasting(current)
             for n, (at, y) in enumerate(zip(computed, self._per_row(hidden), strict=True)):
-                row, call = current.rows[at], current.calls[at]
-                rest = {b: self._extras_of(n, len(computed), block, items) for b, items in lasting.items()}
-                row.remember(call, y, rest)
+                rest = lasting
+                if self._batched and rest:
+                    rest = {b: self._extras_of(n, len(computed), block, items) for b, items in rest.items()}
+                current.rows[at].remember(current.calls[at], y, rest)
         return output
 
     def _lasting(self, current: OpenSpan) -> dict[int, tuple[Any, ...]]:
@@ -276,20 +307,6 @@ class Pass:
             whole = len(kinds) == span.last - span.first + 1 and all(kind == kinds[-1] for kind in kinds)
             alike[span.first] = not kinds or (whole and current.handed_on and self._runtime.audit.rate == 0)
         return {ANY: extras[span.last]} if extras and alike.get(span.first) else extras
-
-    def _overwrites(
-        self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool | None:
-        """Whether a block that has run overwrote its input; None where no copy of that was made."""
-        if current.span.computed is None:
-            before = self._joined([current.calls[n].x for n in current.computed])
-        elif self._entry is not None and len(self._ran) == 1:
-            before = self._entry
-        else:
-            return None
-        hidden, entered = block.split(output)[0], block.read(args, kwargs)
-        aliased = hidden.data_ptr() == entered.data_ptr()  # a later block of the span could overwrite it
-        return aliased or not torch.equal(before, entered)
 
     def _reuse(
         self, block: Block, current: OpenSpan, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -317,7 +334,8 @@ class Pass:
         ]
         if block.index in current.extras:
             for n, at in enumerate(computed):
-                extras[at] = self._extras_of(n, len(computed), block, current.extras[block.index])
+                items = current.extras[block.index]
+                extras[at] = self._extras_of(n, len(computed), block, items) if self._batched else items
         if extras[0] is None:
             return hidden
         if block.slot.beside is not None:
@@ -356,7 +374,7 @@ class Pass:
 
     def _warn_if_barren(self, row: Row) -> None:
         runtime = self._runtime
-        if runtime.policy.predictor is None or runtime.warned_barren or (row.stream.barren or 0) < BARREN:
+        if runtime.policy.predictor is None or runtime.warned_barren:
             return
         runtime.warned_barren = True
         reasons = runtime.tallies[row.step.stream].reasons
@@ -375,8 +393,6 @@ class Pass:
 
     def _extras_of(self, row: int, rows: int, block: Block, items: tuple[Any, ...]) -> tuple[Any, ...]:
         """The share of one of ``rows`` rows in what a block returned beside its hidden state."""
-        if not self._batched:
-            return items
         for item in items:
             if isinstance(item, Tensor) and (item.dim() == 0 or item.shape[0] != rows):
                 raise ValueError(
@@ -384,6 +400,13 @@ class Pass:
                     f"has no row per stream; give each stream a pass of its own"
                 )
         return tuple(item[row : row + 1] if isinstance(item, Tensor) else item for item in items)
+
+
+def _overwrote(block: Block, before: Tensor, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a block that has run overwrote its input."""
+    hidden, entered = block.split(output)[0], block.read(args, kwargs)
+    aliased = hidden.data_ptr() == entered.data_ptr()  # a later block of the span could overwrite it
+    return aliased or not torch.equal(before, entered)
 
 
 def _predicted(predictor: Predictor, call: Call) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,23 +41,27 @@ class Runtime:
     readings: dict[tuple[torch.Size, torch.device, tuple[ViewGroup, ...]], Reading] = field(default_factory=dict)
     #: By first block, whether the blocks of a span hand on what they return beside the hidden state, all the same kind.
     alike: dict[int, bool] = field(default_factory=dict)
-    #: Blocks that the pass in progress need not be asked about: where their labels go, and whether they are computed.
-    settled: dict[int, tuple[list[tuple[str, int]], bool]] = field(default_factory=dict)
+    #: Blocks that the pass in progress need not be asked about and that have not run: whether they are computed.
+    settled: dict[int, bool] = field(default_factory=dict)
     warned_barren: bool = False
 
     def __post_init__(self) -> None:
         spans = self.policy.spans(len(self.blocks))
         assert [b for span in spans for b in range(span.first, span.last + 1)] == list(range(len(self.blocks)))
         self.span_of = [span for span in spans for _ in range(span.first, span.last + 1)]
+        self._runs: dict[tuple[int, int, bool], tuple[dict[int, bool], list[tuple[str, int]]]] = {}
 
-    def settle(self, first: int, last: int, labels: list[tuple[str, int]], *, computed: bool) -> Sequence[int]:
-        """Ask the pass no more about these blocks, each of which may run once; returns which those are.
+    def settle(self, first: int, last: int, *, computed: bool) -> tuple[Mapping[int, bool], Sequence[tuple[str, int]]]:
+        """Ask the pass no more about these blocks, each of which may run once; returns which those are, and labels.
 
         Whether a call writes the KV cache is asked of every call of a block that can tell.
         """
-        found = [block for block in range(first, last + 1) if self.blocks[block].slot.kv_update is None]
-        self.settled.update(dict.fromkeys(found, (labels, computed)))
-        return found
+        key = first, last, computed
+        if key not in self._runs:
+            found = [block for block in self.blocks[first : last + 1] if block.slot.kv_update is None]
+            self._runs[key] = {block.index: computed for block in found}, [block.label for block in found]
+        self.settled.update(self._runs[key][0])
+        return self._runs[key]
 
     def splits(self, span: Span) -> bool:
         """Whether rows of a batch can run through a span without the others."""
@@ -82,9 +86,7 @@ class Row:
         if step.stream not in runtime.streams:
             runtime.streams[step.stream] = Stream()
         self.stream = runtime.streams[step.stream]
-        self.stream.check(step)
-        generation = self.stream.generations.get(step.chunk)
-        run = self.stream.run(step)
+        generation, run = self.stream.find(step)
         if run is None and runtime.policy.lifetime == "generation":
             self.stream.free(step.branch)
         known = self.stream.conditions.get(step.branch)
@@ -99,12 +101,13 @@ class Row:
         self.pending: dict[Key, Held] = {}
         self.overwritten: set[Key] = set()
         #: What the guidance branch that came first in this pass decided, and what this one does, by first block.
-        shared = generation.shared if generation else {}
-        self.led = {
-            block: reused
-            for (index, block), (branch, reused) in shared.items()
-            if index == step.index and branch != step.branch
-        }
+        self.led: dict[int, bool] = {}
+        if generation and generation.shared:
+            self.led = {
+                block: reused
+                for (index, block), (branch, reused) in generation.shared.items()
+                if index == step.index and branch != step.branch
+            }
         self.decided: dict[int, bool] = {}
         self.asked = self.reused = self.warm_up = False
         self.reuses = self.stream.reuses
@@ -150,12 +153,13 @@ class Row:
             if not all(map(math.isfinite, metrics.values())):
                 return Verdict("nan", metrics)
         verdict = policy.gate.judge(call, metrics)
-        self._update(call, Kept(numbers=verdict.numbers))
+        if verdict.numbers:
+            self._update(call, Kept(numbers=verdict.numbers))
         return verdict._replace(reason=None) if led else verdict
 
     def prepare(self, call: Call, reading: Reading | None) -> None:
         """Before a span is computed: read the signal that will be held with it."""
-        if reading is not None and call.signal is None and self._has_room(call):
+        if reading is not None and self._has_room(call):
             call.signal = reading.read(call)
 
     def reuse(self, call: Call, y: Tensor) -> None:
@@ -170,12 +174,12 @@ class Row:
         """After a span was computed: hold what it did, if it fits."""
         predictor = self.runtime.policy.predictor
         assert predictor is not None
-        if not self._has_room(call):
+        if self.runtime.max_bytes is not None and not self._has_room(call):
             return
-        key = self._key(call.span.first)
+        key, y = self._key(call.span.first), y.detach()
         old = self.pending.get(key) or self.stream.held.get(key)
         held = self.pending[key] = Held(
-            numbers=self.runtime.policy.gate.learn(call, y.detach()),
+            numbers=self.runtime.policy.gate.learn(call, y),
             generation=self.ordinal,
             epoch=self.condition.epoch,
             action=self.step.action_vector,
@@ -189,8 +193,9 @@ class Row:
             spare = old.tensors if old and not old.shared else {}
             if spare:
                 self.overwritten.add(key)
-            held.tensors.update(predictor.remember(call, y.detach(), spare))
-            held.extras = {block: tuple(map(_kept, items)) for block, items in extras.items()}
+            held.tensors.update(predictor.remember(call, y, spare))
+            if extras:
+                held.extras = {block: tuple(map(_kept, items)) for block, items in extras.items()}
             if call.signal is not None:
                 held.tensors["signal"] = call.signal.detach()
         grown = held.nbytes - (old.nbytes if old else 0)

@@ -61,7 +61,12 @@ class Held:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.all_tensors())
+        total = 0
+        for tensor in self.tensors.values():
+            total += tensor.nbytes
+        for items in self.extras.values():
+            total += sum(item.nbytes for item in items if isinstance(item, Tensor))
+        return total
 
     def all_tensors(self) -> Iterator[Tensor]:
         yield from self.tensors.values()
@@ -149,6 +154,8 @@ class Condition:
     by_digest: bool = False
 
     def changed_to(self, condition: Any) -> bool:
+        if condition is None and self.frozen is None and not self.by_digest:
+            return False
         if self.by_digest:
             return self.digest is None or conditions.digest(conditions.freeze(condition)) != self.digest
         return not conditions.same(self.frozen, condition)
@@ -189,22 +196,22 @@ class Stream:
             nbytes=self.nbytes,
         )
 
-    def check(self, step: Step) -> None:
-        """Refuse a step that contradicts what was said about its generation.
+    def find(self, step: Step) -> tuple[Generation, Run | None] | tuple[None, None]:
+        """A step's generation, and the branch's run of it, as far as there are any.
 
         Raises:
             ValueError: ``commits``, or the branch's ``action`` or ``num_steps``, changed within the chunk.
         """
         generation = self.generations.get(step.chunk)
         if generation is None:
-            return
+            return None, None
         where = f"within chunk {step.chunk} of stream {step.stream!r}"
         if generation.commits != step.commits:
             raise ValueError(
                 f"commits changed to {step.commits} {where}; say it from the generation's first pass on, and number "
                 f"every generation anew"
             )
-        run = self.run(step)
+        run = generation.runs.get(step.branch)
         if run is not None and run.num_steps != step.num_steps:
             raise ValueError(f"num_steps changed from {run.num_steps} to {step.num_steps} {where}")
         if run is not None and run.action != step.action_vector:
@@ -212,6 +219,7 @@ class Stream:
                 f"action changed from {run.action} to {step.action_vector} {where}; a generation takes one action, "
                 f"the next generation the next"
             )
+        return generation, run
 
     def open(self, step: Step) -> Generation:
         """The generation of a step, new if its chunk is."""
@@ -238,11 +246,6 @@ class Stream:
         for branch, run in generation.runs.items() if generation else ():
             run.idle = run.num_steps
             self.free(branch)
-
-    def run(self, step: Step) -> Run | None:
-        """The branch of a step's generation; None before its first pass."""
-        generation = self.generations.get(step.chunk)
-        return generation.runs.get(step.branch) if generation else None
 
     def _close_latest(self) -> None:
         """Count how many generations in a row gave the gate nothing to decide, warm-up left out."""

@@ -55,25 +55,24 @@ class Step:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role={self.role!r} is not one of {', '.join(ROLES)}")
-        for name, value in (("chunk", self.chunk), ("index", self.index), ("num_steps", self.num_steps)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
+        if not (type(self.chunk) is type(self.index) is type(self.num_steps) is int):
+            for name, value in (("chunk", self.chunk), ("index", self.index), ("num_steps", self.num_steps)):
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
         if not 0 <= self.index < self.num_steps:
             raise ValueError(
                 f"index={self.index} is not one of num_steps={self.num_steps} passes; "
                 f"pass num_steps=len(sigmas) and index counted from 0"
             )
-        for name, given in (("stream", self.stream), ("branch", self.branch)):
-            if not isinstance(given, str):
-                raise ValueError(f"{name}={given!r} is not a name; pass a str")
+        if not (isinstance(self.stream, str) and isinstance(self.branch, str)):
+            name, given = ("branch", self.branch) if isinstance(self.stream, str) else ("stream", self.stream)
+            raise ValueError(f"{name}={given!r} is not a name; pass a str")
         if self.sigma is not None:
             object.__setattr__(self, "sigma", float(self.sigma))
-        object.__setattr__(self, "action_vector", _flatten(self.action))
+        object.__setattr__(self, "action_vector", None if self.action is None else _flatten(self.action))
 
 
-def _flatten(action: ActionLike) -> tuple[float, ...] | None:
-    if action is None:
-        return None
+def _flatten(action: ActionLike) -> tuple[float, ...]:
     try:
         vector = torch.as_tensor(action, dtype=torch.float64).detach().flatten().tolist()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -47,7 +47,7 @@ class Decision:
     sigma: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Where a pass stands, of its `Step` no more than the trace tells: conditions must not live as long as it does."""
 
@@ -132,8 +132,10 @@ class Trace(Sequence[Decision]):
         return f"<Trace of {len(self)} decisions>"
 
     def extend(self, notes: Iterable[Note]) -> None:
+        total = self._ends[-1] if self._ends else 0
         for note in notes:
-            self._ends.append(len(self) + len(note.blocks))
+            total += len(note.blocks)
+            self._ends.append(total)
             self._notes.append(note)
 
     def clear(self) -> None:

@@ -37,11 +37,8 @@ class Residual(Predictor):
     """
 
     def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        buffer = spare.get("residual")
-        with torch.no_grad():
-            if buffer is None or not _takes(buffer, call.x, y):
-                return {"residual": torch.sub(y, call.x)}
-            return {"residual": torch.sub(y, call.x, out=buffer)}
+        buffer, x = spare.get("residual"), call.x.detach()
+        return {"residual": torch.sub(y, x, out=buffer if buffer is not None and _takes(buffer, x, y) else None)}
 
     def predict(self, call: Call) -> Tensor:
         assert call.held is not None
@@ -66,4 +63,4 @@ def _takes(buffer: Tensor, x: Tensor, y: Tensor) -> bool:
     """Whether ``y - x`` can be written into a buffer."""
     if buffer.is_inference() and not torch.is_inference_mode_enabled():
         return False
-    return buffer.shape == y.shape and buffer.device == y.device and buffer.dtype == torch.result_type(y, x)
+    return buffer.shape == y.shape and buffer.dtype == y.dtype == x.dtype and buffer.device == y.device

@@ -41,6 +41,7 @@ class SalientChange:
 
     beta_s: float
     follows: ClassVar[bool] = True
+    reads_layout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         at_least_zero("beta_s", self.beta_s)

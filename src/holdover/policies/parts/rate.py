@@ -22,6 +22,7 @@ class InputStep:
     """How far the span's input moved since the latest pass: the metric ``moved`` is ``mean|now - then|``."""
 
     follows: ClassVar[bool] = True
+    reads_layout: ClassVar[bool] = False
 
     def prepare(self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]) -> InputStepReading:
         return InputStepReading()

@@ -35,6 +35,7 @@ class Fingerprint:
 
     tokens: int = 32
     follows: ClassVar[bool] = False
+    reads_layout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or self.tokens < 1:
@@ -129,6 +130,7 @@ class RelativeChange:
 
     of: str
     follows: bool = False
+    reads_layout: ClassVar[bool] = False
 
     def prepare(
         self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]
@@ -144,7 +146,7 @@ class RelativeChangeReading:
         if self._of == "input":
             return call.x.detach().clone()
         if self._of == "probe residual":
-            return call.x.detach() - call.entry.detach()
+            return (call.x - call.entry).detach()
         return call.tap(self._of).detach().clone()
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:
