@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from holdover.engine.contract import Call
 from holdover.engine.slots import ViewGroup
@@ -85,6 +86,8 @@ class FingerprintReading:
         self._member_GN = self._member_SN[: self._groups, : self._sampled]
         means = [torch.full((1, tokens), 1 / (tokens * frames)) for tokens in group_tokens]
         self._mean_GL = torch.block_diag(*means).to(device, torch.float32)
+        #: Of fingerprints that are held, and so compared with again, what needs no other: then² and abs(then).
+        self._of_held = WeakTensorKeyDictionary()
 
     def read(self, call: Call) -> Tensor:
         """The fingerprint of the span's input, float32 ``[B, N+G, C]``."""
@@ -96,23 +99,31 @@ class FingerprintReading:
             return torch.cat([sampled_BNC, self._mean_GL @ over_frames_BLC], 1)
 
     def compare(self, now: Tensor, then: Tensor) -> Tensor:
-        """Per entry the sums of now·then, now², then² and abs(then); after these, per group the largest change."""
+        """The sums of now·then, now², then² and abs(then), each by entry; after these, per group the largest change."""
         dot = torch.linalg.vecdot
         with _in_float32(now.device):
-            sums_4BN = torch.stack([dot(now, then), dot(now, now), dot(then, then), then.abs().sum(2)])
-        sums_S4 = (self._member_SN[:, None, None] * sums_4BN).sum((2, 3))
+            held_2S = self._of_held.get(then)
+            if held_2S is None:
+                held_2S = self._of_held[then] = self._by_entry(dot(then, then), then.abs().sum(2))
+            moved_2S = self._by_entry(dot(now, then), dot(now, now))
         change_N = (now - then).abs_().amax((0, 2))[: self._sampled]
-        return torch.cat([sums_S4.flatten(), (self._member_GN * change_N).amax(1)])
+        largest_G = (self._member_GN * change_N).amax(1)
+        return torch.cat([moved_2S.flatten(), held_2S.flatten(), largest_G])
+
+    def _by_entry(self, *sums_BN: Tensor) -> Tensor:
+        """Sums over the tokens of each entry."""
+        return (torch.stack(sums_BN)[:, None] * self._member_SN[:, None]).sum((2, 3))
 
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
         """``cosine`` and ``deviation``, NaN where either fingerprint is not finite."""
         cosines, deviations = [], []
-        for entry in range(2 * self._groups):
-            dot, now, then, size = numbers[4 * entry : 4 * entry + 4]
-            cosines.append(_cosine(dot, now, then))
+        entries = 2 * self._groups
+        dots, now, then, sizes = (numbers[n * entries : (n + 1) * entries] for n in range(4))
+        for entry in range(entries):
+            cosines.append(_cosine(dots[entry], now[entry], then[entry]))
             if entry < self._groups:
-                mean = size / (self._counts[entry] * self._values)
-                deviations.append(numbers[8 * self._groups + entry] / (mean + EPSILON))
+                mean = sizes[entry] / (self._counts[entry] * self._values)
+                deviations.append(numbers[4 * entries + entry] / (mean + EPSILON))
         # Python's min and max would pass over a NaN.
         finite = all(map(math.isfinite, numbers))
         return {"cosine": min(cosines) if finite else math.nan, "deviation": max(deviations) if finite else math.nan}
