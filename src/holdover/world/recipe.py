@@ -64,7 +64,7 @@ class Recipe(Schedule):
 
 #: Of a few-step student, which begins with its teacher's weights.
 STUDENT = Recipe(
-    steps=360,
+    steps=260,
     levels=4,
     muon_rate=0.005,
     adam_rate=0.0003,
