@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdover.world.inverse_dynamics import InverseDynamics
 from holdover.world.kv_cache import KVCache
 from holdover.world.recipe import Recipe
 from holdover.world.sampler import denoise, follow_flow, shifted
@@ -96,20 +95,13 @@ def sequence_loss(
 
 
 def distillation_loss(
-    predict: Predict,
-    teacher: Predict,
-    model: WorldModel,
-    batch: Batch,
-    rng: np.random.Generator,
-    recipe: Recipe,
-    reader: InverseDynamics | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of a few-step student, and its parts: to say at once where its teacher's flow ends.
+    predict: Predict, teacher: Predict, model: WorldModel, batch: Batch, rng: np.random.Generator, recipe: Recipe
+) -> Tensor:
+    """The loss of a few-step student: to say at once where its teacher's flow ends.
 
     The context is a recorded window, then windows of the student's own making (Huang et al., Self Forcing, arXiv
-    2506.08009). In the last window it has shown some frames already, and its sampler stops at a random level; from
-    there the teacher follows the flow (the regression on a teacher's trajectories of Yin et al., CausVid, arXiv
-    2412.07772, section 4.3). In the frame to be shown next, a ``reader`` should see the motion of the recorded one.
+    2506.08009). In the last window the student's sampler stops at a random level; from there the teacher follows the
+    flow (the regression on a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3).
     """
     sizes, sigmas = model.sizes, recipe.sampler
     generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
@@ -128,38 +120,27 @@ def distillation_loss(
         with torch.set_grad_enabled(i == len(chunks) - 2):
             predict(context, sigma=0.0, action_BFA=actions, cache=kv, write=True)
     latents, actions = chunks[-1]
-    shown = int(rng.integers(sizes.window))
-    known = latents[:, :0]
-    if shown:
-        known = _generate(predict, known, noise_like, latents, actions, kv, sigmas)[:, :shown]
-    held = hold_actions(actions, shown)
+    held = hold_actions(actions, int(rng.integers(sizes.window)))
     level = int(rng.integers(len(sigmas)))
     noisy = noise_like(latents)
     if level:
-        clean = _generate(predict, known, noise_like, latents, held, kv, sigmas[:level])
+        clean = _generate(predict, latents[:, :0], noise_like, latents, held, kv, sigmas[:level])
         noisy = (1 - sigmas[level]) * clean + sigmas[level] * noisy
     remaining = 1 - level / len(sigmas)  # of the way, before the shift
     count = math.ceil(remaining * recipe.teacher_steps)
     steps = remaining * torch.linspace(1, 1 / count, count)
 
     def guided(sigma: float, x: Tensor) -> Tensor:
-        clean: Tensor = teacher(x, sigma=sigma, action_BFA=held, cache=teachers_kv).float()
-        if recipe.teacher_guidance != 1:
-            untold = teacher(x, sigma=sigma, action_BFA=None, cache=teachers_kv).float()
-            clean = torch.lerp(untold, clean, recipe.teacher_guidance)
-        return torch.cat([known, clean[:, shown:]], 1)
+        told: Tensor = teacher(x, sigma=sigma, action_BFA=held, cache=teachers_kv).float()
+        if recipe.teacher_guidance == 1:
+            return told
+        untold = teacher(x, sigma=sigma, action_BFA=None, cache=teachers_kv).float()
+        return torch.lerp(untold, told, recipe.teacher_guidance)
 
     with torch.no_grad():
         target = follow_flow(guided, noisy, shifted(steps, recipe.shift).tolist())
     sigma_B = torch.full((len(latents),), sigmas[level], device=latents.device)
-    made = predict(noisy, sigma=sigma_B, action_BFA=held, cache=kv).float()
-    flow = error(made[:, shown:], target[:, shown:], sigma_B, recipe)
-    if reader is None:
-        return flow, {}
-    before = torch.cat([context, known], 1)[:, -1]
-    truth = torch.cat([chunks[-2][0], latents], 1)[:, sizes.window + shown - 1 :]
-    motion = reader.disagreement(before, made[:, shown], (truth[:, 0], truth[:, 1]), generator)
-    return flow + recipe.motion_weight * motion, {"flow": flow.item(), "motion": motion.item()}
+    return error(predict(noisy, sigma=sigma_B, action_BFA=held, cache=kv), target, sigma_B, recipe)
 
 
 @torch.no_grad()

@@ -23,8 +23,6 @@ class Recipe(Schedule):
         teacher_steps: Euler steps in which a teacher, where there is one, follows the whole flow, to show its end.
         teacher_guidance: of a teacher on the action, which the student then has in one pass (Meng et al., arXiv
             2210.03142); 1 for none.
-        motion_weight: of the motion that a network, trained before on recordings, reads from a student's frames.
-        reader_steps: of that network's training.
     """
 
     steps: int = 1600
@@ -39,17 +37,11 @@ class Recipe(Schedule):
     shift: float = 5.0
     teacher_steps: int = 8
     teacher_guidance: float = 1.0
-    motion_weight: float = 0.0
-    reader_steps: int = 800
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher_steps < 1:
             raise ValueError(f"teacher_steps={self.teacher_steps} must be at least 1")
-        if self.reader_steps < 1:
-            raise ValueError(f"reader_steps={self.reader_steps} must be at least 1")
-        if not self.motion_weight >= 0:
-            raise ValueError(f"motion_weight={self.motion_weight} must be 0, for none, or more")
         if not self.teacher_guidance >= 1:
             raise ValueError(f"teacher_guidance={self.teacher_guidance} must be 1, for none, or more")
         for name in ("own_context_from", "plain_share", "unconditional_share"):
@@ -63,13 +55,4 @@ class Recipe(Schedule):
 
 
 #: Of a few-step student, which begins with its teacher's weights.
-STUDENT = Recipe(
-    steps=260,
-    levels=4,
-    muon_rate=0.005,
-    adam_rate=0.0003,
-    ema=0.99,
-    seed=2,
-    teacher_guidance=2.0,
-    motion_weight=0.2,
-)
+STUDENT = Recipe(steps=280, levels=4, muon_rate=0.005, adam_rate=0.0003, ema=0.99, seed=1, teacher_guidance=2.0)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdover.world.checkpoints import weights_digest
-from holdover.world.inverse_dynamics import train_inverse_dynamics
 from holdover.world.latents import Codec
 from holdover.world.losses import distillation_loss, sequence_loss
 from holdover.world.recipe import Recipe
@@ -55,35 +54,36 @@ def train(
         codec: trained autoencoders, and the sizes of the model.
         heldout: clips for the learning curve.
         start_from: a checkpoint of these sizes and autoencoders whose weights to begin with.
-        teacher: one to distil into fewer steps; without ``start_from`` the student begins with its weights.
+        teacher: one to distil into fewer steps; the student begins with its weights.
         save_every: steps from one save, and one point of the learning curve, to the next.
 
     Raises:
         ImportError: PyTorch is too old.
         ValueError: ``data`` or ``heldout`` holds no clips or too short ones, ``out`` belongs to another run,
-            ``start_from`` or ``teacher`` has other sizes or autoencoders.
+            ``start_from`` or ``teacher`` has other sizes or autoencoders, or there are both.
     """
     check_torch()
     torch.manual_seed(recipe.seed)
     model, sizes = WorldModel.of(codec.sizes), codec.sizes
+    if teacher is not None and start_from is not None:
+        raise ValueError(f"a student begins with its teacher's weights; leave out start_from={start_from}")
     if teacher is not None and not recipe.levels:
         raise ValueError("levels=0: a student has few noise levels; give their number")
-    teach = _like(codec, teacher) if teacher else None
-    begun = _like(codec, start_from) if start_from else teach
+    begun, teach = teacher or start_from, None
     if begun is not None:
-        model.load_state_dict(begun.state_dict())
-    for network in (model, teach):
-        if network is not None:
-            nn.Module.to(network, device)
+        found = WorldModel.load(begun)
+        if found.sizes != sizes:
+            raise ValueError(f"{begun} has {found.sizes}, not {sizes}")
+        if codec_digest(found.codec) != codec_digest(codec):
+            raise ValueError(f"{begun} was trained with other autoencoders; use its own, which lie in that folder")
+        model.load_state_dict(found.state_dict())
+        teach = found.to(device) if teacher is not None else None
+    model.to(device)
     own_from = 0 if teach is not None else recipe.own_context_from * recipe.steps
     most = 3 if teach is not None else 4 if own_from <= recipe.steps - 1 else 2  # windows past the context
     clips = clips_of_length(data, sizes.context + max(_PLAIN, sizes.window * most))
     heldout_clips = clips_of_length(heldout, _HELDOUT_START + sizes.context + sizes.window) if heldout else []
     segments, held = Segments(clips, codec), Segments(heldout_clips, codec) if heldout_clips else None
-
-    reader = None
-    if teach is not None and recipe.motion_weight:
-        reader = train_inverse_dynamics(segments, sizes, steps=recipe.reader_steps, seed=recipe.seed, device=device)
 
     def plan(step: int, rng: np.random.Generator) -> _Plan:
         plain = bool(rng.random() < recipe.plain_share) and teach is None
@@ -95,7 +95,7 @@ def train(
     def loss(predict: Predict, plan: _Plan, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         batch = segments.batch(plan.segments, plan.frames, device)
         if teach is not None:
-            return distillation_loss(predict, teach, model, batch, rng, recipe, reader)
+            return distillation_loss(predict, teach, model, batch, rng, recipe), {}
         value = sequence_loss(predict, model, batch, rng, recipe, plain=plan.plain, own=plan.own)
         return value, {"plain": plan.plain, "own": plan.own}
 
@@ -127,16 +127,6 @@ def train(
         save_every=save_every,
     )
     return out
-
-
-def _like(codec: Codec, folder: Path) -> WorldModel:
-    """A checkpoint of these sizes and autoencoders."""
-    found: WorldModel = WorldModel.load(folder)
-    if found.sizes != codec.sizes:
-        raise ValueError(f"{folder} has {found.sizes}, not {codec.sizes}")
-    if codec_digest(found.codec) != codec_digest(codec):
-        raise ValueError(f"{folder} was trained with other autoencoders; use its own, which lie in that folder")
-    return found
 
 
 def heldout_error(predict: Predict, model: WorldModel, held: Segments, recipe: Recipe) -> list[float]:
