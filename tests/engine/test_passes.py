@@ -271,6 +271,18 @@ def test_a_cap_that_a_growing_slot_outgrows() -> None:
     assert reasons(cache) == ["first", "reuse", "shape", "bytes"]
 
 
+def test_what_did_not_fit_under_a_cap_is_held_where_there_is_none() -> None:
+    model = Stack(Scale(), Scale())
+    with holdover.attach(model, EAGER, max_bytes=1) as cache:
+        run(cache, model, ones(), 0)
+        snapshot = cache.snapshot()
+    with holdover.attach(model, EAGER) as cache:
+        cache.restore("default", snapshot)
+        for chunk in range(1, 3):
+            run(cache, model, ones(), chunk)
+    assert reasons(cache) == ["bytes", "bytes", "reuse", "reuse"]
+
+
 def test_reset_forgets_one_stream_or_all() -> None:
     model = Stack(Scale())
     with holdover.attach(model, EAGER) as cache:

@@ -173,7 +173,7 @@ class Cache:
         """Ask at every pass of the model, until `detach`, for the layout of its tokens."""
 
         def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._runtime.view_groups = tuple(view_groups(module, *args, **kwargs))
+            self._runtime.lay_out(tuple(view_groups(module, *args, **kwargs)))
 
         self._asked = model.register_forward_pre_hook(ask, with_kwargs=True)
 

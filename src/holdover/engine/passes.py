@@ -110,7 +110,7 @@ class Pass:
         output = self._compute(block, current, args, kwargs) if current.computed else None
         if current.predictions:
             output = self._reuse(block, current, output, args, kwargs)
-        if block.index == span.first:
+        if block.index == span.first < span.last:
             self._settle(current)
         if block.index == span.last:
             self._open = None

@@ -38,7 +38,7 @@ class Runtime:
     streams: dict[str, Stream] = field(default_factory=dict)
     tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     trace: Trace = field(default_factory=Trace)
-    readings: dict[tuple[torch.Size, torch.device, tuple[ViewGroup, ...]], Reading] = field(default_factory=dict)
+    readings: dict[tuple[torch.Size, torch.device], Reading] = field(default_factory=dict)
     #: By first block, whether the blocks of a span hand on what they return beside the hidden state, all the same kind.
     alike: dict[int, bool] = field(default_factory=dict)
     #: Blocks that the pass in progress need not be asked about and that have not run: whether they are computed.
@@ -49,6 +49,7 @@ class Runtime:
         spans = self.policy.spans(len(self.blocks))
         assert [b for span in spans for b in range(span.first, span.last + 1)] == list(range(len(self.blocks)))
         self.span_of = [span for span in spans for _ in range(span.first, span.last + 1)]
+        self._readings_of = {self.view_groups: self.readings}
         self._runs: dict[tuple[int, int, bool], tuple[dict[int, bool], list[tuple[str, int]]]] = {}
 
     def settle(self, first: int, last: int, *, computed: bool) -> tuple[Mapping[int, bool], Sequence[tuple[str, int]]]:
@@ -63,15 +64,21 @@ class Runtime:
         self.settled.update(self._runs[key][0])
         return self._runs[key]
 
+    def lay_out(self, view_groups: tuple[ViewGroup, ...]) -> None:
+        """Take tokens to lie so from now on."""
+        if view_groups != self.view_groups:
+            self.view_groups = view_groups
+            self.readings = self._readings_of.setdefault(view_groups, {})
+
     def splits(self, span: Span) -> bool:
         """Whether rows of a batch can run through a span without the others."""
         return all(block.slot.rows is not None for block in self.blocks[span.first : span.last + 1])
 
     def reading(self, x: Tensor) -> Reading | None:
-        """The policy's signal, prepared for hidden states like ``x``."""
+        """The policy's signal, prepared for the layout and hidden states like ``x``."""
         if self.policy.signal is None:
             return None
-        key = x.shape, x.device, self.view_groups
+        key = x.shape, x.device
         if key not in self.readings:
             with torch.inference_mode(False):  # what is made here must serve outside inference mode too
                 self.readings[key] = self.policy.signal.prepare(x.shape, x.device, self.view_groups)
@@ -174,7 +181,7 @@ class Row:
         """After a span was computed: hold what it did, if it fits."""
         predictor = self.runtime.policy.predictor
         assert predictor is not None
-        if self.runtime.max_bytes is not None and not self._has_room(call):
+        if not self._has_room(call):
             return
         key, y = self._key(call.span.first), y.detach()
         old = self.pending.get(key) or self.stream.held.get(key)
@@ -286,6 +293,8 @@ class Row:
         )
 
     def _has_room(self, call: Call) -> bool:
+        if self.runtime.max_bytes is None:
+            return True
         held = self.stream.held.get(self._key(call.span.first))
         return held is None or held.void != "bytes"
 
