@@ -104,3 +104,6 @@ def test_view_groups_may_follow_the_input() -> None:
     }
     model(X)
     assert len(asked) == 2
+    with attach(model, holdover.policy("fbcache"), slots=slots(), view_groups=groups) as cache, cache.step(chunk=0):
+        model(X)
+    assert len(asked) == 2  # it does not look at the layout
