@@ -77,8 +77,8 @@ def latents(model: WorldModel, frames: int, *, seed: int = 0, batch: int = 1) ->
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.5
 
 
-def write_clip(folder: Path, seed: int, frames: int, *, depth: bool = True) -> Path:
-    """A clip of stripes that move, over a road whose depth grows upwards; the car drives faster and faster."""
+def write_clip(folder: Path, seed: int, frames: int, *, depth: bool = True, drives: bool = True) -> Path:
+    """A clip of stripes that move, over a road whose depth grows upwards; the car drives ever faster, or stands."""
     open_dataset(folder, CAMERAS)
     with ClipWriter(folder, "urban", seed, cameras=CAMERAS, depth=depth) as writer:
         for k in range(frames):
@@ -88,6 +88,6 @@ def write_clip(folder: Path, seed: int, frames: int, *, depth: bool = True) -> P
                 stripes = 128 + 90 * np.sin((x + 2 * k + seed) / 5 + i), 100 + 2 * y, 128 + 60 * np.cos((y - k) / 4)
                 rgb[camera.name] = np.stack(stripes, -1).astype(np.uint8)
                 metres[camera.name] = (60 / (1 + y) + 5 + 3 * np.sin(k / 3 + x / 9)).astype(np.float32)
-            speed = 5 + k // 4  # a command holds for a latent frame
-            writer.add(rgb, metres if depth else None, command=(speed, 0.01), motion=(speed, 0.01), pose=(k, 0.0, 0.0))
+            command = (5 + k // 4, 0.01) if drives else (0, 0)  # a command holds for a latent frame
+            writer.add(rgb, metres if depth else None, command=command, motion=command, pose=(k, 0.0, 0.0))
         return writer.finish()

@@ -19,6 +19,7 @@ from holdover.world.clips import open_dataset
 from holdover.world.config import CONFIGS, Plane, WorldConfig, camera_rays, config_for, token_rays
 from holdover.world.kv_cache import KVCache
 from holdover.world.latents import Codec
+from holdover.world.motion import commanded, drive
 from holdover.world.rotary import RotaryTables, rotary_table, rotate
 from holdover.world.transformer import Block, WorldModel, attention, sigma_features
 
@@ -149,18 +150,24 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
     kinds = [int(plane.modality == "depth") for plane in config.planes for _ in range(plane.rows * plane.columns)]
     for n, kind in enumerate(kinds):
         hidden[:, :, n] += model.embed[kind](x[:, :, n])
-    for first in range(window, frames, window):
-        last = x[0, first - 1]
-        for plane, kind in zip(config.planes, (0, 0, 0, 1, 1, 1), strict=True):
-            for r, c in product(range(plane.rows), range(plane.columns)):
-                around = [
-                    last[plane.start + i * plane.columns + j]
-                    if 0 <= i < plane.rows and 0 <= j < plane.columns
-                    else torch.zeros_like(last[0])
-                    for i, j in product((r - 1, r, r + 1), (c - 1, c, c + 1))
-                ]
-                token = plane.start + r * plane.columns + c
-                hidden[:, first : first + window, token] += model.last_embed[kind](torch.cat(around))
+    expected, motion = torch.zeros_like(x), commanded(actions[:, 0])
+    for first in range(0, frames, window):
+        poses, motion = drive(motion, actions[:, first : first + window])
+        if first == 0:
+            continue
+        expected[:, first : first + window], seen = model.reprojection(x[:, first - 1], poses)
+        hidden[:, first : first + window] += model.seen_embed(seen)
+        for f in range(first, first + window):
+            for plane, kind in zip(config.planes, (0, 0, 0, 1, 1, 1), strict=True):
+                for r, c in product(range(plane.rows), range(plane.columns)):
+                    around = [
+                        expected[0, f, plane.start + i * plane.columns + j]
+                        if 0 <= i < plane.rows and 0 <= j < plane.columns
+                        else torch.zeros_like(expected[0, 0, 0])
+                        for i, j in product((r - 1, r, r + 1), (c - 1, c, c + 1))
+                    ]
+                    token = plane.start + r * plane.columns + c
+                    hidden[:, f, token] += model.last_embed[kind](torch.cat(around))
     for block in model.blocks:
         assert isinstance(block, Block)
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + block.table_6C).unsqueeze(2).unbind(3)
@@ -193,7 +200,7 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
     final = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale) + shift
     clean = torch.stack([model.head[kind](final[:, :, n]) for n, kind in enumerate(kinds)], 2)
     for f in range(window, frames):
-        clean[:, f] += torch.sigmoid(model.keep(final[:, f])) * x[:, f // window * window - 1]
+        clean[:, f] += torch.sigmoid(model.keep(final[:, f])) * expected[:, f]
     return clean
 
 
@@ -252,17 +259,20 @@ def test_streaming_with_the_kv_cache_equals_one_masked_pass() -> None:
     assert not torch.allclose(noisy, model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:]), atol=1e-2)
 
 
-def test_what_stays_is_carried_over() -> None:
-    """A model that adds nothing repeats the newest latent frame where it keeps it, or draws nothing."""
+def test_what_is_expected_is_carried_over() -> None:
+    """A model that adds nothing shows what is expected where it keeps it, or draws nothing; without an action it
+    expects what was there."""
     model = small_model()
     for layer in (*model.head, model.keep):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
-    shown, actions, cache = latents(model, 2), torch.zeros(1, 2, 2), model.new_cache()
+    shown, actions, cache = latents(model, 2), torch.tensor([0.2, 0.5]).expand(1, 2, 2), model.new_cache()
     model(shown, sigma=0.0, action_BFA=actions, cache=cache, write=True)
-    for bias, expected in ((50.0, shown[:, 1:].expand_as(shown)), (-200.0, torch.zeros_like(shown))):
+    moved = model.reprojection(shown[:, 1], drive(drive(commanded(actions[:, 0]), actions)[1], actions)[0])[0]
+    nothing, stays = torch.zeros_like(shown), shown[:, 1:].expand_as(shown)
+    for bias, action, expected in ((50.0, actions, moved), (-200.0, actions, nothing), (50.0, None, stays)):
         torch.nn.init.constant_(model.keep.bias, bias)
-        drawn = model(latents(model, 2, seed=1), sigma=1.0, action_BFA=actions, cache=cache)
+        drawn = model(latents(model, 2, seed=1), sigma=1.0, action_BFA=action, cache=cache)
         assert torch.equal(drawn, expected)
 
 
@@ -355,7 +365,8 @@ def test_few_steps_take_the_shipped_student_and_more_its_teacher() -> None:
     assert shipped_model() == shipped_model(4)
     assert student.sizes == teacher.sizes == CONFIGS["small"]
     moved = {n for n, value in teacher.state_dict().items() if not torch.equal(student.state_dict()[n], value)}
-    assert moved == set(teacher.state_dict()) - {"no_action_C"}  # it is always told the action
+    parameters = {name for name, _ in teacher.named_parameters()}
+    assert moved == parameters - {"no_action_C"}  # it is always told the action, and has its teacher's autoencoders
     assert set(Codec.load(shipped_model(), student.sizes).autoencoders) == {"colour", "depth"}
 
 

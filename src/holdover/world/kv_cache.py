@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from holdover.world.autoencoder import FRAMES
+from holdover.world.motion import commanded, drive
+
+#: From the newest latent frame ``[B, N, P]`` and the ego's poses at the video frames to come ``[B, K, 3]`` to what is
+#: expected there ``[B, F, N, P]``, and how much of each token is known ``[B, F, N, 1]``.
+Expect = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class KVCache:
@@ -19,6 +26,8 @@ class KVCache:
         self.capacity = capacity
         self.frames = 0  # latent frames committed since the start, the position of the next window
         self.last: Tensor | None = None  # the newest committed latent frame itself, [B, N, P]
+        self.motion: Tensor | None = None  # the ego's speed and curvature there, [B, 2]
+        self._expected: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._staged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -39,8 +48,12 @@ class KVCache:
     def stage(self, block: int, group: int, keys: Tensor, values: Tensor) -> None:
         self._staged[block, group] = keys, values
 
-    def commit(self, latents_BFNP: Tensor) -> None:
-        """Append what was staged for these latent frames, and drop what no longer fits."""
+    def commit(self, latents_BFNP: Tensor, action_BFA: Tensor | None) -> None:
+        """Append what was staged for these latent frames, and drop what no longer fits.
+
+        Args:
+            action_BFA: the actions that led to them; None: the ego goes on as before.
+        """
         frames = latents_BFNP.shape[1]
         for key, staged in self._staged.items():
             old = self._held.get(key, tuple(t[:, :, :0] for t in staged))
@@ -52,11 +65,34 @@ class KVCache:
         self._staged = {}
         self.frames += frames
         self.last = latents_BFNP[:, -1].clone()
+        self._expected = None
+        if action_BFA is not None:
+            motion = commanded(action_BFA[:, 0]) if self.motion is None else self.motion
+            self.motion = drive(motion, action_BFA)[1]
+
+    def expect(self, action_BFA: Tensor, expect: Expect) -> tuple[Tensor, Tensor]:
+        """What is to be expected after the newest latent frame; of the actions that were asked about last, what follows
+        from the first of them that is new is worked out."""
+        assert self.last is not None
+        if self._expected is not None and self._expected[0] is action_BFA:
+            return self._expected[1]
+        known = 0
+        if self._expected is not None and self._expected[0].shape == action_BFA.shape:
+            known = int((self._expected[0] == action_BFA).all(-1).all(0).int().cumprod(0).sum())
+        if self._expected is None or known < action_BFA.shape[1]:
+            motion = commanded(action_BFA[:, 0]) if self.motion is None else self.motion
+            found = expect(self.last, drive(motion, action_BFA)[0][:, FRAMES * known :])
+            if self._expected is not None:
+                latents, seen = self._expected[1]
+                found = torch.cat([latents[:, :known], found[0]], 1), torch.cat([seen[:, :known], found[1]], 1)
+            self._expected = action_BFA, found
+        return self._expected[1]
 
     def fork(self) -> KVCache:
         """A copy that shares memory: held tensors are replaced, never written in place."""
         twin = KVCache(self.capacity)
-        twin.frames, twin.last, twin._held = self.frames, self.last, dict(self._held)
+        twin.frames, twin.last, twin.motion, twin._held = self.frames, self.last, self.motion, dict(self._held)
+        twin._expected = self._expected
         return twin
 
     def take(self, rows: Sequence[int]) -> KVCache:
@@ -64,6 +100,8 @@ class KVCache:
         assert self.last is not None
         batch, twin = self.last.shape[0], self.fork()
         twin.last = self.last[rows]
+        twin.motion = None if self.motion is None else self.motion[rows]
+        twin._expected = None
         for key, kv in self._held.items():
             keys, values = (t.unflatten(0, (batch, -1))[rows].flatten(0, 1) for t in kv)
             twin._held[key] = keys, values
@@ -71,14 +109,15 @@ class KVCache:
 
     def state_dict(self) -> dict[str, Tensor]:
         tensors = {f"{b}.{g}.{n}": t for (b, g), kv in self._held.items() for n, t in zip("kv", kv, strict=True)}
-        last = {} if self.last is None else {"last": self.last}
-        return {"frames": torch.tensor(self.frames), **last, **tensors}
+        newest = {"last": self.last, "motion": self.motion}
+        known = {name: tensor for name, tensor in newest.items() if tensor is not None}
+        return {"frames": torch.tensor(self.frames), **known, **tensors}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name not in ("frames", "last")}
+        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name not in ("frames", "last", "motion")}
         self._held = {(b, g): (tensors[f"{b}.{g}.k"], tensors[f"{b}.{g}.v"]) for b, g in keys}
-        self._staged = {}
-        self.frames, self.last = int(tensors["frames"]), tensors.get("last")
+        self._staged, self._expected = {}, None
+        self.frames, self.last, self.motion = int(tensors["frames"]), tensors.get("last"), tensors.get("motion")
 
     @property
     def nbytes(self) -> int:
@@ -113,9 +152,14 @@ class KVBatch:
         for cache, own_keys, own_values in rows:
             cache.stage(block, group, own_keys, own_values)
 
-    def commit(self, latents_BFNP: Tensor) -> None:
-        for cache, latents in zip(self.caches, latents_BFNP.split(1), strict=True):
-            cache.commit(latents)
+    def commit(self, latents_BFNP: Tensor, action_BFA: Tensor | None) -> None:
+        actions = [None] * len(self.caches) if action_BFA is None else action_BFA.split(1)
+        for cache, latents, action in zip(self.caches, latents_BFNP.split(1), actions, strict=True):
+            cache.commit(latents, action)
+
+    def expect(self, action_BFA: Tensor, expect: Expect) -> tuple[Tensor, Tensor]:
+        rows = [cache.expect(action, expect) for cache, action in zip(self.caches, action_BFA.split(1), strict=True)]
+        return torch.cat([latents for latents, _ in rows]), torch.cat([known for _, known in rows])
 
     def take(self, rows: Sequence[int]) -> KVBatch:
         return KVBatch([self.caches[row] for row in rows])

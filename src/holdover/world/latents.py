@@ -107,8 +107,8 @@ class Codec:
             else:
                 x = torch.from_numpy(from_metres(video.numpy()))[:, None]
             autoencoder = self.autoencoders[plane.modality]
-            z = autoencoder.encode(self._padded(x, plane)[None].to(autoencoder.device), at_once=at_once)
-            parts.append(self._tokens(z, plane))
+            z = autoencoder.encode(padded(x, plane, self.sizes)[None].to(autoencoder.device), at_once=at_once)
+            parts.append(to_tokens(z, plane, self.sizes))
         return torch.cat(parts, 2)
 
     def decode(self, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, NDArray[np.uint8]]:
@@ -138,10 +138,10 @@ class Codec:
         found = {}
         for group in self.sizes.groups:
             planes = [plane for plane in self.sizes.planes if plane.camera in group and plane.modality == modality]
-            z = torch.cat([self._latents(latents_BFNP[:, :, plane.tokens], plane) for plane in planes])
+            z = torch.cat([from_tokens(latents_BFNP, plane, self.sizes) for plane in planes])
             before = None
             if before_BNP is not None:
-                before = torch.cat([self._latents(before_BNP[:, None, plane.tokens], plane)[:, 0] for plane in planes])
+                before = torch.cat([from_tokens(before_BNP[:, None], plane, self.sizes)[:, 0] for plane in planes])
             videos = autoencoder.decode(z, before).float().chunk(len(planes))
             for plane, video in zip(planes, videos, strict=True):
                 found[plane.camera.name] = video[..., : plane.camera.height, : plane.camera.width]
@@ -149,20 +149,25 @@ class Codec:
             plane.camera.name: found[plane.camera.name] for plane in self.sizes.planes if plane.modality == modality
         }
 
-    def _padded(self, x_TCHW: Tensor, plane: Plane) -> Tensor:
-        """A picture that whole tokens cover."""
-        size = SCALE * self.sizes.token_latents(plane.modality)
-        right, below = plane.columns * size - plane.camera.width, plane.rows * size - plane.camera.height
-        return F.pad(x_TCHW, (0, right, 0, below), mode="replicate")
 
-    def _tokens(self, z_BFZhw: Tensor, plane: Plane) -> Tensor:
-        p = self.sizes.token_latents(plane.modality)
-        x = z_BFZhw.unflatten(-1, (plane.columns, p)).unflatten(3, (plane.rows, p))
-        tokens: Tensor = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(2, 3).flatten(3)
-        return tokens
+def padded(x_TCHW: Tensor, plane: Plane, sizes: WorldConfig) -> Tensor:
+    """A picture that whole tokens cover."""
+    size = SCALE * sizes.token_latents(plane.modality)
+    right, below = plane.columns * size - plane.camera.width, plane.rows * size - plane.camera.height
+    return F.pad(x_TCHW, (0, right, 0, below), mode="replicate") if right or below else x_TCHW
 
-    def _latents(self, x_BFNP: Tensor, plane: Plane) -> Tensor:
-        p = self.sizes.token_latents(plane.modality)
-        x = x_BFNP.unflatten(-1, (-1, p, p)).unflatten(2, (plane.rows, plane.columns))
-        latents: Tensor = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
-        return latents
+
+def to_tokens(z_BFZhw: Tensor, plane: Plane, sizes: WorldConfig) -> Tensor:
+    """A plane's latents as its tokens ``[B, F, n, P]``."""
+    p = sizes.token_latents(plane.modality)
+    x = z_BFZhw.unflatten(-1, (plane.columns, p)).unflatten(3, (plane.rows, p))
+    tokens: Tensor = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(2, 3).flatten(3)
+    return tokens
+
+
+def from_tokens(x_BFNP: Tensor, plane: Plane, sizes: WorldConfig) -> Tensor:
+    """The reverse of `to_tokens`, of the tokens of all planes."""
+    p = sizes.token_latents(plane.modality)
+    x = x_BFNP[:, :, plane.tokens].unflatten(-1, (-1, p, p)).unflatten(2, (plane.rows, plane.columns))
+    latents: Tensor = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+    return latents

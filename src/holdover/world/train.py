@@ -65,6 +65,7 @@ def train(
     check_torch()
     torch.manual_seed(recipe.seed)
     model, sizes = WorldModel.of(codec.sizes), codec.sizes
+    model.codec = codec
     if teacher is not None and start_from is not None:
         raise ValueError(f"a student begins with its teacher's weights; leave out start_from={start_from}")
     if teacher is not None and not recipe.levels:
@@ -104,7 +105,7 @@ def train(
 
     def save(average: Mapping[str, Tensor]) -> None:
         twin = WorldModel.of(sizes)
-        twin.load_state_dict(average)
+        twin.load_state_dict({**model.state_dict(), **average})
         twin.codec = codec
         twin.save(out)
 

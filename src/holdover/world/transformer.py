@@ -34,6 +34,7 @@ from holdover.world.checkpoints import DIFFERENCE, add_difference, read_network,
 from holdover.world.config import WorldConfig, token_rays
 from holdover.world.kv_cache import KVBatch, KVCache
 from holdover.world.latents import Codec
+from holdover.world.reprojection import Reprojection
 from holdover.world.rotary import RotaryTables, Table, rotate
 
 #: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
@@ -195,6 +196,8 @@ class WorldModel(ModelMixin, ConfigMixin):
         self._codec: Codec | None = None
         self.embed = nn.ModuleList(nn.Linear(p, c) for _ in sizes.modalities)
         self.last_embed = nn.ModuleList(nn.Linear(9 * p, c, bias=False) for _ in sizes.modalities)
+        self.seen_embed = nn.Linear(1, c, bias=False)
+        self.reprojection = Reprojection(sizes)
         self.ray_mlp = nn.Sequential(nn.Linear(RAY_FEATURES, c), nn.SiLU(), nn.Linear(c, c))
         self.sigma_mlp = nn.Sequential(nn.Linear(128, c), nn.SiLU(), nn.Linear(c, c))
         self.action_mlp = nn.Sequential(nn.Linear(17 * sizes.action_dims, c), nn.SiLU(), nn.Linear(c, c))
@@ -205,9 +208,10 @@ class WorldModel(ModelMixin, ConfigMixin):
         self.final_modulation = nn.Linear(c, 2 * c)
         self.head = nn.ModuleList(nn.Linear(c, p) for _ in sizes.modalities)
         self.keep = nn.Linear(c, 1)
-        for layer in (self.modulation, self.final_modulation, *self.head, self.keep):
+        for layer in (self.modulation, self.final_modulation, *self.head, self.keep, self.seen_embed):
             nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         self.neighbours_N9: Tensor
         self.rays_NR: Tensor
         self.register_buffer("neighbours_N9", neighbourhoods(sizes), persistent=False)
@@ -233,6 +237,7 @@ class WorldModel(ModelMixin, ConfigMixin):
     @codec.setter
     def codec(self, codec: Codec) -> None:
         self._codec = codec
+        self.reprojection.take(codec)
         self._move_codec()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WorldModel:
@@ -284,23 +289,38 @@ class WorldModel(ModelMixin, ConfigMixin):
             write=write,
         )
         hidden_BFNC = self._each(self.embed, x_BFNP.to(dtype)) + self.ray_mlp(self.rays_NR.to(dtype))
-        last_BNP = cache.last.to(dtype) if cache is not None and cache.last is not None else None
-        if last_BNP is not None:
-            # What was there a moment ago, and around it: attention alone takes long to learn to look there.
-            around_BN9P = F.pad(last_BNP, (0, 0, 0, 1))[:, self.neighbours_N9]
-            hidden_BFNC = hidden_BFNC + self._each(self.last_embed, around_BN9P.flatten(2))[:, None]
+        expected = self._expected(cache, action_BFA, f) if cache is not None else None
+        if expected is not None:
+            # What stands still is looked up: attention alone takes long to learn where to look.
+            expected_BFNP, seen_BFN1 = (x.to(dtype) for x in expected)
+            around_BFN9P = F.pad(expected_BFNP, (0, 0, 0, 1))[:, :, self.neighbours_N9]
+            hidden_BFNC = (
+                hidden_BFNC + self._each(self.last_embed, around_BFN9P.flatten(3)) + self.seen_embed(seen_BFN1)
+            )
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
         if cache is not None and write:
-            cache.commit(x_BFNP)
+            cache.commit(x_BFNP, action_BFA)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
         final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
         clean = self._each(self.head, final_BFNC)
-        if last_BNP is not None:
-            # Much of a picture stays: the blocks need not carry it through.
-            clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), last_BNP[:, None])
+        if expected is not None:
+            # Much of a picture is as expected: the blocks need not carry it through.
+            clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), expected_BFNP)
         return clean
+
+    def _expected(
+        self, cache: KVCache | KVBatch, action_BFA: Tensor | None, frames: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the latent frames would be if the world stood still, and of each token the share that is known from
+        there; without an action, what they were, and nothing is known."""
+        if cache.last is None:
+            return None
+        if action_BFA is None:
+            last_BFNP = cache.last[:, None].expand(-1, frames, -1, -1)
+            return last_BFNP, last_BFNP.new_zeros(1).expand(*last_BFNP.shape[:3], 1)
+        return cache.expect(action_BFA, self.reprojection)
 
     def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
         """Every modality's tokens ``[..., N, *]`` through its own layer."""

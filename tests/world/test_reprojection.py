@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdover.rollout.scenarios import load_scenario, shipped_model
+from holdover.world.autoencoder import Autoencoder
+from holdover.world.cameras import RIG, Camera
+from holdover.world.config import camera_rays
+from holdover.world.kv_cache import KVCache
+from holdover.world.motion import commanded, drive
+from holdover.world.reprojection import LinearPath, _Move, _View, look
+from holdover.world.transformer import WorldModel
+from holdover.world.vehicles import EgoState, denormalise_action, normalise_action
+from holdover.world.vehicles import drive as drive_by_numbers
+
+from .small import latents, small_model
+
+
+def test_tensors_drive_as_numbers_do() -> None:
+    """Braking, speeding up and turning: within what the steps of a frame differ by from quarters of one."""
+    rng = np.random.default_rng(0)
+    actions = normalise_action(rng.uniform(0, 30, (3, 6)), rng.uniform(-0.04, 0.04, (3, 6)))
+    start = np.array([[20.0, 0.0], [3.0, 0.03], [12.0, -0.02]])
+    poses, motion = drive(torch.tensor(start, dtype=torch.float32), torch.from_numpy(actions))
+    assert poses.shape == (3, 24, 3)
+    for row in range(3):
+        state = EgoState(speed=start[row, 0], curvature=start[row, 1])
+        for frame in range(24):
+            speed, curvature = denormalise_action(actions[row, frame // 4])
+            state = drive_by_numbers(state, float(speed), float(curvature))
+            assert poses[row, frame].tolist() == pytest.approx([state.x, state.y, state.yaw], abs=0.06)
+        assert motion[row].tolist() == pytest.approx([state.speed, state.curvature], abs=0.01)
+
+
+def test_an_action_commands_what_it_does_for_numbers() -> None:
+    actions = torch.tensor([[0.5, 0.3], [1.0, -1.0], [0.0, 0.0]])
+    np.testing.assert_allclose(commanded(actions), np.stack(denormalise_action(actions), -1), rtol=1e-5)
+    np.testing.assert_allclose(commanded(torch.tensor([-1.0, 3.0])), [0, 0.2], rtol=1e-5)
+
+
+def test_the_linear_path_is_an_autoencoder_without_convolutions() -> None:
+    """One whose convolutions are as they begin says nothing beside its principal components."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(latent_channels=8, widths=(8, 16), encoder_blocks=1, decoder_blocks=1).eval()
+    video = torch.rand(1, 8, 3, 16, 24) * 2 - 1
+    autoencoder.take_principal_components(autoencoder.blocks(torch.rand(9, 8, 3, 16, 24) * 2 - 1))
+    torch.nn.init.normal_(autoencoder.mean_Z)
+    torch.nn.init.uniform_(autoencoder.std_Z, 0.5, 2)
+    path = LinearPath(3, 8)
+    path.take(autoencoder)
+    with torch.no_grad():
+        z = autoencoder.encode(video)
+        torch.testing.assert_close(path.latents(video[0]), z[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(path.newest(z[0, 1]), autoencoder.decode(z)[0, 7], atol=1e-4, rtol=1e-4)
+
+
+def road(camera: Camera, x: float, y: float, yaw: float) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """What a camera sees of a painted plain from a pose, and where a metre of it is two pixels high, or more."""
+    rays = camera_rays(camera)
+    distance = np.where(rays[..., 2] < -1e-3, camera.position[2] / np.maximum(-rays[..., 2], 1e-3), np.inf)
+    ego = np.where(np.isfinite(distance), distance, 0)[..., None] * rays + camera.position
+    east = x + np.cos(yaw) * ego[..., 0] - np.sin(yaw) * ego[..., 1]
+    north = y + np.sin(yaw) * ego[..., 0] + np.cos(yaw) * ego[..., 1]
+    paint = np.stack([np.sin(east / 2), np.cos(north / 2), np.sin((east + north) / 3)])
+    focal = camera.width / 2 / np.tan(np.radians(camera.fov) / 2)
+    near = focal * camera.position[2] / (distance * np.linalg.norm(rays, axis=-1)) ** 2 > 2
+    return np.where(np.isfinite(distance), paint, 0).astype(np.float32), near
+
+
+def test_a_plain_looks_as_it_will() -> None:
+    """In every camera, from every other, against the plain as it is seen from there."""
+    views = [_View.of(camera, torch.device("cpu")) for camera in RIG]
+    pictures = [torch.from_numpy(road(camera, 0, 0, 0)[0]) for camera in RIG]
+    poses = torch.tensor([[0.0, 0.0, 0.0], [1.5, 0.2, 0.2], [2.0, -0.5, -0.3]])
+    move = _Move.of(poses)
+    points = [move.points(view, view.pixels[0], view.pixels[1].expand(3, -1)) for view in views]
+    elsewhere = 0
+    for n, (values, found) in enumerate(look(views, pictures, points)):
+        alone = look(views[n : n + 1], pictures[n : n + 1], points[n : n + 1])[0][1]
+        elsewhere += int((found & ~alone).sum())
+        assert (found | ~alone).all()
+        for k, pose in enumerate(poses.tolist()):
+            truth, near = road(RIG[n], *pose)
+            told = found[k].numpy() & near.reshape(-1)
+            error = np.abs(values[:, k].numpy() - truth.reshape(3, -1))[:, told]
+            assert told.sum() > 0.5 * near.sum()
+            assert np.percentile(error, 95) < (1e-5 if k == 0 else 0.06)
+    assert elsewhere > 1000
+
+
+def test_a_wall_comes_nearer() -> None:
+    """Twenty metres ahead; five metres on, fifteen, by the shipped autoencoder of depth."""
+    model = WorldModel.load(shipped_model(), dtype=torch.float32)
+    frames, depth = {}, {}
+    for camera in RIG:
+        down = np.maximum(-camera_rays(camera)[..., 2], 1e-6)
+        ground = np.minimum(camera.position[2] / down, 20).astype(np.float32)
+        depth[camera.name] = np.repeat(ground[None], 4, 0)
+        frames[camera.name] = np.full((4, camera.height, camera.width, 3), 128, np.uint8)
+    last = model.codec.encode(frames, depth)[:, -1]
+    poses = torch.tensor([[5.0, 0.0, 0.0]]).expand(1, 4, 3)
+    expected, _ = model.reprojection(last, poses)
+    seen = model.codec.decode_depth(expected, last)["front_narrow"][0, -1]
+    assert np.median(seen[8:28, 40:88]) == pytest.approx(15, rel=0.1)
+
+
+def test_a_street_is_nearer_to_what_is_expected_than_to_what_it_was() -> None:
+    """In recorded clips, after a third of a second: two thirds of the error in colour of what was there, or less."""
+    model = WorldModel.load(shipped_model(), dtype=torch.float32)
+    colour = slice(0, model.sizes.planes[7].start)
+    for name in ("urban", "highway", "uturn"):
+        scenario = load_scenario(name, model, generations=1)
+        shown, truth = scenario.start[:, :-1], scenario.start[:, -1:]
+        cache = KVCache(model.sizes.context)
+        cache.commit(shown, scenario.start_actions[:, :-1])
+        assert cache.motion is not None
+        poses, _ = drive(cache.motion, scenario.start_actions[:, -1:])
+        expected, seen = model.reprojection(shown[:, -1], poses)
+        error = [(guess - truth)[:, :, colour].square().mean() for guess in (expected, shown[:, -1:])]
+        assert error[0] < 0.67 * error[1], name
+        assert 0.9 < seen.mean() <= 1
+
+
+def test_expectations_are_worked_out_once_for_each_action() -> None:
+    """Frame by frame the same as all at once, whatever was asked before."""
+    model, asked = small_model(), []
+    cache, actions = model.new_cache(), torch.tensor([[[0.3, 0.1], [0.4, 0.1]]])
+    model(latents(model, 2), sigma=0.0, action_BFA=actions, cache=cache, write=True)
+    assert cache.motion is not None
+    assert torch.equal(cache.motion, drive(commanded(actions[:, 0]), actions)[1])
+
+    def expect(last: Tensor, poses: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(poses.shape[1])
+        return model.reprojection(last, poses)
+
+    def fresh(actions: Tensor) -> tuple[Tensor, Tensor]:
+        return model.reprojection(cache.last, drive(cache.motion, actions)[0])  # type: ignore[arg-type]
+
+    later = torch.tensor([[[0.3, 0.1], [0.9, -0.5]]])
+    other = torch.tensor([[[0.5, 0.1], [0.9, -0.5]]])
+    steps = (actions, [8]), (actions.clone(), []), (later, [4]), (later, []), (other, [8]), (other[:, :1], [4])
+    for told, worked_out in steps:
+        asked.clear()
+        found = cache.expect(told, expect)
+        for each, again, truth in zip(found, cache.fork().expect(told, expect), fresh(told), strict=True):
+            torch.testing.assert_close(each, truth)
+            assert torch.equal(each, again)
+        assert asked == worked_out
