@@ -3,11 +3,11 @@
 A *latent frame* holds four video frames of every camera, in colour and in depth, as an autoencoder's latents; a few of
 them, side by side, make a token. A *window* is ``window`` latent frames that are denoised together, attending to each
 other and to the windows before them through a rolling KV cache. Blocks alternate between temporal attention (one
-camera, both modalities, over the window and the KV cache) and cross-view attention (everything at one instant); the
-newest committed latent frame is also shown to every token directly, as image-to-video models do with their first
-frame. Noise level and action enter by adaLN-Zero (Peebles & Xie, DiT, arXiv 2212.09748; one shared projection with a
-learned offset per block, as in PixArt-alpha, arXiv 2310.00426), cameras by the ray through each token. The model
-predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
+camera, both modalities, over the window and the KV cache) and cross-view attention (everything at one instant); what
+the newest committed latent frame and the actions let expect of a world that stands still is shown to every token
+directly (`holdover.world.reprojection`). Noise level and action enter by adaLN-Zero (Peebles & Xie, DiT, arXiv
+2212.09748; one shared projection with a learned offset per block, as in PixArt-alpha, arXiv 2310.00426), cameras by the
+ray through each token. The model predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
 
 Shape suffixes: B batch, F latent frames, N tokens of one latent frame (in the order modality, group, view, h, w),
 L = F*N, P values of one token, C channels, V views of a group, H heads, D channels of a head, S tokens of an attention
