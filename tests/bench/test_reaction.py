@@ -154,7 +154,8 @@ def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, 
     """With every block held over nothing of an action reaches the tokens; the cache that reacts shows all of it."""
     model = copy.deepcopy(model)
     torch.nn.init.zeros_(model.final_modulation.weight)  # the ways for an action past the blocks: this, and
-    torch.nn.init.zeros_(model.keep.weight)  # what is expected
+    for part in (model.keep, *model.last_embed, model.seen_embed):  # what is expected
+        torch.nn.init.zeros_(part.weight)
     torch.nn.init.constant_(model.keep.bias, -200.0)
     scenario = load_scenario("urban-steady", model, clips=clips, generations=8)
     deaf = holdover.xcache(front_anchors=0, tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))

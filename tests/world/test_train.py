@@ -265,7 +265,11 @@ def test_training_learns(tmp_path: Path) -> None:
     assert recording.depth is not None
     depth = {name: from_metres(metres)[..., None] for name, metres in recording.depth.items()}
     for modality, pictures in (("colour", recording.frames), ("depth", depth)):
-        normalise(codec.autoencoders[modality], [pictures])
+        autoencoder = codec.autoencoders[modality]
+        videos = (torch.from_numpy(video).float().movedim(-1, 1)[None] for video in pictures.values())
+        blocks = torch.cat([autoencoder.blocks(v / 127.5 - 1 if modality == "colour" else v) for v in videos])
+        autoencoder.take_principal_components(blocks)
+        normalise(autoencoder, [pictures])
     folder = train(clips, tmp_path / "model", recipe, codec=codec, heldout=clips, save_every=5)
     curve = [line["heldout"][0] for line in read_log(folder) if "heldout" in line]
     assert len(curve) == 8
