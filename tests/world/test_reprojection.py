@@ -11,35 +11,31 @@ from holdover.world.autoencoder import Autoencoder
 from holdover.world.cameras import RIG, Camera
 from holdover.world.config import camera_rays
 from holdover.world.kv_cache import KVCache
-from holdover.world.motion import commanded, drive
+from holdover.world.motion import drive
 from holdover.world.reprojection import LinearPath, _Move, _View, look
 from holdover.world.transformer import WorldModel
-from holdover.world.vehicles import EgoState, denormalise_action, normalise_action
+from holdover.world.vehicles import EgoState, normalise_action
 from holdover.world.vehicles import drive as drive_by_numbers
 
 from .small import latents, small_model
 
 
-def test_tensors_drive_as_numbers_do() -> None:
-    """Braking, speeding up and turning: within what the steps of a frame differ by from quarters of one."""
+def test_rows_drive_as_one_car_does() -> None:
+    """Braking, speeding up and turning hard, a command for four frames; without a motion from the first command's."""
     rng = np.random.default_rng(0)
-    actions = normalise_action(rng.uniform(0, 30, (3, 6)), rng.uniform(-0.04, 0.04, (3, 6)))
-    start = np.array([[20.0, 0.0], [3.0, 0.03], [12.0, -0.02]])
-    poses, motion = drive(torch.tensor(start, dtype=torch.float32), torch.from_numpy(actions))
-    assert poses.shape == (3, 24, 3)
-    for row in range(3):
-        state = EgoState(speed=start[row, 0], curvature=start[row, 1])
-        for frame in range(24):
-            speed, curvature = denormalise_action(actions[row, frame // 4])
-            state = drive_by_numbers(state, float(speed), float(curvature))
-            assert poses[row, frame].tolist() == pytest.approx([state.x, state.y, state.yaw], abs=0.06)
-        assert motion[row].tolist() == pytest.approx([state.speed, state.curvature], abs=0.01)
-
-
-def test_an_action_commands_what_it_does_for_numbers() -> None:
-    actions = torch.tensor([[0.5, 0.3], [1.0, -1.0], [0.0, 0.0]])
-    np.testing.assert_allclose(commanded(actions), np.stack(denormalise_action(actions), -1), rtol=1e-5)
-    np.testing.assert_allclose(commanded(torch.tensor([-1.0, 3.0])), [0, 0.2], rtol=1e-5)
+    commands = np.stack([rng.uniform(0, 30, (3, 6)), rng.uniform(-0.2, 0.2, (3, 6))], -1)
+    actions = torch.from_numpy(normalise_action(commands[..., 0], commands[..., 1]))
+    start = torch.tensor([[20.0, 0.0], [3.0, 0.1], [12.0, -0.02]])
+    for motion in (start, None):
+        poses, after = drive(motion, actions)
+        for row in range(3):
+            speed, curvature = commands[row, 0] if motion is None else motion[row].tolist()
+            state, expected = EgoState(speed=float(speed), curvature=float(curvature)), []
+            for frame in range(24):
+                state = drive_by_numbers(state, *map(float, commands[row, frame // 4]))
+                expected.append([state.x, state.y, state.yaw])
+            np.testing.assert_allclose(poses[row], expected, rtol=1e-4, atol=1e-3)
+            np.testing.assert_allclose(after[row], [state.speed, state.curvature], rtol=1e-4, atol=1e-5)
 
 
 def test_the_linear_path_is_an_autoencoder_without_convolutions() -> None:
@@ -131,7 +127,7 @@ def test_expectations_are_worked_out_once_for_each_action() -> None:
     cache, actions = model.new_cache(), torch.tensor([[[0.3, 0.1], [0.4, 0.1]]])
     model(latents(model, 2), sigma=0.0, action_BFA=actions, cache=cache, write=True)
     assert cache.motion is not None
-    assert torch.equal(cache.motion, drive(commanded(actions[:, 0]), actions)[1])
+    assert torch.equal(cache.motion, drive(None, actions)[1])
 
     def expect(last: Tensor, poses: Tensor) -> tuple[Tensor, Tensor]:
         asked.append(poses.shape[1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdover.world.autoencoder import FRAMES
-from holdover.world.motion import commanded, drive
+from holdover.world.motion import drive
 
 #: From the newest latent frame ``[B, N, P]`` and the ego's poses at the video frames to come ``[B, K, 3]`` to what is
 #: expected there ``[B, F, N, P]``, and how much of each token is known ``[B, F, N, 1]``.
@@ -67,26 +67,23 @@ class KVCache:
         self.last = latents_BFNP[:, -1].clone()
         self._expected = None
         if action_BFA is not None:
-            motion = commanded(action_BFA[:, 0]) if self.motion is None else self.motion
-            self.motion = drive(motion, action_BFA)[1]
+            self.motion = drive(self.motion, action_BFA)[1]
 
     def expect(self, action_BFA: Tensor, expect: Expect) -> tuple[Tensor, Tensor]:
         """What is to be expected after the newest latent frame; of the actions that were asked about last, what follows
         from the first of them that is new is worked out."""
         assert self.last is not None
-        if self._expected is not None and self._expected[0] is action_BFA:
-            return self._expected[1]
+        told, found = self._expected or (None, None)
+        if told is action_BFA and found is not None:
+            return found
         known = 0
-        if self._expected is not None and self._expected[0].shape == action_BFA.shape:
-            known = int((self._expected[0] == action_BFA).all(-1).all(0).int().cumprod(0).sum())
-        if self._expected is None or known < action_BFA.shape[1]:
-            motion = commanded(action_BFA[:, 0]) if self.motion is None else self.motion
-            found = expect(self.last, drive(motion, action_BFA)[0][:, FRAMES * known :])
-            if self._expected is not None:
-                latents, seen = self._expected[1]
-                found = torch.cat([latents[:, :known], found[0]], 1), torch.cat([seen[:, :known], found[1]], 1)
-            self._expected = action_BFA, found
-        return self._expected[1]
+        if told is not None and told.shape == action_BFA.shape:
+            known = int((told == action_BFA).all(-1).all(0).int().cumprod(0).sum())
+        if found is None or known < action_BFA.shape[1]:
+            new = expect(self.last, drive(self.motion, action_BFA)[0][:, FRAMES * known :])
+            found = new if found is None else (joined(found[0], new[0], known), joined(found[1], new[1], known))
+        self._expected = action_BFA, found
+        return found
 
     def fork(self) -> KVCache:
         """A copy that shares memory: held tensors are replaced, never written in place."""
@@ -131,6 +128,7 @@ class KVBatch:
     def __init__(self, caches: Sequence[KVCache]) -> None:
         assert len({cache.length for cache in caches}) == 1
         self.caches = tuple(caches)
+        self._expected: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -153,13 +151,23 @@ class KVBatch:
             cache.stage(block, group, own_keys, own_values)
 
     def commit(self, latents_BFNP: Tensor, action_BFA: Tensor | None) -> None:
+        self._expected = None
         actions = [None] * len(self.caches) if action_BFA is None else action_BFA.split(1)
         for cache, latents, action in zip(self.caches, latents_BFNP.split(1), actions, strict=True):
             cache.commit(latents, action)
 
     def expect(self, action_BFA: Tensor, expect: Expect) -> tuple[Tensor, Tensor]:
-        rows = [cache.expect(action, expect) for cache, action in zip(self.caches, action_BFA.split(1), strict=True)]
-        return torch.cat([latents for latents, _ in rows]), torch.cat([known for _, known in rows])
+        """`KVCache.expect` of every row."""
+        if self._expected is None or self._expected[0] is not action_BFA:
+            rows = zip(self.caches, action_BFA.split(1), strict=True)
+            latents, seen = zip(*(cache.expect(action, expect) for cache, action in rows), strict=True)
+            self._expected = action_BFA, (torch.cat(latents), torch.cat(seen))
+        return self._expected[1]
 
     def take(self, rows: Sequence[int]) -> KVBatch:
         return KVBatch([self.caches[row] for row in rows])
+
+
+def joined(first_BFNP: Tensor, rest_BFNP: Tensor, known: int) -> Tensor:
+    """So many latent frames of the first, then the rest."""
+    return torch.cat([first_BFNP[:, :known], rest_BFNP], 1)

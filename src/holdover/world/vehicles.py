@@ -26,7 +26,7 @@ REAR_TO_CENTRE = 1.4  # m, from the rear axle, where the ego's pose is measured,
 
 # Curvature is scaled by asinh: a lane change at 25 m/s commands 0.004 1/m, which a linear scale would leave at 2 % of a
 # U-turn's action, too faint for a model (or a cache's gate) to notice.
-CURVATURE_KNEE = 0.01  # 1/m
+_CURVATURE_KNEE = 0.01  # 1/m
 _SUBSTEPS = 4
 
 
@@ -38,14 +38,14 @@ def normalise_action(speed: ArrayLike, curvature: ArrayLike) -> NDArray[np.float
     """
     bounded_speed = np.clip(np.asarray(speed, dtype=np.float64), 0.0, MAX_SPEED)
     bounded_curvature = np.clip(np.asarray(curvature, dtype=np.float64), -MAX_CURVATURE, MAX_CURVATURE)
-    turn = np.arcsinh(bounded_curvature / CURVATURE_KNEE) / math.asinh(MAX_CURVATURE / CURVATURE_KNEE)
+    turn = np.arcsinh(bounded_curvature / _CURVATURE_KNEE) / math.asinh(MAX_CURVATURE / _CURVATURE_KNEE)
     return np.stack(np.broadcast_arrays(bounded_speed / MAX_SPEED, turn), axis=-1).astype(np.float32)
 
 
 def denormalise_action(action: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Undo :func:`normalise_action`: from ``[..., 2]`` to speed (m/s) and curvature (1/m), each ``[...]``."""
     speed, turn = np.moveaxis(np.asarray(action, dtype=np.float64), -1, 0)
-    return speed * MAX_SPEED, np.sinh(turn * math.asinh(MAX_CURVATURE / CURVATURE_KNEE)) * CURVATURE_KNEE
+    return speed * MAX_SPEED, np.sinh(turn * math.asinh(MAX_CURVATURE / _CURVATURE_KNEE)) * _CURVATURE_KNEE
 
 
 @dataclass(frozen=True, kw_only=True)
