@@ -191,12 +191,16 @@ def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
     right = (np.arange(math.ceil(camera.width / every)) + 0.5) * every - camera.width / 2
     down = (np.arange(math.ceil(camera.height / every)) + 0.5) * every - camera.height / 2
     v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
+    return np.stack([u, v, np.ones_like(u)], -1) @ camera_axes(camera)
+
+
+def camera_axes(camera: Camera) -> NDArray[np.float64]:
+    """A camera's right, down and forward in ego coordinates, the rows of ``[3, 3]``."""
     pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
-    forward = math.cos(pitch) - v * math.sin(pitch)
-    up = -math.sin(pitch) - v * math.cos(pitch)
-    x = forward * math.cos(yaw) + u * math.sin(yaw)
-    y = forward * math.sin(yaw) - u * math.cos(yaw)
-    return np.stack([x, y, up], -1)
+    right = math.sin(yaw), -math.cos(yaw), 0.0
+    down = -math.sin(pitch) * math.cos(yaw), -math.sin(pitch) * math.sin(yaw), -math.cos(pitch)
+    forward = math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)
+    return np.array([right, down, forward])
 
 
 def token_rays(config: WorldConfig) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
 from holdover.world.cameras import Camera
-from holdover.world.config import Plane, WorldConfig, camera_rays
+from holdover.world.config import Plane, WorldConfig, camera_axes, camera_rays
 from holdover.world.depth import FAR, NEAR
 from holdover.world.latents import Codec, from_tokens, padded, to_tokens
 
@@ -82,15 +82,7 @@ class _View:
 
     @classmethod
     def of(cls, camera: Camera, device: torch.device) -> _View:
-        pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
-        axes = torch.tensor(
-            [
-                (math.sin(yaw), -math.cos(yaw), 0.0),
-                (-math.sin(pitch) * math.cos(yaw), -math.sin(pitch) * math.sin(yaw), -math.cos(pitch)),
-                (math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)),
-            ],
-            device=device,
-        )
+        axes = torch.from_numpy(camera_axes(camera)).float().to(device)
         grids = []
         for size in (SCALE, 1):
             rays_M3 = torch.from_numpy(camera_rays(camera, every=size)).float().to(device).flatten(0, 1)
