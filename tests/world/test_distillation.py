@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdover.world.losses import distillation_loss, error
+from holdover.world.losses import distillation_loss, error, hold_actions
 from holdover.world.recipe import Recipe
+from holdover.world.sampler import noise_levels
 from holdover.world.segments import Batch
 
 from .small import latents, small_model
@@ -37,26 +38,41 @@ class Teacher:
 @pytest.mark.parametrize("seed", range(4))  # other levels
 def test_a_student_learns_where_the_flow_ends(seed: int, guidance: float) -> None:
     model = small_model()
-    window = model.sizes.window
+    window, context, own = model.sizes.window, model.sizes.context, 3
     recipe = Recipe(levels=4, teacher_steps=400, teacher_guidance=guidance)
     mean = UNTOLD + guidance * (MEAN - UNTOLD)  # predictions are linear in it
-    frames = model.sizes.context + 2 * window  # the windows of the context, one of the student's own, and the last
-    batch = Batch(latents(model, frames), torch.rand(1, frames, 2))
-    teacher, guess, last = Teacher(), torch.full((1,), 0.8, requires_grad=True), {}
+    batch = Batch(latents(model, context + own * window), torch.rand(1, context + own * window, 2))
+    teacher, guess = Teacher(), torch.full((1,), 0.8, requires_grad=True)
+    passes: list[tuple[float, Tensor, bool]] = []
+    written: list[tuple[Tensor, Tensor, bool]] = []
 
-    def student(x: Tensor, *, sigma: Any, write: bool = False, **_: Any) -> Tensor:
-        if not write:
-            last.update(x=x, sigma=sigma)
+    def student(x: Tensor, *, sigma: float, action_BFA: Tensor, write: bool = False, **_: Any) -> Tensor:
+        if write:
+            written.append((x, action_BFA, torch.is_grad_enabled()))
+        else:
+            passes.append((sigma, x, torch.is_grad_enabled()))
         return guess.expand_as(x).clone()
 
     loss = distillation_loss(student, teacher, model, batch, np.random.default_rng(seed), recipe)
-    sigma = float(last["sigma"])
-    ends = mean + DEVIATION * (last["x"] - (1 - sigma) * mean) / ((1 - sigma) ** 2 * DEVIATION**2 + sigma**2) ** 0.5
-    expected = error(guess.expand_as(ends), ends, last["sigma"], recipe)
-    torch.testing.assert_close(loss, expected, atol=0.0, rtol=0.02)
-    recorded = model.sizes.context // window
-    assert torch.equal(torch.cat(teacher.contexts[:recorded], 1), batch.latents[:, : model.sizes.context])
-    assert all((context == 0.8).all() for context in teacher.contexts[recorded:])
-    assert len(teacher.contexts) == recorded + 1
+    # Every window is sampled in four passes; one of them is learned from, on what the sampler showed it.
+    assert [sigma for sigma, _, _ in passes] == [*noise_levels(4, recipe.shift)] * own
+    compared = [(sigma, x) for sigma, x, graded in passes if graded]
+    assert [sum(graded for *_, graded in passes[4 * i : 4 * i + 4]) for i in range(own)] == [1] * own
+    losses = []
+    for sigma, x in compared:
+        noise = x if sigma == 1 else (x - (1 - sigma) * 0.8) / sigma
+        assert abs(noise.mean().item()) < 0.15
+        ends = mean + DEVIATION * (x - (1 - sigma) * mean) / ((1 - sigma) ** 2 * DEVIATION**2 + sigma**2) ** 0.5
+        losses.append(error(guess.expand_as(ends), ends, torch.tensor([sigma]), recipe))
+    torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=0.0, rtol=0.02)
+    # Both have the recorded context before them, then what the student made under commands that may be held.
+    recorded = context // window
+    assert torch.equal(torch.cat(teacher.contexts[:recorded], 1), batch.latents[:, :context])
+    assert all((made == 0.8).all() for made in teacher.contexts[recorded:])
+    assert len(teacher.contexts) == len(written) == recorded + own - 1
+    assert all(torch.equal(x, shown) for (x, _, _), shown in zip(written, teacher.contexts, strict=True))
+    for (_, told, _), commanded in zip(written, batch.actions.split(window, 1), strict=False):
+        assert any(torch.equal(told, hold_actions(commanded, k)) for k in range(window))
+    assert [graded for *_, graded in written] == [False] * (recorded - 1) + [True] * own
     loss.backward()
     assert guess.grad is not None

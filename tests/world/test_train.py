@@ -114,9 +114,9 @@ def test_contexts_may_be_the_models_own() -> None:
     assert all((each == 0.3).all() for each in written[2:])  # what it said
     assert len(written) == 4
     assert len(spy.take(write=False, graded=False)) >= 2 * 4  # two windows, sampled in four steps each
-    [last] = spy.take(write=False, graded=True)
-    clean = recorded[-1]
-    torch.testing.assert_close(loss, error(spy.guess.expand_as(clean), clean, last["sigma"], Recipe()))
+    targets = zip(spy.take(write=False, graded=True), recorded[2:], strict=True)
+    errors = [error(spy.guess.expand_as(clean), clean, each["sigma"], Recipe()) for each, clean in targets]
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
 
 
 def test_contexts_are_noised_a_little() -> None:
@@ -197,7 +197,7 @@ def test_clips_that_are_missing_or_lack_depth_are_named(tmp_path: Path) -> None:
     [
         ({"own_context_from": 0.5}, False, 4 + 4 * 2),  # the context, and windows
         ({"own_context_from": 0.9}, False, 4 + 2 * 2),  # of true contexts only
-        ({"levels": 2}, True, 4 + 3 * 2),
+        ({"levels": 2, "windows": 3}, True, 4 + 3 * 2),
     ],
 )
 def test_clips_that_are_too_short_are_named_at_once(
@@ -311,7 +311,14 @@ def test_a_torch_that_cannot_train_is_refused_at_once(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "changes", [{"plain_share": 1.5}, {"unconditional_share": -0.1}, {"teacher_steps": 0}, {"teacher_guidance": 0.5}]
+    "changes",
+    [
+        {"plain_share": 1.5},
+        {"unconditional_share": -0.1},
+        {"teacher_steps": 0},
+        {"windows": 0},
+        {"teacher_guidance": 0.5},
+    ],
 )
 def test_impossible_recipes_are_refused(changes: dict[str, Any]) -> None:
     [(name, value)] = changes.items()

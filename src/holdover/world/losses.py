@@ -50,8 +50,7 @@ def sequence_loss(
 
     Args:
         plain: chunks of one latent frame (and every chunk past the context is a target), else of a window.
-        own: replace the contexts, and half of the noisy inputs, by what the model makes itself; the last chunk is
-            then the only target.
+        own: replace the contexts past the recorded one, and half of the noisy inputs, by what the model makes itself.
     """
     config, sigmas = model.sizes, recipe.sampler
     chunk = 1 if plain else config.window
@@ -68,7 +67,7 @@ def sequence_loss(
         latents = batch.latents[:, i * chunk : (i + 1) * chunk]
         actions = batch.actions[:, i * chunk : (i + 1) * chunk]
         held = hold_actions(actions, int(rng.integers(chunk)))
-        if i >= first_target and (not own or i == chunks - 1):
+        if i >= first_target:
             level = int(rng.integers(len(sigmas)))
             clean = latents
             if own and level and rng.random() < 0.5:
@@ -99,48 +98,60 @@ def distillation_loss(
 ) -> Tensor:
     """The loss of a few-step student: to say at once where its teacher's flow ends.
 
-    The context is a recorded window, then windows of the student's own making (Huang et al., Self Forcing, arXiv
-    2506.08009). In the last window the student's sampler stops at a random level; from there the teacher follows the
-    flow (the regression on a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3).
+    After a recorded context it rolls out windows of its own, each the context of the next (Huang et al., Self Forcing,
+    arXiv 2506.08009). In each of them one of its sampler's passes, a random one, is compared with where the teacher,
+    whose context is the same, comes to by following the flow from the same noisy window (the regression on a teacher's
+    trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3).
     """
     sizes, sigmas = model.sizes, recipe.sampler
     generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
-
-    def noise_like(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device)
-
     kv, teachers_kv = model.new_cache(), model.new_cache()
-    chunks = list(zip(batch.latents.split(sizes.window, 1), batch.actions.split(sizes.window, 1), strict=True))
-    for i, (latents, actions) in enumerate(chunks[:-1]):
-        context = latents
-        if i * sizes.window >= sizes.context:
-            context = _generate(predict, latents[:, :0], noise_like, latents, actions, kv, sigmas)
+
+    def teacher_from(noisy: Tensor, level: int, actions: Tensor) -> Tensor:
+        def guided(sigma: float, x: Tensor) -> Tensor:
+            told: Tensor = teacher(x, sigma=sigma, action_BFA=actions, cache=teachers_kv).float()
+            if recipe.teacher_guidance == 1:
+                return told
+            untold = teacher(x, sigma=sigma, action_BFA=None, cache=teachers_kv).float()
+            return torch.lerp(untold, told, recipe.teacher_guidance)
+
+        remaining = 1 - level / len(sigmas)  # of the way, before the shift
+        count = math.ceil(remaining * recipe.teacher_steps)
+        steps = remaining * torch.linspace(1, 1 / count, count)
         with torch.no_grad():
-            teacher(context, sigma=0.0, action_BFA=actions, cache=teachers_kv, write=True)
-        with torch.set_grad_enabled(i == len(chunks) - 2):
-            predict(context, sigma=0.0, action_BFA=actions, cache=kv, write=True)
-    latents, actions = chunks[-1]
-    held = hold_actions(actions, int(rng.integers(sizes.window)))
-    level = int(rng.integers(len(sigmas)))
-    noisy = noise_like(latents)
-    if level:
-        clean = _generate(predict, latents[:, :0], noise_like, latents, held, kv, sigmas[:level])
-        noisy = (1 - sigmas[level]) * clean + sigmas[level] * noisy
-    remaining = 1 - level / len(sigmas)  # of the way, before the shift
-    count = math.ceil(remaining * recipe.teacher_steps)
-    steps = remaining * torch.linspace(1, 1 / count, count)
+            return follow_flow(guided, noisy, shifted(steps, recipe.shift).tolist())
 
-    def guided(sigma: float, x: Tensor) -> Tensor:
-        told: Tensor = teacher(x, sigma=sigma, action_BFA=held, cache=teachers_kv).float()
-        if recipe.teacher_guidance == 1:
-            return told
-        untold = teacher(x, sigma=sigma, action_BFA=None, cache=teachers_kv).float()
-        return torch.lerp(untold, told, recipe.teacher_guidance)
+    def roll_out(noise: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's window, and the loss of one of its passes."""
+        compared, losses = int(rng.integers(len(sigmas))), []
 
-    with torch.no_grad():
-        target = follow_flow(guided, noisy, shifted(steps, recipe.shift).tolist())
-    sigma_B = torch.full((len(latents),), sigmas[level], device=latents.device)
-    return error(predict(noisy, sigma=sigma_B, action_BFA=held, cache=kv), target, sigma_B, recipe)
+        def step(level: int, noisy: Tensor) -> Tensor:
+            with torch.set_grad_enabled(level == compared):
+                clean: Tensor = predict(noisy, sigma=sigmas[level], action_BFA=actions, cache=kv).float()
+            if level == compared:
+                sigma_B = torch.full((len(noisy),), sigmas[level], device=noisy.device)
+                losses.append(error(clean, teacher_from(noisy, level, actions), sigma_B, recipe))
+            return clean.detach()
+
+        return denoise(step, noise, sigmas, known=()), losses[0]
+
+    losses = []
+    chunks = list(zip(batch.latents.split(sizes.window, 1), batch.actions.split(sizes.window, 1), strict=True))
+    for i, (latents, actions) in enumerate(chunks):
+        own = i * sizes.window >= sizes.context
+        if own:
+            if rng.random() < 0.5:  # in a cycle only the last generation knows all actions
+                actions = hold_actions(actions, int(rng.integers(sizes.window)))
+            noise = torch.randn((len(sigmas), *latents.shape), generator=generator, device=latents.device)
+            latents, loss = roll_out(noise, actions)
+            losses.append(loss)
+        if i == len(chunks) - 1:
+            break
+        with torch.no_grad():
+            teacher(latents, sigma=0.0, action_BFA=actions, cache=teachers_kv, write=True)
+        with torch.set_grad_enabled((i + 1) * sizes.window >= sizes.context):
+            predict(latents, sigma=0.0, action_BFA=actions, cache=kv, write=True)
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ class Recipe(Schedule):
 
     Attributes:
         own_context_from: share of the steps after which contexts, and half of the noisy inputs, are the model's own.
+        windows: that are the model's own in a context, and after it, at most.
         plain_share: share of the steps that train the plain cadence (chunks of one latent frame).
         context_noise: largest noise level added to the clean context, so that small errors do not grow.
         unconditional_share: share of the steps without an action, for guidance.
@@ -29,6 +30,7 @@ class Recipe(Schedule):
     batch: int = 3
     decay: float = 0.61
     own_context_from: float = 0.8
+    windows: int = 4
     plain_share: float = 0.15
     context_noise: float = 0.15
     unconditional_share: float = 0.05
@@ -40,8 +42,9 @@ class Recipe(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher_steps < 1:
-            raise ValueError(f"teacher_steps={self.teacher_steps} must be at least 1")
+        for name in ("teacher_steps", "windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.teacher_guidance >= 1:
             raise ValueError(f"teacher_guidance={self.teacher_guidance} must be 1, for none, or more")
         for name in ("own_context_from", "plain_share", "unconditional_share"):
@@ -55,4 +58,14 @@ class Recipe(Schedule):
 
 
 #: Of a few-step student, which begins with its teacher's weights.
-STUDENT = Recipe(steps=280, levels=4, muon_rate=0.005, adam_rate=0.0003, ema=0.99, seed=1, teacher_guidance=2.0)
+STUDENT = Recipe(
+    steps=280,
+    batch=1,
+    levels=4,
+    windows=8,
+    muon_rate=0.005,
+    adam_rate=0.0003,
+    ema=0.99,
+    seed=1,
+    teacher_guidance=2.0,
+)

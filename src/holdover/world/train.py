@@ -81,7 +81,7 @@ def train(
         teach = found.to(device) if teacher is not None else None
     model.to(device)
     own_from = 0 if teach is not None else recipe.own_context_from * recipe.steps
-    most = 3 if teach is not None else 4 if own_from <= recipe.steps - 1 else 2  # windows past the context
+    most = recipe.windows if own_from <= recipe.steps - 1 else 2  # windows past the context
     clips = clips_of_length(data, sizes.context + max(_PLAIN, sizes.window * most))
     heldout_clips = clips_of_length(heldout, _HELDOUT_START + sizes.context + sizes.window) if heldout else []
     segments, held = Segments(clips, codec), Segments(heldout_clips, codec) if heldout_clips else None
