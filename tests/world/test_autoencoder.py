@@ -139,14 +139,14 @@ def test_what_it_cannot_cut_up_is_refused(frames: int, height: int) -> None:
 
 def test_depth_is_relative() -> None:
     middle = float(np.sqrt(NEAR * FAR))
-    metres = np.array([0.1, NEAR, middle, FAR, 1e6])
+    metres = torch.tensor([0.1, NEAR, middle, FAR, 1e6])
     np.testing.assert_allclose(from_metres(metres), [-1, -1, 0, 1, 1], atol=1e-6)
     # The same factor is the same step, wherever.
-    steps = np.diff(from_metres(np.array([1.0, 2.0, 100.0, 200.0])))
-    assert steps[0] == pytest.approx(steps[2], abs=1e-6)
-    metres = np.geomspace(NEAR, FAR, 50)
+    steps = from_metres(torch.tensor([1.0, 2.0, 100.0, 200.0])).diff()
+    assert steps[0].item() == pytest.approx(steps[2].item(), abs=1e-6)
+    metres = torch.from_numpy(np.geomspace(NEAR, FAR, 50))
     np.testing.assert_allclose(to_metres(from_metres(metres)), metres, rtol=1e-4)
-    np.testing.assert_allclose(to_metres(np.array([-3.0, 3.0])), [NEAR, FAR], rtol=1e-5)
+    np.testing.assert_allclose(to_metres(torch.tensor([-3.0, 3.0])), [NEAR, FAR], rtol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [False, True])
@@ -163,7 +163,7 @@ def test_training_begins_with_principal_components_and_normalises(tmp_path: Path
         assert recording.depth is not None
         video = as_video(recording.frames[camera.name][None])
         if depth:
-            video = torch.from_numpy(from_metres(recording.depth[camera.name]))[None, :, None]
+            video = from_metres(torch.from_numpy(recording.depth[camera.name]))[None, :, None]
         z = model.encode(video)
         latents.append(z.transpose(0, 2).flatten(1))
         fraction.append(float((model.decode(z) - video).var() / video.var()))

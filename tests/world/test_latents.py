@@ -74,7 +74,7 @@ def test_a_token_of_depth_beyond_the_edge_repeats_it() -> None:
     colour, depth = pictures(codec.sizes, 4)
     token = codec.encode(colour, depth)[0, 0, -1].view(4, 8, 8, 4, 4)  # of the rear camera, which has 16 by 16 pixels
     image = token.permute(0, 3, 1, 4, 2).reshape(4, 32, 32).numpy()
-    expected = np.pad(from_metres(depth["rear"]), ((0, 0), (0, 16), (0, 16)), mode="edge")
+    expected = np.pad(from_metres(torch.from_numpy(depth["rear"])).numpy(), ((0, 0), (0, 16), (0, 16)), mode="edge")
     np.testing.assert_allclose(image, expected, atol=1e-6)
 
 

@@ -263,7 +263,7 @@ def test_training_learns(tmp_path: Path) -> None:
     recipe = Recipe(steps=40, batch=2, plain_share=0.2, own_context_from=0.9, warmup=5, ema=0.8)
     codec, recording = small_codec(small_config(layers=2)), read_clip(clips / "urban-000000", depth=True)
     assert recording.depth is not None
-    depth = {name: from_metres(metres)[..., None] for name, metres in recording.depth.items()}
+    depth = {name: from_metres(torch.from_numpy(metres))[..., None].numpy() for name, metres in recording.depth.items()}
     for modality, pictures in (("colour", recording.frames), ("depth", depth)):
         autoencoder = codec.autoencoders[modality]
         videos = (torch.from_numpy(video).float().movedim(-1, 1)[None] for video in pictures.values())

@@ -17,11 +17,12 @@ from holdover.world.cameras import RIG, stitch
 from holdover.world.checkpoints import weights_digest, write_difference
 from holdover.world.clips import open_dataset
 from holdover.world.config import CONFIGS, Plane, WorldConfig, camera_rays, config_for, token_rays
+from holdover.world.features import sigma_features
 from holdover.world.kv_cache import KVCache
 from holdover.world.latents import Codec
 from holdover.world.motion import drive
 from holdover.world.rotary import RotaryTables, rotary_table, rotate
-from holdover.world.transformer import Block, WorldModel, attention, sigma_features
+from holdover.world.transformer import Block, WorldModel, attention
 
 from .small import CAMERAS, latents, small_config, small_model
 

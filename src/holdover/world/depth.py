@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import math
+
+from torch import Tensor
 
 NEAR, FAR = 0.5, 655.35  # metres; the farther is the sky
 
 
-def from_metres(metres: NDArray[np.floating]) -> NDArray[np.float32]:
+def from_metres(metres: Tensor) -> Tensor:
     """Metres along the viewing axis as values in [-1, 1]; nearer than `NEAR` counts as `NEAR`."""
-    share = np.log(np.clip(metres, NEAR, FAR) / NEAR) / np.log(FAR / NEAR)
-    return np.asarray(2 * share - 1, np.float32)
+    return 2 * (metres.clamp(NEAR, FAR) / NEAR).log() / math.log(FAR / NEAR) - 1
 
 
-def to_metres(values: NDArray[np.floating]) -> NDArray[np.float32]:
+def to_metres(values: Tensor) -> Tensor:
     """The inverse of `from_metres`, from values clipped to [-1, 1]."""
-    share = (np.clip(values, -1, 1).astype(np.float32) + 1) / 2
-    return np.asarray(NEAR * (FAR / NEAR) ** share, np.float32)
+    return NEAR * (FAR / NEAR) ** ((values.clamp(-1, 1) + 1) / 2)

@@ -105,7 +105,7 @@ class Codec:
             if plane.modality == "colour":
                 x = video.permute(0, 3, 1, 2).float() / 127.5 - 1
             else:
-                x = torch.from_numpy(from_metres(video.numpy()))[:, None]
+                x = from_metres(video)[:, None]
             autoencoder = self.autoencoders[plane.modality]
             z = autoencoder.encode(padded(x, plane, self.sizes)[None].to(autoencoder.device), at_once=at_once)
             parts.append(to_tokens(z, plane, self.sizes))
@@ -125,7 +125,7 @@ class Codec:
     def decode_depth(self, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, NDArray[np.float32]]:
         """How far away what they show is: per camera ``float32 [B, T, height, width]``, in metres."""
         return {
-            name: to_metres(x[:, :, 0].cpu().numpy())
+            name: to_metres(x[:, :, 0].cpu()).numpy()
             for name, x in self.pictures("depth", latents_BFNP, before_BNP).items()
         }
 

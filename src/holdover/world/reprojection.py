@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
 from holdover.world.cameras import Camera
 from holdover.world.config import Plane, WorldConfig, camera_axes, camera_rays
-from holdover.world.depth import FAR, NEAR
+from holdover.world.depth import FAR, NEAR, from_metres, to_metres
 from holdover.world.latents import Codec, from_tokens, padded, to_tokens
 
 _STEPS = 2  # in which the depth that a camera will see is found
@@ -171,7 +171,7 @@ class Reprojection(nn.Module):
         pictures = [self._picture(last_NP, plane) for plane in self._planes("colour")]
         depths = self._depths(last_NP, views, move)
         points = [move.points(view, view.pixels[0], depth) for view, depth in zip(views, depths, strict=True)]
-        shown: dict[str, list[Tensor]] = {"colour": [], "depth": [_as_seen(depth)[None] for depth in depths]}
+        shown: dict[str, list[Tensor]] = {"colour": [], "depth": [from_metres(depth)[None] for depth in depths]}
         seen = []
         for picture, (values_CKM, found_KM) in zip(pictures, look(views, pictures, points), strict=True):
             shown["colour"].append(torch.where(found_KM, values_CKM, picture.flatten(1)[:, None]))
@@ -206,7 +206,7 @@ class Reprojection(nn.Module):
         """How far away what each camera will see is, per pixel ``[K, M]``."""
         now = [view.squares[1] for view in views]
         if "depth" in self.paths:
-            metres = [_in_metres(self._picture(last_NP, plane)) for plane in self._planes("depth")]
+            metres = [to_metres(self._picture(last_NP, plane)) for plane in self._planes("depth")]
             nearness = [F.avg_pool2d(1 / m, SCALE).flatten() for m in metres]
             now = [torch.minimum(1 / near, ground) for near, ground in zip(nearness, now, strict=True)]
         # Points over their distances, and one over it, may be interpolated: planes stay planes.
@@ -266,13 +266,3 @@ def _fine(view: _View, depth_KM: Tensor) -> Tensor:
     near = (1 / depth_KM).unflatten(1, (rows // SCALE, -1))[:, None]
     depth = 1 / F.interpolate(near, size=(rows, columns), mode="bilinear", align_corners=False).flatten(1)
     return torch.where(depth > _GROUND * view.pixels[1], view.pixels[1], depth)
-
-
-def _in_metres(values: Tensor) -> Tensor:
-    """`depth.to_metres`."""
-    return NEAR * (FAR / NEAR) ** ((values.clamp(-1, 1) + 1) / 2)
-
-
-def _as_seen(metres: Tensor) -> Tensor:
-    """`depth.from_metres`."""
-    return 2 * (metres.clamp(NEAR, FAR) / NEAR).log() / math.log(FAR / NEAR) - 1

@@ -225,4 +225,5 @@ def _pictures(clip: Path, depth: bool, *, start: int = 0, frames: int | None = N
     if not depth:
         return recording.frames
     assert recording.depth is not None
-    return {name: from_metres(metres)[..., None].astype(np.float16) for name, metres in recording.depth.items()}
+    values = {name: from_metres(torch.from_numpy(metres)) for name, metres in recording.depth.items()}
+    return {name: video[..., None].numpy().astype(np.float16) for name, video in values.items()}
