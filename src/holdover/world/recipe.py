@@ -14,7 +14,7 @@ class Recipe(Schedule):
 
     Attributes:
         own_context_from: share of the steps after which contexts, and half of the noisy inputs, are the model's own.
-        windows: that are the model's own in a context, and after it, at most.
+        windows: most windows of the model's own making that follow a recorded context.
         plain_share: share of the steps that train the plain cadence (chunks of one latent frame).
         context_noise: largest noise level added to the clean context, so that small errors do not grow.
         unconditional_share: share of the steps without an action, for guidance.
@@ -59,13 +59,16 @@ class Recipe(Schedule):
 
 #: Of a few-step student, which begins with its teacher's weights.
 STUDENT = Recipe(
-    steps=280,
+    steps=150,
     batch=1,
     levels=4,
     windows=8,
     muon_rate=0.005,
     adam_rate=0.0003,
-    ema=0.99,
+    warmup=10,
+    decay=0.8,
+    ema=0.97,
     seed=1,
-    teacher_guidance=2.0,
+    teacher_steps=6,
+    teacher_guidance=1.5,
 )
