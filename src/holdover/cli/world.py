@@ -71,7 +71,9 @@ def train(
     camera: Annotated[list[str] | None, typer.Option(help="One to train on, again for more. Default: all.")] = None,
     depth: Annotated[bool, typer.Option(help="Draw depth as well as colour.")] = True,
     heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
-    start_from: Annotated[Path | None, typer.Option(help="Checkpoint to begin with; default: random weights.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint to begin with. Default: the teacher, or none.")
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="Checkpoint to distil into one of four steps.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,

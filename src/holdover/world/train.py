@@ -54,31 +54,24 @@ def train(
         codec: trained autoencoders, and the sizes of the model.
         heldout: clips for the learning curve.
         start_from: a checkpoint of these sizes and autoencoders whose weights to begin with.
-        teacher: one to distil into fewer steps; the student begins with its weights.
+        teacher: one to distil into fewer steps; the student begins with its weights, unless it starts from others.
         save_every: steps from one save, and one point of the learning curve, to the next.
 
     Raises:
         ImportError: PyTorch is too old.
         ValueError: ``data`` or ``heldout`` holds no clips or too short ones, ``out`` belongs to another run,
-            ``start_from`` or ``teacher`` has other sizes or autoencoders, or there are both.
+            ``start_from`` or ``teacher`` has other sizes or autoencoders.
     """
     check_torch()
     torch.manual_seed(recipe.seed)
     model, sizes = WorldModel.of(codec.sizes), codec.sizes
     model.codec = codec
-    if teacher is not None and start_from is not None:
-        raise ValueError(f"a student begins with its teacher's weights; leave out start_from={start_from}")
     if teacher is not None and not recipe.levels:
         raise ValueError("levels=0: a student has few noise levels; give their number")
-    begun, teach = teacher or start_from, None
+    teach = _checkpoint(teacher, codec).to(device) if teacher else None
+    begun = _checkpoint(start_from, codec) if start_from else teach
     if begun is not None:
-        found = WorldModel.load(begun)
-        if found.sizes != sizes:
-            raise ValueError(f"{begun} has {found.sizes}, not {sizes}")
-        if codec_digest(found.codec) != codec_digest(codec):
-            raise ValueError(f"{begun} was trained with other autoencoders; use its own, which lie in that folder")
-        model.load_state_dict(found.state_dict())
-        teach = found.to(device) if teacher is not None else None
+        model.load_state_dict(begun.state_dict())
     model.to(device)
     own_from = 0 if teach is not None else recipe.own_context_from * recipe.steps
     most = recipe.windows if own_from <= recipe.steps - 1 else 2  # windows past the context
@@ -128,6 +121,16 @@ def train(
         save_every=save_every,
     )
     return out
+
+
+def _checkpoint(folder: Path, codec: Codec) -> WorldModel:
+    """Read one of these sizes and autoencoders."""
+    found = WorldModel.load(folder)
+    if found.sizes != codec.sizes:
+        raise ValueError(f"{folder} has {found.sizes}, not {codec.sizes}")
+    if codec_digest(found.codec) != codec_digest(codec):
+        raise ValueError(f"{folder} was trained with other autoencoders; use its own, which lie in that folder")
+    return found
 
 
 def heldout_error(predict: Predict, model: WorldModel, held: Segments, recipe: Recipe) -> list[float]:
