@@ -88,20 +88,27 @@ def test_a_plain_looks_as_it_will() -> None:
     assert elsewhere > 1000
 
 
-def test_a_wall_comes_nearer() -> None:
-    """Twenty metres ahead; five metres on, fifteen, by the shipped autoencoder of depth."""
+def test_a_wall_comes_nearer_and_is_gone_through() -> None:
+    """Ten metres ahead; five metres on, five, by the shipped autoencoder of depth; and fifteen metres on nothing that
+    was seen: the open plain."""
     model = WorldModel.load(shipped_model(), dtype=torch.float32)
     frames, depth = {}, {}
     for camera in RIG:
         down = np.maximum(-camera_rays(camera)[..., 2], 1e-6)
-        ground = np.minimum(camera.position[2] / down, 20).astype(np.float32)
+        ground = np.minimum(camera.position[2] / down, 10).astype(np.float32)
         depth[camera.name] = np.repeat(ground[None], 4, 0)
         frames[camera.name] = np.full((4, camera.height, camera.width, 3), 128, np.uint8)
     last = model.codec.encode(frames, depth)[:, -1]
-    poses = torch.tensor([[5.0, 0.0, 0.0]]).expand(1, 4, 3)
-    expected, _ = model.reprojection(last, poses)
-    seen = model.codec.decode_depth(expected, last)["front_narrow"][0, -1]
-    assert np.median(seen[8:28, 40:88]) == pytest.approx(15, rel=0.1)
+    plane = next(p for p in model.sizes.planes if (p.modality, p.camera.name) == ("colour", "front_narrow"))
+    metres, shares = [], []
+    for gone in (5.0, 15.0):
+        expected, seen = model.reprojection(last, torch.tensor([[gone, 0.0, 0.0]]).expand(1, 4, 3))
+        metres.append(np.median(model.codec.decode_depth(expected, last)["front_narrow"][0, -1, 8:28, 40:88]))
+        shares.append(float(seen[0, 0, plane.tokens].mean()))
+    assert metres[0] == pytest.approx(5, rel=0.1)
+    assert metres[1] > 50
+    assert shares[0] == 1
+    assert shares[1] < 0.2
 
 
 def test_a_street_is_nearer_to_what_is_expected_than_to_what_it_was() -> None:

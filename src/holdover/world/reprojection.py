@@ -169,11 +169,13 @@ class Reprojection(nn.Module):
             ordered = [camera for group in self.sizes.groups for camera in group]
             views = self._views[last_NP.device] = tuple(_View.of(camera, last_NP.device) for camera in ordered)
         pictures = [self._picture(last_NP, plane) for plane in self._planes("colour")]
-        depths = self._depths(last_NP, views, move)
+        depths, passed = self._depths(last_NP, views, move)
         points = [move.points(view, view.pixels[0], depth) for view, depth in zip(views, depths, strict=True)]
         shown: dict[str, list[Tensor]] = {"colour": [], "depth": [from_metres(depth)[None] for depth in depths]}
         seen = []
-        for picture, (values_CKM, found_KM) in zip(pictures, look(views, pictures, points), strict=True):
+        looked = look(views, pictures, points)
+        for picture, behind_KM, (values_CKM, met_KM) in zip(pictures, passed, looked, strict=True):
+            found_KM = met_KM & ~behind_KM
             shown["colour"].append(torch.where(found_KM, values_CKM, picture.flatten(1)[:, None]))
             seen.append(found_KM.float()[None])
         parts, shares = [], []
@@ -202,8 +204,11 @@ class Reprojection(nn.Module):
         """As pictures that whole tokens cover, ``[K, C, height, width]``."""
         return padded(values_CKM.movedim(1, 0).unflatten(-1, (plane.camera.height, -1)), plane, self.sizes)
 
-    def _depths(self, last_NP: Tensor, views: Sequence[_View], move: _Move) -> list[Tensor]:
-        """How far away what each camera will see is, per pixel ``[K, M]``."""
+    def _depths(self, last_NP: Tensor, views: Sequence[_View], move: _Move) -> tuple[list[Tensor], list[Tensor]]:
+        """How far away what each camera will see is, per pixel ``[K, M]``, and where that would be behind the camera.
+
+        What the ego will have gone through cannot have stood there: the ground, or the sky, is taken to be there.
+        """
         now = [view.squares[1] for view in views]
         if "depth" in self.paths:
             metres = [to_metres(self._picture(last_NP, plane)) for plane in self._planes("depth")]
@@ -213,14 +218,20 @@ class Reprojection(nn.Module):
         maps = []
         for view, depth in zip(views, now, strict=True):
             over_3M = view.axes_33.T @ view.squares[0] + view.place_3[:, None] / depth
-            maps.append(torch.cat([over_3M, 1 / depth[None]]).unflatten(1, (view.camera.height // SCALE, -1)))
+            stands = (depth < _GROUND * view.squares[1]).float()
+            values_5M = torch.cat([over_3M, 1 / depth[None], stands[None]])
+            maps.append(values_5M.unflatten(1, (view.camera.height // SCALE, -1)))
         guesses = [depth.expand(len(move.shift_K3), -1) for depth in now]
+        passed = [torch.zeros_like(guess, dtype=torch.bool) for guess in guesses]
         for _ in range(_STEPS):
             points = [move.points(view, view.squares[0], guess) for view, guess in zip(views, guesses, strict=True)]
-            for n, (met_4KM, found_KM) in enumerate(look(views, maps, points)):
-                depth = move.depth(views[n], met_4KM[:3] / met_4KM[3]).clamp(NEAR, FAR)
+            for n, (met_5KM, found_KM) in enumerate(look(views, maps, points)):
+                depth = move.depth(views[n], met_5KM[:3] / met_5KM[3])
+                passed[n] = found_KM & (depth < NEAR) & (met_5KM[4] > 0.5)
+                depth = depth.masked_fill(passed[n], FAR).clamp(NEAR, FAR)
                 guesses[n] = torch.minimum(torch.where(found_KM, depth, guesses[n]), views[n].squares[1])
-        return [_fine(view, guess) for view, guess in zip(views, guesses, strict=True)]
+        fine = [_fine(view, guess) for view, guess in zip(views, guesses, strict=True)]
+        return fine, [_repeated(view, where) for view, where in zip(views, passed, strict=True)]
 
 
 def look(views: Sequence[_View], pictures: Sequence[Tensor], points: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -266,3 +277,9 @@ def _fine(view: _View, depth_KM: Tensor) -> Tensor:
     near = (1 / depth_KM).unflatten(1, (rows // SCALE, -1))[:, None]
     depth = 1 / F.interpolate(near, size=(rows, columns), mode="bilinear", align_corners=False).flatten(1)
     return torch.where(depth > _GROUND * view.pixels[1], view.pixels[1], depth)
+
+
+def _repeated(view: _View, where_KM: Tensor) -> Tensor:
+    """What holds of squares, of their pixels."""
+    rows = where_KM.unflatten(1, (view.camera.height // SCALE, -1))
+    return torch.repeat_interleave(rows.repeat_interleave(SCALE, 1), SCALE, 2).flatten(1)

@@ -68,8 +68,8 @@ def train(
     model.codec = codec
     if teacher is not None and not recipe.levels:
         raise ValueError("levels=0: a student has few noise levels; give their number")
-    teach = _checkpoint(teacher, codec).to(device) if teacher else None
-    begun = _checkpoint(start_from, codec) if start_from else teach
+    teach = _checkpoint(teacher, codec, device) if teacher else None
+    begun = _checkpoint(start_from, codec, device) if start_from else teach
     if begun is not None:
         model.load_state_dict(begun.state_dict())
     model.to(device)
@@ -123,14 +123,15 @@ def train(
     return out
 
 
-def _checkpoint(folder: Path, codec: Codec) -> WorldModel:
+def _checkpoint(folder: Path, codec: Codec, device: str) -> WorldModel:
     """Read one of these sizes and autoencoders."""
     found = WorldModel.load(folder)
     if found.sizes != codec.sizes:
         raise ValueError(f"{folder} has {found.sizes}, not {codec.sizes}")
     if codec_digest(found.codec) != codec_digest(codec):
         raise ValueError(f"{folder} was trained with other autoencoders; use its own, which lie in that folder")
-    return found
+    there: WorldModel = found.to(device)
+    return there
 
 
 def heldout_error(predict: Predict, model: WorldModel, held: Segments, recipe: Recipe) -> list[float]:
