@@ -156,8 +156,8 @@ class Reprojection(nn.Module):
             poses_BK3: where the ego will be at each video frame to come, from `motion.drive`.
 
         Returns:
-            The latents ``float32 [B, F, N, P]``, and of each token the share that some camera sees now,
-            ``[B, F, N, 1]``; the rest of it is as it was.
+            The latents ``float32 [B, F, N, P]``, and of each token the share that some camera sees now and the ego will
+            not have gone through, ``[B, F, N, 1]``; the rest of it is as it was.
         """
         rows = [self._row(last.float(), _Move.of(poses)) for last, poses in zip(last_BNP, poses_BK3, strict=True)]
         latents, seen = zip(*rows, strict=True)
