@@ -93,6 +93,23 @@ def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_wi
         assert race.lanes["eager"].exact[-1]
 
 
+def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldModel, clips: Path) -> None:
+    """A generation in full may follow others from cache: arm and reference still write the same, bit for bit."""
+    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
+        shown, action = Shown(race), steady.actions[0]
+        for n in range(12):
+            action = action + torch.tensor([0.3, 0.0]) * (n in (6, 11))  # third and fourth of a cycle
+            shown.step(action)
+        lane, reference = race.lanes["eager"], race.reference("eager")
+        assert lane.exact == [n in (0, 4, 6, 8, 11) for n in range(12)]
+        own, expected = lane.loop.kv.state_dict(), reference.loop.kv.state_dict()
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+    same = [torch.equal(a, b) for a, b in zip(shown["eager"][0], shown["reference of eager"][0], strict=True)]
+    assert same == lane.exact
+
+
 def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
     lane = Lane.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
     for action in scenario.actions[:5]:

@@ -35,7 +35,9 @@ class LoopConfig:
     Attributes:
         cadence: ``window`` or ``plain``.
         commit: which latents of a cycle the clean pass writes: the window of its ``first`` generation, of the
-            ``last_full`` generation that was computed in full, or the pieces as ``emitted``.
+            ``last_full`` generation that was computed in full, or the pieces as ``emitted``. A generation knows the
+            pieces before its own as they were emitted; under ``last_full``, if the first is protected, as the latest
+            generation in full has them, so that nothing shown from cache gets into what is committed.
         protected: the generation of a cycle that is announced as committed, hence computed in full by policies with
             KV protection: the ``first`` or the ``last``.
         fresh_noise: draw new noise for every generation, not for every cycle.
@@ -263,12 +265,16 @@ class ClosedLoop:
         position = len(self._emitted)
         self._actions.append(action_BA)
         ahead = [action_BA] * (self.chunk_frames - position - 1)
-        announced = 0 if self.config.protected == "first" else self.chunk_frames - 1
+        first_protected = self.config.protected == "first"
+        announced = 0 if first_protected else self.chunk_frames - 1
+        known = torch.cat([self._noise[0, :, :0], *self._emitted], 1)
+        if self._committed is not None and self.config.commit == "last_full" and first_protected:
+            known = self._committed[0][:, :position]
         return _Generation(
             action=action_BA,
             actions_BFA=torch.stack(self._actions + ahead, 1),
             noise_SBFNP=self._noise,
-            known_BFNP=torch.cat([self._noise[0, :, :0], *self._emitted], 1),
+            known_BFNP=known,
             commits=position == announced,
         )
 
