@@ -26,7 +26,7 @@ from holdover.bench.reaction import (
 )
 from holdover.bench.reactions import run_reactions, summary
 from holdover.report.progress import bar
-from holdover.rollout.driver import ClosedLoop
+from holdover.rollout.driver import ClosedLoop, Commit, LoopConfig
 from holdover.rollout.scenarios import load_scenario
 from holdover.world.transformer import WorldModel
 from holdover.world.vehicles import denormalise_action, normalise_action
@@ -148,6 +148,24 @@ def test_means_leave_out_what_could_not_be_measured() -> None:
     row = summary("some", "brake", [brake(0.5, 1.0), brake(None, 0.8)])
     assert (row["cases"], row["lowest"], row["ratio_by_generation"]) == (2, 0.5, [0.5, 0.9])
     assert row["psnr_db"] is None
+
+
+@pytest.mark.parametrize("commit", ["first", "last_full", "emitted"])
+def test_a_cache_that_computes_everything_reacts_as_full_compute_does(
+    model: WorldModel, clips: Any, commit: Commit
+) -> None:
+    """Past the end of the cycle too, where the window that was committed begins to show."""
+    scenario = load_scenario("urban-steady", model, clips=clips, generations=8)
+    arms = [
+        Arm(name="closed", policy=holdover.xcache_reactive(tau_floor=2.0), loop=LoopConfig(commit=commit)),
+        Arm(name="other", policy=holdover.never()),  # with a rule, and so a reference, of its own
+    ]
+    with Race(model, scenario, arms) as race:
+        found = drive(race, scenario.actions, at=[6], horizon=4, advance=lambda: None)
+    for reaction in found["closed"] + found["other"]:
+        # None: a lane change that is over, under a rule that commits what came before it
+        assert all(ratio is None or ratio == pytest.approx(1.0) for ratio in reaction.ratios)
+        assert reaction.error == 0
 
 
 def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, clips: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdover.bench.lanes import Race, fork
-from holdover.rollout.driver import ClosedLoop, Piece
+from holdover.rollout.driver import ClosedLoop, Commit, Piece
 from holdover.world.vehicles import denormalise_action, normalise_action
 
 #: A response ratio from which the rollout counts as having reacted.
@@ -147,14 +147,13 @@ def measure_race(
     race: Race, action: Tensor, *, events: Sequence[Event] = EVENTS, horizon: int = 1
 ) -> dict[str, list[Reaction]]:
     """`measure` for every cached run of a race, where it stands; the race is not moved."""
-    responses: dict[int, Responses] = {}
+    responses: dict[tuple[int, Commit], Responses] = {}
     reactions = {}
     for name, lane in race.lanes.items():
-        # A reference that follows its arm's commits would wait for decisions of a run that is not under way. Only past
-        # the end of the cycle can the difference show.
-        full = fork(race.reference(name).loop, "reference")
-        full.cache, full.config = None, replace(full.config, commit="first")
-        memory = responses.setdefault(id(race.reference(name).loop), {})
+        # By the arm's own rule, but not after its commits: those are decisions of a run that is not under way.
+        full, commit = fork(race.reference(name).loop, "reference"), lane.loop.config.commit
+        full.cache, full.config = None, replace(full.config, commit=commit)
+        memory = responses.setdefault((id(race.reference(name).loop), commit), {})
         reactions[name] = measure(lane.loop, full, action, events=events, horizon=horizon, full_responses=memory)
     return reactions
 
