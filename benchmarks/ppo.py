@@ -160,7 +160,7 @@ def run(
     for policy in POLICIES:
         make = partial(make_env, course, scenario, policy, camera)
         logs[policy] = train(make, runs / policy, steps=steps, task=task, **changes)
-    surroundings = environment(checkpoint)
+    surroundings = environment(course.world.model, checkpoint)
     figures = {
         "steps": steps, "seed": seed, "scenario": scenario, "camera": camera, "on": surroundings,
         "policies": {policy: {**summary(log), "curve": log["episodes"]} for policy, log in logs.items()},

@@ -103,7 +103,7 @@ def main() -> None:
         f"{row['latency_ms_p50']:.0f} | {row['latency_ms_p95']:.0f} |"
         for row in rows
     )
-    surroundings = environment(shipped_model())
+    surroundings = environment(model, shipped_model())
     text = (
         "# Serving\n\n"
         f"`python benchmarks/serving.py`: lockstep clients on steady urban driving, {options.generations} generations "

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from holdover.world import trainer
 from holdover.world.trainer import Predict, Schedule, fit, read_log
 from tests.ranks import run_ranks
 
@@ -130,7 +131,11 @@ def test_the_average_is_an_exponential_one_of_the_weights(tmp_path: Path) -> Non
     torch.testing.assert_close(saved["seldom"], expected)
 
 
-def test_weights_are_used_in_bfloat16_and_kept_in_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_used_in_what_is_fast_and_kept_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(trainer, "fast_dtype", lambda _device: dtype)
     kinds = set()
 
     def watch(predict: Predict, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
@@ -138,7 +143,7 @@ def test_weights_are_used_in_bfloat16_and_kept_in_float32(tmp_path: Path) -> Non
         return squared(predict, x, rng)
 
     saved = run(tmp_path, loss=watch)
-    assert kinds == {torch.bfloat16}
+    assert kinds == {dtype}
     values = torch.tensor(saved["first.weight"])
     assert not torch.equal(values, values.bfloat16().float())
 

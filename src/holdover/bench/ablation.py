@@ -118,7 +118,7 @@ def run_ablation(
         "generations": generations,
         "seed": seed,
         "every": every,
-        "environment": {**environment(), "block_shares": shares},
+        "environment": {**environment(model), "block_shares": shares},
     }
     write_card(out, "ablation", card(figures), figures)
     return figures

@@ -17,7 +17,8 @@ def write_card(out: Path, name: str, text: str, figures: dict[str, Any]) -> None
 def about(environment: dict[str, Any]) -> str:
     """One line on what a card was measured on."""
     gpu = f"{environment['gpu']}, " if "gpu" in environment else ""
+    dtype = f"in {environment['dtype']}, " if "dtype" in environment else ""
     return (
         f"Measured on {gpu}{environment['processor']} ({environment['system']}), {environment['threads']} threads, "
-        f"PyTorch {environment['torch']}, Python {environment['python']}."
+        f"{dtype}PyTorch {environment['torch']}, Python {environment['python']}."
     )

@@ -92,7 +92,7 @@ def run_demo(
     share = cadence_block_share(model, scenarios[0], LoopConfig(cadence=options.cadence))
     progress.advance(total)
     metrics = Metrics(every=options.every, distance=distance, block_shares={options.cadence: share}, events=SHOWN)
-    about = {**environment(checkpoint), "block_share": share}
+    about = {**environment(model, checkpoint), "block_share": share}
     for name in NAMES:
         remove_rollouts(out, name)
     entries = []

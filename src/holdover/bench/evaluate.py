@@ -145,7 +145,7 @@ def run_evaluation(
             for source, m in read.items()
         },
         "cross_view": cross_view(rollouts, model.sizes.cameras),
-        "environment": environment(),
+        "environment": environment(model),
     }
     write_card(out, card_name(steps, guidance), card(figures), figures)
     return figures

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from holdover.bench.fidelity import Comparison, compare
 from holdover.bench.lanes import Lane, Race
@@ -108,8 +109,8 @@ def describe_full(lane: Lane, scenario: Scenario, metrics: Metrics, *, name: str
     }
 
 
-def environment(model: Path | None = None) -> dict[str, Any]:
-    """What the figures were measured on, and with."""
+def environment(model: nn.Module | None = None, checkpoint: Path | None = None) -> dict[str, Any]:
+    """What the figures were measured on, and with: a model, read from a checkpoint."""
     return {
         "holdover": version("holdover"),
         "python": platform.python_version(),
@@ -120,7 +121,8 @@ def environment(model: Path | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
-        **({"model": model.name} if model else {}),
+        **({"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")} if model else {}),
+        **({"model": checkpoint.name} if checkpoint else {}),
     }
 
 

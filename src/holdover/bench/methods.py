@@ -247,7 +247,7 @@ def run_methods(
         "cadences": results,
         "calibration": calibrations,
         "left_out": left_out,
-        "environment": environment(),
+        "environment": environment(model),
     }
     name = f"methods-{steps}"
     write_card(out, name, card(figures), figures)

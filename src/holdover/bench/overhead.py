@@ -80,7 +80,7 @@ def run_overhead(
                 "identical": name not in different,
             }
             rows.append(row)
-    figures = {"generations": generations - WARM_UP, "rows": rows, "environment": environment()}
+    figures = {"generations": generations - WARM_UP, "rows": rows, "environment": environment(model)}
     write_card(out, "overhead", card(figures), figures)
     return figures
 

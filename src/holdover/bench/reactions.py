@@ -63,7 +63,7 @@ def run_reactions(
         for name, measured in reactions.items():
             found[name] += measured
     rows = [summary(name, event.name, measured) for name, measured in found.items() for event in EVENTS]
-    figures = {"rows": rows, "horizon": window, "environment": environment()}
+    figures = {"rows": rows, "horizon": window, "environment": environment(model)}
     write_card(out, "reaction", card(figures), figures)
     return figures
 

@@ -23,6 +23,7 @@ from holdover.policies.xcache import xcache
 from holdover.report.tables import markdown, percent
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.config import CONFIGS
+from holdover.world.runtime import fast_dtype
 from holdover.world.transformer import WorldModel
 
 Arrangement = Literal["runs", "scattered"]
@@ -154,7 +155,7 @@ def run_scale(
         "tokens_per_pass": bench.model.sizes.window * bench.model.sizes.tokens,
         "block_share": share_of_blocks,
         "rows": rows,
-        "environment": environment(),
+        "environment": environment(bench.model),
     }
     write_card(out, figures["name"], card(figures), figures)
     return figures
@@ -173,7 +174,7 @@ class _Bench:
         torch.manual_seed(seed)
         config = CONFIGS[size]
         with torch.device(device):
-            model = WorldModel.of(config).to(torch.bfloat16).eval().requires_grad_(False)
+            model = WorldModel.of(config).to(fast_dtype(device)).eval().requires_grad_(False)
             start = torch.randn(1, config.context, config.tokens, config.patch_values) * 0.5
             actions = torch.zeros(1, config.context, config.action_dims)
         if compiled:
@@ -245,7 +246,7 @@ def card(figures: dict[str, Any]) -> str:
         rows.append(tuple(cells))
     return f"""# At scale: {figures["size"]} on {figures["device"]}{", compiled" if figures["compiled"] else ""}
 
-The world model with {figures["weights"] / 1e6:,.0f} million random weights in bfloat16, {figures["tokens_per_pass"]:,}
+The world model with {figures["weights"] / 1e6:,.0f} million random weights, {figures["tokens_per_pass"]:,}
 tokens a pass. Block calls are skipped by a pattern given beforehand, in one run of blocks a pass or scattered; "scored"
 takes and compares X-Cache's fingerprint of every block as well, so the difference is what gate and fingerprint cost.
 Medians of {figures["repeats"]} interleaved cycles of four generations, KV update included; blocks take

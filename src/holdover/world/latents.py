@@ -19,6 +19,7 @@ from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
 from holdover.world.checkpoints import DIFFERENCE, read_network, write_network
 from holdover.world.config import Plane, WorldConfig
 from holdover.world.depth import from_metres, to_metres
+from holdover.world.runtime import fast_dtype
 
 Colour = Mapping[str, NDArray[np.uint8]]
 Depth = Mapping[str, NDArray[np.float32]]
@@ -51,8 +52,11 @@ class Codec:
         return self
 
     @classmethod
-    def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype = torch.bfloat16) -> Codec:
+    def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype | None = None) -> Codec:
         """Read the autoencoders that lie beside a transformer; a student kept as a difference has its teacher's.
+
+        Args:
+            dtype: of the weights; by default what the CPU is fast in (`fast_dtype`).
 
         Raises:
             ValueError: one is missing, or of another version or size, or was not trained to its end.
@@ -64,7 +68,7 @@ class Codec:
             own = folder / modality
             if not own.is_dir():
                 raise ValueError(f"no autoencoder of {modality} in {folder}: give another folder, or train one")
-            autoencoders[modality] = read_network(Autoencoder, own, dtype)
+            autoencoders[modality] = read_network(Autoencoder, own, dtype or fast_dtype())
             if autoencoders[modality].std_Z.isnan().any():
                 raise ValueError(f"training of {own} was interrupted; run it again, and it goes on to its end")
         return cls(sizes, autoencoders)

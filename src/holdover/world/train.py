@@ -15,6 +15,7 @@ from holdover.world.checkpoints import weights_digest
 from holdover.world.latents import Codec
 from holdover.world.losses import distillation_loss, sequence_loss
 from holdover.world.recipe import Recipe
+from holdover.world.runtime import fast_dtype
 from holdover.world.sampler import denoise, noise_levels
 from holdover.world.segments import Batch, Segments, clips_of_length, codec_digest
 from holdover.world.trainer import Predict, check_torch, fit
@@ -125,7 +126,7 @@ def train(
 
 def _checkpoint(folder: Path, codec: Codec, device: str) -> WorldModel:
     """Read one of these sizes and autoencoders."""
-    found = WorldModel.load(folder)
+    found = WorldModel.load(folder, dtype=fast_dtype(device))
     if found.sizes != codec.sizes:
         raise ValueError(f"{folder} has {found.sizes}, not {codec.sizes}")
     if codec_digest(found.codec) != codec_digest(codec):

@@ -17,6 +17,7 @@ from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
 from holdover.world.checkpoints import read_network, write_network
 from holdover.world.clips import frame_count, read_cameras, read_clip
 from holdover.world.depth import from_metres
+from holdover.world.runtime import fast_dtype
 from holdover.world.segments import clips_of_length
 from holdover.world.trainer import Predict, Schedule, check_torch, fit, wait_for_all
 
@@ -150,7 +151,7 @@ def train_autoencoder(
         save_every=save_every,
     )
     if not dist.is_initialized() or dist.get_rank() == 0:
-        shipped = read_network(Autoencoder, out, torch.bfloat16)
+        shipped = read_network(Autoencoder, out, fast_dtype())
         normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
         write_network(shipped, out)
     wait_for_all()

@@ -1,4 +1,4 @@
-"""The loop that every network here is trained by: resumable, averaged, in bfloat16, on one device or one per rank.
+"""The loop that every network here is trained by: resumable, averaged, in half the precision where it pays.
 
 Every random choice is a function of (seed, step, rank), so a run that was killed continues as if it had not been.
 """
@@ -19,6 +19,8 @@ import torch.distributed as dist
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from holdover.world.runtime import fast_dtype
 
 Sample = TypeVar("Sample")
 Predict = Callable[..., Any]
@@ -92,7 +94,7 @@ def fit(
         identity: what else, beside the schedule, makes this run what it is, in plain values.
         plan: draws the sample of a step; runs on another thread while the step before is computed, and keeps off
             PyTorch: a second thread's OpenMP team would make this one's sleep between operations.
-        loss: of a sample, by a ``predict`` that calls the model with its weights in bfloat16; and what to log.
+        loss: of a sample, by a ``predict`` that calls the model with its weights in `fast_dtype`; and what to log.
         save: writes averaged weights for use.
         validate: measures averaged weights; what it returns is logged.
         save_every: steps from one save and validation to the next.
@@ -126,7 +128,7 @@ def fit(
             rng, sample = upcoming.result()
             if step + 1 < schedule.steps:
                 upcoming = loader.submit(draw, step + 1)
-            value, record = loss(_in_half(model, parameters), sample, rng)
+            value, record = loss(_in_fast(model, parameters), sample, rng)
             value.backward()
             if ranks > 1:
                 for p in parameters.values():
@@ -148,7 +150,7 @@ def fit(
             due = step + 1 == schedule.steps or (step + 1) % save_every == 0
             if due and validate:
                 with torch.no_grad():
-                    record |= validate(_in_half(model, average))
+                    record |= validate(_in_fast(model, average))
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             if due:
@@ -163,11 +165,11 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def _in_half(model: nn.Module, weights: Mapping[str, Tensor]) -> Predict:
-    half = {name: w.bfloat16() for name, w in weights.items()}
+def _in_fast(model: nn.Module, weights: Mapping[str, Tensor]) -> Predict:
+    fast = {name: w.to(fast_dtype(w.device)) for name, w in weights.items()}
 
     def predict(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, half, args, kwargs)
+        return functional_call(model, fast, args, kwargs)
 
     return predict
 

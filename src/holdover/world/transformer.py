@@ -36,6 +36,7 @@ from holdover.world.kv_cache import KVBatch, KVCache
 from holdover.world.latents import Codec
 from holdover.world.reprojection import Reprojection
 from holdover.world.rotary import RotaryTables, Table, rotate
+from holdover.world.runtime import fast_dtype
 
 #: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
 #: channel to carry them past a norm, and X-Cache's deviation test, largest element over mean, needs none to be still.
@@ -342,10 +343,13 @@ class WorldModel(ModelMixin, ConfigMixin):
         return self.sizes.view_groups
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> WorldModel:
+    def load(cls, folder: Path, *, dtype: torch.dtype | None = None) -> WorldModel:
         """Read a model and its codec, in evaluation mode.
 
         A student may lie in its teacher's folder, as the difference from it (`write_difference`).
+
+        Args:
+            dtype: of the weights; by default what the CPU is fast in (`fast_dtype`).
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -357,7 +361,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             return model
         if not (folder / cls.config_name).is_file():
             raise FileNotFoundError(f"no world model in {folder}; train one with `holdover world train`")
-        model = read_network(cls, folder, dtype)
+        model = read_network(cls, folder, dtype or fast_dtype())
         model.codec = Codec.load(folder, model.sizes, dtype=dtype)
         return model
 
