@@ -165,11 +165,11 @@ def test_clips_of_one_camera_without_depth_train_a_world_model(tmp_path: Path) -
     camera = Camera(name="front_wide", group="front", width=32, height=16, fov=90, yaw=0, pitch=0, position=(2, 0, 1.3))
     clips = str(write_clips(tmp_path / "clips", 4 * 20, depth=False, cameras=(camera,)))
     networks, out = str(tmp_path / "autoencoders"), str(tmp_path / "world")
-    given = "--data", clips, "--heldout", clips, "--steps", "2", "--batch", "1"
-    result = run("world", "train-autoencoder", *given, "--out", networks)
+    given = "--data", clips, "--heldout", clips, "--batch", "1", "--steps"
+    result = run("world", "train-autoencoder", *given, "1", "--out", networks)
     assert result.exit_code == 0, result.output
     own = "--camera", "front_wide", "--no-depth", "--size", "tiny"
-    result = run("world", "train", *given, "--out", out, "--autoencoders", networks, *own)
+    result = run("world", "train", *given, "2", "--out", out, "--autoencoders", networks, *own)
     assert result.exit_code == 0, result.output
     model = WorldModel.load(tmp_path / "world")
     assert model.sizes == replace(CONFIGS["tiny"], cameras=(camera,), depth_channels=0)

@@ -42,6 +42,7 @@ def ablation_arms() -> list[Arm]:
         ("− KV protection", WINDOW, "xcache", {"protection": "pass"}),
         ("− KV protection + step-0", WINDOW, "xcache", {"protection": "pass", "step0": "full"}),
         ("− front anchor", WINDOW, "xcache", {"front_anchors": 0}),
+        ("− deviation test", WINDOW, "xcache", {"tau_dev": float("inf")}),
         *((f"floor {floor}", WINDOW, "xcache", {"tau_floor": floor}) for floor in (0.90, 0.95, 0.98)),
         ("last protected", LAST_PROTECTED, "xcache", {}),
         ("commit last full", LAST_FULL, "xcache", {}),
