@@ -1,4 +1,4 @@
-"""The loop that every network here is trained by: resumable, averaged, in half the precision where it pays.
+"""The loop that every network here is trained by: resumable, averaged, on one device or one per rank.
 
 Every random choice is a function of (seed, step, rank), so a run that was killed continues as if it had not been.
 """
