@@ -267,9 +267,10 @@ class ClosedLoop:
         ahead = [action_BA] * (self.chunk_frames - position - 1)
         first_protected = self.config.protected == "first"
         announced = 0 if first_protected else self.chunk_frames - 1
-        known = torch.cat([self._noise[0, :, :0], *self._emitted], 1)
         if self._committed is not None and self.config.commit == "last_full" and first_protected:
             known = self._committed[0][:, :position]
+        else:
+            known = torch.cat([self._noise[0, :, :0], *self._emitted], 1)
         return _Generation(
             action=action_BA,
             actions_BFA=torch.stack(self._actions + ahead, 1),
