@@ -60,5 +60,6 @@ def test_the_ablation_writes_a_card(
     text = (tmp_path / "ablation.md").read_text()
     assert "| PSNR by window | 1 | 2 |" in text
     assert "| urban | DiT ms |" in text
+    assert not list(tmp_path.glob(".*"))
     with bar() as progress, pytest.raises(ValueError, match="give 8"):
         run_ablation(model, tmp_path, generations=4, clips=clips, progress=progress)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import holdover
+from holdover.bench import reactions
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.reaction import (
     EVENTS,
@@ -179,13 +180,13 @@ def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, 
     deaf = holdover.xcache(front_anchors=0, tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     arms = [Arm(name="deaf", policy=deaf), Arm(name="reactive", policy=holdover.xcache_reactive())]
     with Race(model, scenario, arms) as race:
-        reactions = drive(race, scenario.actions, at=[5], horizon=2, advance=lambda: None)
+        measured = drive(race, scenario.actions, at=[5], horizon=2, advance=lambda: None)
         assert race.lanes["deaf"].loop.generation == 8
         streams = {d.stream for d in race.lanes["deaf"].loop.cache.trace}  # type: ignore[union-attr]
     assert "reaction brake" in streams  # the events ran in streams of their own
-    assert mean_ratio(reactions["deaf"], "brake") == 0
-    assert mean_ratio(reactions["reactive"], "brake") == pytest.approx(1.0, abs=0.02)
-    assert mean_ratio(reactions["reactive"], "steer") == pytest.approx(1.0, abs=0.02)
+    assert mean_ratio(measured["deaf"], "brake") == 0
+    assert mean_ratio(measured["reactive"], "brake") == pytest.approx(1.0, abs=0.02)
+    assert mean_ratio(measured["reactive"], "steer") == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_bench_writes_a_card(model: WorldModel, clips: Any, tmp_path: Any) -> None:
@@ -197,3 +198,26 @@ def test_the_bench_writes_a_card(model: WorldModel, clips: Any, tmp_path: Any) -
     assert "| xcache_reactive | lane change |" in text
     with bar() as progress, pytest.raises(ValueError, match="no moment"):
         run_reactions(model, tmp_path, generations=4, count=1, clips=clips, progress=progress)
+
+
+def test_a_bench_that_was_cut_off_goes_on(
+    model: WorldModel, clips: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven, cut_off = [], 2
+
+    def counted(race: Race, *args: Any, **options: Any) -> dict[str, list[Reaction]]:
+        driven.append(race)
+        if len(driven) == cut_off:
+            raise KeyboardInterrupt
+        return drive(race, *args, **options)
+
+    def run(out: Any) -> dict[str, Any]:
+        with bar() as progress:
+            return run_reactions(model, out, generations=8, count=1, clips=clips, progress=progress)
+
+    monkeypatch.setattr(reactions, "drive", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    figures = run(tmp_path / "cut")
+    assert len(driven) == 4  # three scenarios, one of them twice
+    assert run(tmp_path / "whole") == figures

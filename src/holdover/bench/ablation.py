@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from rich.progress import Progress, TaskID
 
 from holdover.bench.ablation_card import card
-from holdover.bench.cards import write_card
+from holdover.bench.cards import Parts, write_card
 from holdover.bench.fidelity import psnr
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import Metrics, describe, describe_full, environment, finite
@@ -87,7 +89,8 @@ def run_ablation(
 ) -> dict[str, Any]:
     """Run the ablations and the control; writes ``ablation.md`` and ``ablation.json``.
 
-    All runs of a scenario are interleaved, each beside full compute of its own cadence.
+    All runs of a scenario are interleaved, each beside full compute of its own cadence. A measurement that was cut off
+    goes on with the scenario it was in.
 
     Args:
         generations: per scenario.
@@ -102,26 +105,31 @@ def run_ablation(
         raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.sizes.window}")
     distance = StLpips()
     load = {name: load_scenario(name, model, clips=clips, generations=generations) for name in {*scenarios, *KINDS}}
+    settings = {"generations": generations, "seed": seed, "every": every}
+    parts = Parts(out, "ablation", model, clips=str(clips), **settings)
     first = load[scenarios[0]]
-    shares: dict[str, float] = {loop.cadence: cadence_block_share(model, first, loop) for loop in (WINDOW, PLAIN)}
+    shares: dict[str, float] = parts.get(
+        "block shares", lambda: {loop.cadence: cadence_block_share(model, first, loop) for loop in (WINDOW, PLAIN)}
+    )
     metrics = Metrics(every=every, distance=distance, block_shares=shares)
     task = progress.add_task("ablation", total=(len(scenarios) + len(KINDS)) * generations)
-    ablation, control = [], []
-    for name in scenarios:
-        progress.update(task, description=f"ablation: {name}")
-        ablation.append(_run(model, load[name], ablation_arms(), metrics, seed, progress, task))
-    for name in KINDS:
-        progress.update(task, description=f"control: {name}")
-        control.append(_run(model, load[name], control_arms(), metrics, seed, progress, task))
+
+    plan = [("ablation", name, ablation_arms()) for name in scenarios]
+    plan += [("control", name, control_arms()) for name in KINDS]
+    found: dict[str, list[dict[str, Any]]] = {"ablation": [], "control": []}
+    for done, (title, name, arms) in enumerate(plan, 1):
+        progress.update(task, description=f"{title}: {name}")
+        measure = partial(_run, model, load[name], arms, metrics, seed, progress, task)
+        found[title].append(parts.get(f"{title}: {name}", measure))
+        progress.update(task, completed=done * generations)
+        gc.collect()  # a lane and the hook on its model hold each other, and with them its memory
     figures = {
-        "ablation": ablation,
-        "control": control,
-        "generations": generations,
-        "seed": seed,
-        "every": every,
+        **found,
+        **settings,
         "environment": {**environment(model), "block_shares": shares},
     }
     write_card(out, "ablation", card(figures), figures)
+    parts.clear()
     return figures
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
 from holdover.bench.calibrate import fit
-from holdover.bench.cards import write_card
+from holdover.bench.cards import Parts, write_card
 from holdover.bench.fidelity import compare, depth_errors
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import environment
@@ -194,6 +196,8 @@ def run_methods(
 ) -> dict[str, Any]:
     """Drive all methods; writes ``methods-<steps>.md``, ``.json`` and ``.png``.
 
+    A measurement that was cut off goes on with the runs that it was at.
+
     Args:
         steps: denoising passes of a generation: 4, or many.
         generations: to drive, the first cycle of warm-up included; None for 12 at four steps, 8 at many.
@@ -213,10 +217,13 @@ def run_methods(
     distance = StLpips()
     cadences = by_cadence(steps)
     heats = {cadence: _heats(some) for cadence, some in cadences.items()}
+    name = f"methods-{steps}"
+    parts = Parts(out, name, model, clips=str(clips), generations=generations, seed=seed, every=every)
     total = sum(map(len, heats.values())) * generations
     task = progress.add_task(f"methods at {steps} steps", total=total)
     results: dict[str, dict[str, Any]] = {}
     calibrations: dict[str, Any] = {}
+    done = 0
     for cadence in cadences:
         loop = LoopConfig.of_steps(steps, cadence)
         progress.update(task, description=f"{steps} steps, {cadence}: calibration")
@@ -224,21 +231,20 @@ def run_methods(
         calibration = calibrate(model, elsewhere, loop, seed=seed + 1) if needed else {}
         shares = _shares(model, elsewhere, loop)
         progress.update(task, description=f"{steps} steps, {cadence}")
-        rows: list[dict[str, Any]] = []
-        full_ms: list[float] = []
+        run = partial(
+            _run, model, scenario, loop, calibration, seed=seed, shares=shares, every=every, distance=distance
+        )
+        found = []
         for heat in heats[cadence]:
-            arms = [Arm(name=s.name, policy=s.policy(cadence, calibration), loop=loop) for s in heat]
-            with Race(model, scenario, arms, seed=seed) as race:
-                _drive(race, scenario, progress, task)
-                for setting in heat:
-                    rows.append(describe(race, setting, shares, every=every, distance=distance))
-                base = race.base(heat[0].name)
-                full_ms.append(1e3 * float(np.median(cycles(np.array(base.dit_seconds), base.loop.chunk_frames))))
-            del race, base
-            gc.collect()  # a lane and the hook on its model hold each other, and with them its memory
+            measure = partial(run, heat, advance=lambda: progress.advance(task))
+            found.append(parts.get(f"{cadence}: {', '.join(setting.name for setting in heat)}", measure))
+            done += generations
+            progress.update(task, completed=done)
+        rows = [row for heat in found for row in heat["rows"]]
         beside_controls(rows)
         calibrations[cadence] = calibration
-        results[cadence] = {"rows": rows, "full_dit_ms": float(np.median(full_ms)), "block_shares": shares}
+        full_ms = median(heat["full_dit_ms"] for heat in found)
+        results[cadence] = {"rows": rows, "full_dit_ms": full_ms, "block_shares": shares}
     figures = {
         "steps": steps,
         "generations": generations,
@@ -249,10 +255,37 @@ def run_methods(
         "left_out": left_out,
         "environment": environment(model),
     }
-    name = f"methods-{steps}"
     write_card(out, name, card(figures), figures)
     plot_fronts(out / f"{name}.png", {cadence: fronts(result["rows"]) for cadence, result in results.items()})
+    parts.clear()
     return figures
+
+
+def _run(
+    model: WorldModel,
+    scenario: Scenario,
+    loop: LoopConfig,
+    calibration: Mapping[str, Mapping[str, Any]],
+    heat: Sequence[Setting],
+    *,
+    seed: int,
+    shares: Mapping[str, float],
+    every: int,
+    distance: StLpips,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    arms = [Arm(name=s.name, policy=s.policy(loop.cadence, calibration), loop=loop) for s in heat]
+    gc.collect()  # a lane of the heat before and the hook on its model hold each other, and with them its memory
+    with Race(model, scenario, arms, seed=seed) as race, warnings.catch_warnings():
+        # That a method finds nothing to reuse here is one of the results.
+        warnings.filterwarnings("ignore", message=".*could reuse nothing")
+        for action in scenario.actions:
+            race.step(action)
+            advance()
+        rows = [describe(race, setting, shares, every=every, distance=distance) for setting in heat]
+        base = race.base(heat[0].name)
+        full_ms = 1e3 * float(np.median(cycles(np.array(base.dit_seconds), base.loop.chunk_frames)))
+    return {"rows": rows, "full_dit_ms": full_ms}
 
 
 def calibrate(model: WorldModel, scenario: Scenario, loop: LoopConfig, *, seed: int) -> dict[str, dict[str, Any]]:
@@ -359,15 +392,6 @@ def fronts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, flo
 
 def _heats(chosen: Sequence[Setting]) -> list[Sequence[Setting]]:
     return [chosen[first : first + HEAT] for first in range(0, len(chosen), HEAT)]
-
-
-def _drive(race: Race, scenario: Scenario, progress: Progress, task: TaskID) -> None:
-    with warnings.catch_warnings():
-        # That a method finds nothing to reuse here is one of the results.
-        warnings.filterwarnings("ignore", message=".*could reuse nothing")
-        for action in scenario.actions:
-            race.step(action)
-            progress.advance(task)
 
 
 def _shares(model: WorldModel, scenario: Scenario, loop: LoopConfig) -> dict[str, float]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 import holdover
-from holdover.bench.cards import about, write_card
+from holdover.bench.cards import Parts, about, write_card
 from holdover.bench.fidelity import psnr
 from holdover.bench.lanes import Arm, Race
 from holdover.bench.measure import environment
 from holdover.bench.reaction import EVENTS, Reaction, drive, mean_late, mean_ratio, moments
 from holdover.report.tables import decibels, markdown, ratio
 from holdover.rollout.driver import LoopConfig
-from holdover.rollout.scenarios import KINDS, STEADY, load_scenario
+from holdover.rollout.scenarios import KINDS, STEADY, Scenario, load_scenario
 from holdover.world.transformer import WorldModel
 
 
@@ -33,6 +35,8 @@ def run_reactions(
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure reactions in steady driving; writes ``reaction.md`` and ``reaction.json``.
+
+    A measurement that was cut off goes on with the scenario it was in.
 
     Args:
         generations: to drive in each scenario.
@@ -49,8 +53,9 @@ def run_reactions(
         Arm(name="fixed_interval", policy=holdover.fixed_interval(every=window)),
     ]
     found: dict[str, list[Reaction]] = {arm.name: [] for arm in arms}
+    parts = Parts(out, "reaction", model, clips=str(clips), generations=generations, count=count, seed=seed)
     task = progress.add_task("reaction", total=len(KINDS) * generations)
-    for kind in KINDS:
+    for done, kind in enumerate(KINDS, 1):
         scenario = load_scenario(kind + STEADY, model, clips=clips, generations=generations)
         at = moments(scenario.actions, window, count)
         if not at:
@@ -58,14 +63,30 @@ def run_reactions(
                 f"{scenario.name} has no moment in mid-cycle at which the car moves in {generations} generations"
             )
         progress.update(task, description=scenario.name)
-        with Race(model, scenario, arms, seed=seed) as race:
-            reactions = drive(race, scenario.actions, at=at, horizon=window, advance=lambda: progress.advance(task))
-        for name, measured in reactions.items():
-            found[name] += measured
+        measured = parts.get(scenario.name, partial(_measure, model, scenario, arms, at, seed, progress, task))
+        progress.update(task, completed=done * generations)
+        for name, reactions in measured.items():
+            found[name] += [Reaction(**{**fields, "ratios": tuple(fields["ratios"])}) for fields in reactions]
     rows = [summary(name, event.name, measured) for name, measured in found.items() for event in EVENTS]
     figures = {"rows": rows, "horizon": window, "environment": environment(model)}
     write_card(out, "reaction", card(figures), figures)
+    parts.clear()
     return figures
+
+
+def _measure(
+    model: WorldModel,
+    scenario: Scenario,
+    arms: Sequence[Arm],
+    at: Sequence[int],
+    seed: int,
+    progress: Progress,
+    task: TaskID,
+) -> dict[str, list[dict[str, Any]]]:
+    with Race(model, scenario, arms, seed=seed) as race:
+        horizon = model.sizes.window
+        found = drive(race, scenario.actions, at=at, horizon=horizon, advance=lambda: progress.advance(task))
+    return {name: [asdict(reaction) for reaction in reactions] for name, reactions in found.items()}
 
 
 def summary(policy: str, event: str, reactions: Sequence[Reaction]) -> dict[str, Any]:
