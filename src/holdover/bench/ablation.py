@@ -109,7 +109,8 @@ def run_ablation(
     parts = Parts(out, "ablation", model, clips=str(clips), **settings)
     first = load[scenarios[0]]
     shares: dict[str, float] = parts.get(
-        "block shares", lambda: {loop.cadence: cadence_block_share(model, first, loop) for loop in (WINDOW, PLAIN)}
+        f"block shares: {scenarios[0]}",
+        lambda: {loop.cadence: cadence_block_share(model, first, loop) for loop in (WINDOW, PLAIN)},
     )
     metrics = Metrics(every=every, distance=distance, block_shares=shares)
     task = progress.add_task("ablation", total=(len(scenarios) + len(KINDS)) * generations)
