@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 
 from holdover.world.cameras import Camera
 from holdover.world.clips import ClipWriter, open_dataset
@@ -39,3 +43,20 @@ def write_clips(folder: Path, frames: int, *, depth: bool = True, cameras: tuple
                 writer.add(rgb, metres if depth else None, command=command, motion=command, pose=(0.0, 0.0, 0.0))
             writer.finish()
     return folder
+
+
+def cut_off_before_the_card(
+    bench: ModuleType, run: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """The figures of a bench that was cut off before it wrote its card, and then went on without driving again."""
+
+    def cut_off(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "write_card", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "Race", cut_off)
+        return run()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from holdover.bench.ablation import ablation_arms, run_ablation
 from holdover.bench.overhead import run_overhead
 from holdover.report.progress import bar
 from holdover.world.transformer import WorldModel
+from tests.bench.small import cut_off_before_the_card
 
 
 def test_overhead_compares_bits_and_times(model: WorldModel, clips: Path, tmp_path: Path) -> None:
@@ -45,9 +48,9 @@ def test_the_ablation_writes_a_card(
     monkeypatch.setattr(ablation, "ablation_arms", lambda: arms)
     monkeypatch.setattr(ablation, "KINDS", ("urban",))
     with bar() as progress:
-        figures = run_ablation(
-            model, tmp_path, generations=8, scenarios=("urban-steady",), every=8, clips=clips, progress=progress
-        )
+        options: dict[str, Any] = {"generations": 8, "scenarios": ("urban-steady",), "every": 8, "clips": clips}
+        run = partial(run_ablation, model, tmp_path, progress=progress, **options)
+        figures = cut_off_before_the_card(ablation, run, monkeypatch)
     assert json.loads((tmp_path / "ablation.json").read_text()) == figures
     rows = {row["name"]: row for row in figures["ablation"][0]["rows"]}
     assert rows["plain cadence"]["skip"] == 0

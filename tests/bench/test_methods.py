@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from rich.progress import Progress
 
 import holdover
-from holdover.bench import methods
-from holdover.bench.methods import LEFT_OUT, Setting, beside_controls, count, fronts, run_methods, settings
+from holdover.bench import methods, methods_settings
+from holdover.bench.methods import beside_controls, count, fronts, run_methods
 from holdover.bench.methods_card import _verdict
+from holdover.bench.methods_settings import LEFT_OUT, Setting, by_cadence, settings
 from holdover.engine.trace import Decision
 from holdover.report.plots import unbeaten
 from holdover.world.transformer import WorldModel
+from tests.bench.small import cut_off_before_the_card
 
 
 @pytest.mark.parametrize("steps", [4, 35])
@@ -27,10 +30,10 @@ def test_every_method_of_the_registry_is_run_or_left_out_for_a_reason(steps: int
     assert not run & left_out.keys()
     assert len({setting.name for setting in chosen}) == len(chosen)
     calibration = {"teacache": {"polynomial": (1.0, 0.0)}, "magcache": {"ratios": (1.0,) * steps}}
-    for cadence, some in methods.by_cadence(steps).items():
+    for cadence, some in by_cadence(steps).items():
         for setting in some:
             assert setting.policy(cadence, calibration).name == setting.method
-    ran = [setting for some in methods.by_cadence(steps).values() for setting in some]
+    ran = [setting for some in by_cadence(steps).values() for setting in some]
     assert {setting.name for setting in ran} == {setting.name for setting in chosen}
 
 
@@ -128,10 +131,11 @@ def test_the_bench_is_complete_and_right(
         Setting(method="pab", options={}),
         Setting(method="worldcache_htc", options={"retain": 1}),
     ]
-    monkeypatch.setattr(methods, "FEW_STEPS" if steps == 4 else "MANY_STEPS", chosen)
+    monkeypatch.setattr(methods_settings, "FEW_STEPS" if steps == 4 else "MANY_STEPS", chosen)
     monkeypatch.setattr(methods, "HEAT", 6)
     with Progress(disable=True) as progress:
-        figures = run_methods(model, tmp_path, steps=steps, generations=8, clips=clips, progress=progress)
+        run = partial(run_methods, model, tmp_path, steps=steps, generations=8, clips=clips, progress=progress)
+        figures = cut_off_before_the_card(methods, run, monkeypatch)
         with pytest.raises(ValueError, match="generations=4 has no cycle"):
             run_methods(model, tmp_path, steps=steps, generations=4, clips=clips, progress=progress)
     assert json.loads((tmp_path / f"methods-{steps}.json").read_text()) == json.loads(json.dumps(figures))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import holdover
-from holdover.bench.methods import Setting
+from holdover.bench.methods_settings import Setting
 from holdover.bench.triggers import TRIGGERS
 from holdover.policies.parts.tokens import CHAOTIC, STABLE, TokenCurvature
 from tests.policies.test_parts import call
