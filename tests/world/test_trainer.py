@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdover.world import trainer
-from holdover.world.trainer import Predict, Schedule, fit, read_log
+from holdover.world.trainer import Predict, Schedule, fit, muon_precision, read_log
 from tests.ranks import run_ranks
 
 SCHEDULE = Schedule(steps=8, batch=2, warmup=2)
@@ -146,6 +146,26 @@ def test_weights_are_used_in_what_is_fast_and_kept_in_float32(
     assert kinds == {dtype}
     values = torch.tensor(saved["first.weight"])
     assert not torch.equal(values, values.bfloat16().float())
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, (0, 1e-5)), (torch.bfloat16, (1e-4, 0.1))])
+def test_muon_computes_in_what_is_fast(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, error: tuple[float, float]
+) -> None:
+    monkeypatch.setattr(trainer, "fast_dtype", lambda _device: dtype)
+    gradient = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    matrix = nn.Parameter(torch.zeros(6, 16))
+    matrix.grad = gradient.clone()
+    with muon_precision(matrix.device):
+        torch.optim.Muon([matrix], lr=1.0, weight_decay=0.0).step()
+    # Newton and Schulz's iteration leaves singular vectors as they are and takes singular values through a polynomial.
+    left, values, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    wrong = (matrix.double() + left @ values.diag() @ right).abs().max()
+    assert error[0] <= wrong <= error[1]
+    torch.testing.assert_close(matrix.grad, gradient, rtol=0, atol=0)
 
 
 WORKER = """

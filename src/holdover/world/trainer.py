@@ -6,8 +6,9 @@ Every random choice is a function of (seed, step, rank), so a run that was kille
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from holdover.world.runtime import fast_dtype
 
@@ -138,7 +140,8 @@ def fit(
             for optimiser, peak in optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = peak * schedule.rate(step)
-                optimiser.step()
+                with muon_precision(next(iter(parameters.values())).device):
+                    optimiser.step()
                 optimiser.zero_grad()
             blend = 1 - min(schedule.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], blend)
@@ -157,6 +160,26 @@ def fit(
                 save(average)
                 run.save(step + 1)  # last: a run that is killed before goes back to where all of it is done again
     wait_for_all()
+
+
+def muon_precision(device: torch.device) -> AbstractContextManager[object]:
+    """`torch.optim.Muon` orthogonalises in bfloat16; within this context it does so in `fast_dtype`."""
+    return nullcontext() if fast_dtype(device) == torch.bfloat16 else _Float32()
+
+
+class _Float32(TorchFunctionMode):
+    """Turns ``tensor.bfloat16()`` into a copy in float32; a copy, because what follows may work in place."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
 
 
 def wait_for_all() -> None:
