@@ -136,14 +136,21 @@ def test_weights_are_used_in_what_is_fast_and_kept_in_float32(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(trainer, "fast_dtype", lambda _device: dtype)
-    kinds = set()
+    kinds, updates = set(), set()
+    step = torch.optim.Muon.step
+
+    def watched_step(self: torch.optim.Muon) -> None:
+        updates.add(torch.zeros(1).bfloat16().dtype)  # what Muon turns its update into
+        step(self)
+
+    monkeypatch.setattr(torch.optim.Muon, "step", watched_step)
 
     def watch(predict: Predict, x: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         kinds.add(predict(x).dtype)
         return squared(predict, x, rng)
 
     saved = run(tmp_path, loss=watch)
-    assert kinds == {dtype}
+    assert kinds == updates == {dtype}
     values = torch.tensor(saved["first.weight"])
     assert not torch.equal(values, values.bfloat16().float())
 
