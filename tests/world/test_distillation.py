@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,3 +77,69 @@ def test_a_student_learns_where_the_flow_ends(seed: int, guidance: float) -> Non
     assert [graded for *_, graded in written] == [False] * (recorded - 1) + [True] * own
     loss.backward()
     assert guess.grad is not None
+
+
+@pytest.mark.parametrize("seed", range(4))  # other positions and levels
+def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
+    """A student that says another number at every level, and in later generations of a cycle 0.05 more."""
+    model, weight = small_model(), 3.0
+    window, context = model.sizes.window, model.sizes.context
+    recipe = Recipe(levels=4, teacher_steps=1, agreement=weight)
+    sigmas = noise_levels(4, recipe.shift)
+    said, more = {sigma: 0.2 + 0.1 * n for n, sigma in enumerate(sigmas)}, torch.full((1,), 0.05, requires_grad=True)
+    batch = Batch(latents(model, context + window), torch.rand(1, context + window, 2))
+    passes: list[tuple[float, Tensor, Tensor, bool]] = []
+
+    def student(x: Tensor, *, sigma: float, action_BFA: Tensor, write: bool = False, **_: Any) -> Tensor:
+        if write:
+            return x
+        passes.append((sigma, x, action_BFA, torch.is_grad_enabled()))
+        first = len(passes) <= 4
+        return (said[sigma] + (more * 0 if first else more)).expand_as(x).clone()
+
+    def loss(recipe: Recipe) -> Tensor:
+        passes.clear()
+        return distillation_loss(student, Teacher(), model, batch, np.random.default_rng(seed), recipe)
+
+    alone = loss(replace(recipe, agreement=0.0))
+    assert len(passes) == 4
+    both = loss(recipe)
+    first, later = passes[:4], passes[4:]
+    assert 1 <= len(later) <= 3  # the pass that is all noise need not be made again
+    assert [sigma for sigma, *_ in later] == [*sigmas[1 : len(later) + 1]]
+    assert [graded for *_, graded in later] == [False] * (len(later) - 1) + [True]
+    positions = set()
+    for n, (sigma, x, actions, _) in enumerate(later, start=1):
+        assert torch.equal(actions, first[n][2])
+        before = said[sigmas[n - 1]]  # in both generations what is drawn yet comes from the pass before
+        noise = (first[n][1] - (1 - sigma) * before) / sigma
+        known = (x - ((1 - sigma) * said[sigmas[-1]] + sigma * noise)).abs().amax((0, 2, 3)) < 1e-5
+        drawn = before + (0.05 if n > 1 else 0)
+        assert ((x - ((1 - sigma) * drawn + sigma * noise)).abs().amax((0, 2, 3)) < 1e-5).equal(~known)
+        positions.add(int(known.sum()))
+        assert known[: int(known.sum())].all()
+    [position] = positions
+    assert 1 <= position < window
+    target = torch.full((1, window - position, 1, 1), said[later[-1][0]])
+    expected = error(target + 0.05, target, torch.tensor([later[-1][0]]), recipe)
+    torch.testing.assert_close(both - alone, weight * expected, atol=1e-6, rtol=1e-4)
+    both.backward()
+    assert more.grad is not None
+    assert more.grad.item() > 0
+
+
+def test_only_the_end_of_a_rollout_is_learned_from() -> None:
+    model = small_model()
+    window, context, own = model.sizes.window, model.sizes.context, 4
+    batch = Batch(latents(model, context + own * window), torch.rand(1, context + own * window, 2))
+    calls: list[tuple[bool, bool]] = []  # whether written, and whether learned from
+
+    def student(x: Tensor, *, write: bool = False, **_: Any) -> Tensor:
+        calls.append((write, torch.is_grad_enabled()))
+        return x
+
+    recipe = Recipe(levels=4, teacher_steps=1, learned=2)
+    distillation_loss(student, Teacher(), model, batch, np.random.default_rng(0), recipe)
+    learned = [graded for write, graded in calls if not write]
+    assert [sum(learned[4 * i : 4 * i + 4]) for i in range(own)] == [0, 0, 1, 1]
+    assert [graded for write, graded in calls if write][-3:] == [False, True, True]  # what those two look back on

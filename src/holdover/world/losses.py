@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -99,59 +100,118 @@ def distillation_loss(
     """The loss of a few-step student: to say at once where its teacher's flow ends.
 
     After a recorded context it rolls out windows of its own, each the context of the next (Huang et al., Self Forcing,
-    arXiv 2506.08009). In each of them one of its sampler's passes, a random one, is compared with where the teacher,
-    whose context is the same, comes to by following the flow from the same noisy window (the regression on a teacher's
-    trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3).
+    arXiv 2506.08009). In those that it learns from one of its sampler's passes, a random one, is compared with where
+    the teacher, whose context is the same, comes to by following the flow from the same noisy window (the regression on
+    a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3). With `Recipe.agreement` a later
+    generation of the window's cycle, which knows its first frames, is to say what this first generation said.
     """
-    sizes, sigmas = model.sizes, recipe.sampler
+    sizes = model.sizes
     generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
-    kv, teachers_kv = model.new_cache(), model.new_cache()
-
-    def teacher_from(noisy: Tensor, level: int, actions: Tensor) -> Tensor:
-        def guided(sigma: float, x: Tensor) -> Tensor:
-            told: Tensor = teacher(x, sigma=sigma, action_BFA=actions, cache=teachers_kv).float()
-            if recipe.teacher_guidance == 1:
-                return told
-            untold = teacher(x, sigma=sigma, action_BFA=None, cache=teachers_kv).float()
-            return torch.lerp(untold, told, recipe.teacher_guidance)
-
-        remaining = 1 - level / len(sigmas)  # of the way, before the shift
-        count = math.ceil(remaining * recipe.teacher_steps)
-        steps = remaining * torch.linspace(1, 1 / count, count)
-        with torch.no_grad():
-            return follow_flow(guided, noisy, shifted(steps, recipe.shift).tolist())
-
-    def roll_out(noise: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's window, and the loss of one of its passes."""
-        compared, losses = int(rng.integers(len(sigmas))), []
-
-        def step(level: int, noisy: Tensor) -> Tensor:
-            with torch.set_grad_enabled(level == compared):
-                clean: Tensor = predict(noisy, sigma=sigmas[level], action_BFA=actions, cache=kv).float()
-            if level == compared:
-                sigma_B = torch.full((len(noisy),), sigmas[level], device=noisy.device)
-                losses.append(error(clean, teacher_from(noisy, level, actions), sigma_B, recipe))
-            return clean.detach()
-
-        return denoise(step, noise, sigmas, known=()), losses[0]
-
+    rollout = _Rollout(predict, teacher, model.new_cache(), model.new_cache(), recipe, rng)
     losses = []
     chunks = list(zip(batch.latents.split(sizes.window, 1), batch.actions.split(sizes.window, 1), strict=True))
+    first = max(sizes.context // sizes.window, len(chunks) - recipe.learned if recipe.learned else 0)  # learned from
     for i, (latents, actions) in enumerate(chunks):
-        own = i * sizes.window >= sizes.context
-        if own:
+        if i * sizes.window >= sizes.context:
             if rng.random() < 0.5:  # in a cycle only the last generation knows all actions
                 actions = hold_actions(actions, int(rng.integers(sizes.window)))
-            noise = torch.randn((len(sigmas), *latents.shape), generator=generator, device=latents.device)
-            latents, loss = roll_out(noise, actions)
-            losses.append(loss)
-        if i == len(chunks) - 1:
-            break
-        with torch.no_grad():
-            teacher(latents, sigma=0.0, action_BFA=actions, cache=teachers_kv, write=True)
-        with torch.set_grad_enabled((i + 1) * sizes.window >= sizes.context):
-            predict(latents, sigma=0.0, action_BFA=actions, cache=kv, write=True)
+            noise = torch.randn((len(rollout.sigmas), *latents.shape), generator=generator, device=latents.device)
+            if i < first:
+                latents = rollout.window(noise, actions)
+            else:
+                latents, loss = rollout.learn(noise, actions)
+                losses.append(loss)
+        if i < len(chunks) - 1:
+            rollout.write(latents, actions, learned=i + 1 >= first)
     return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """A student's own windows, one after the other, and what it learns from them."""
+
+    predict: Predict
+    teacher: Predict
+    kv: KVCache
+    teachers_kv: KVCache
+    recipe: Recipe
+    rng: np.random.Generator
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        return self.recipe.sampler
+
+    def window(self, noise: Tensor, actions: Tensor) -> Tensor:
+        """The next window."""
+        return denoise(lambda level, noisy: self._say(level, noisy, actions), noise, self.sigmas, known=())
+
+    def learn(self, noise: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The next window, and the loss of one of its passes, a random one."""
+        compared = int(self.rng.integers(len(self.sigmas)))
+        said: list[Tensor] = []
+        losses = []
+
+        def step(level: int, noisy: Tensor) -> Tensor:
+            clean = self._say(level, noisy, actions, learned=level == compared)
+            if level == compared:
+                losses.append(self._error(level, clean, self._where_the_flow_ends(level, noisy, actions)))
+            said.append(clean.detach())
+            return said[-1]
+
+        window = denoise(step, noise, self.sigmas, known=())
+        if self.recipe.agreement and window.shape[1] > 1 and len(self.sigmas) > 1:
+            losses.append(self.recipe.agreement * self._departure(window, said, noise, actions))
+        return window, torch.stack(losses).sum()
+
+    def write(self, latents: Tensor, actions: Tensor, *, learned: bool) -> None:
+        """Make a window the context of the next."""
+        with torch.no_grad():
+            self.teacher(latents, sigma=0.0, action_BFA=actions, cache=self.teachers_kv, write=True)
+        with torch.set_grad_enabled(learned):
+            self.predict(latents, sigma=0.0, action_BFA=actions, cache=self.kv, write=True)
+
+    def _say(self, level: int, noisy: Tensor, actions: Tensor, *, learned: bool = False) -> Tensor:
+        with torch.set_grad_enabled(learned):
+            clean: Tensor = self.predict(noisy, sigma=self.sigmas[level], action_BFA=actions, cache=self.kv)
+            return clean.float()
+
+    def _error(self, level: int, clean: Tensor, target: Tensor) -> Tensor:
+        sigma_B = torch.full((len(clean),), self.sigmas[level], device=clean.device)
+        return error(clean, target, sigma_B, self.recipe)
+
+    @torch.no_grad()
+    def _where_the_flow_ends(self, level: int, noisy: Tensor, actions: Tensor) -> Tensor:
+        """By the teacher's Euler steps from a noisy window at one of the sampler's levels."""
+        guidance = self.recipe.teacher_guidance
+
+        def guided(sigma: float, x: Tensor) -> Tensor:
+            told: Tensor = self.teacher(x, sigma=sigma, action_BFA=actions, cache=self.teachers_kv).float()
+            if guidance == 1:
+                return told
+            untold = self.teacher(x, sigma=sigma, action_BFA=None, cache=self.teachers_kv).float()
+            return torch.lerp(untold, told, guidance)
+
+        remaining = 1 - level / len(self.sigmas)  # of the way, before the shift
+        count = math.ceil(remaining * self.recipe.teacher_steps)
+        steps = remaining * torch.linspace(1, 1 / count, count)
+        return follow_flow(guided, noisy, shifted(steps, self.recipe.shift).tolist())
+
+    def _departure(self, window: Tensor, said: list[Tensor], noise: Tensor, actions: Tensor) -> Tensor:
+        """How far one pass of a later generation, a random one, departs from what the first said in it."""
+        position, compared = int(self.rng.integers(1, window.shape[1])), int(self.rng.integers(1, len(self.sigmas)))
+        losses = []
+
+        def step(level: int, noisy: Tensor) -> Tensor:
+            if level == 0:  # all noise: what is known does not show yet
+                return said[0].clone()
+            clean = self._say(level, noisy, actions, learned=level == compared)
+            if level == compared:
+                losses.append(self._error(level, clean[:, position:], said[level][:, position:]))
+            return clean.detach().clone()  # what is known will be written into it
+
+        upto = slice(compared + 1)
+        denoise(step, noise[upto], self.sigmas[upto], known=window[:, :position])
+        return losses[0]
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ class Recipe(Schedule):
         teacher_steps: Euler steps in which a teacher, where there is one, follows the whole flow, to show its end.
         teacher_guidance: of a teacher on the action, which the student then has in one pass (Meng et al., arXiv
             2210.03142); 1 for none.
+        learned: a student learns from so many windows at the end of its rollout; 0: from all.
+        agreement: weight of the error of a student's later generations of a cycle against its first.
     """
 
     steps: int = 1600
@@ -39,6 +41,8 @@ class Recipe(Schedule):
     shift: float = 5.0
     teacher_steps: int = 8
     teacher_guidance: float = 1.0
+    learned: int = 0
+    agreement: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +51,10 @@ class Recipe(Schedule):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.teacher_guidance >= 1:
             raise ValueError(f"teacher_guidance={self.teacher_guidance} must be 1, for none, or more")
+        if self.learned < 0:
+            raise ValueError(f"learned={self.learned} is a number of windows, 0 for all")
+        if not 0 <= self.agreement < float("inf"):
+            raise ValueError(f"agreement={self.agreement} is a weight, 0 for none")
         for name in ("own_context_from", "plain_share", "unconditional_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, between 0 and 1")
@@ -71,4 +79,5 @@ STUDENT = Recipe(
     seed=1,
     teacher_steps=6,
     teacher_guidance=1.5,
+    agreement=2.0,
 )
