@@ -79,5 +79,4 @@ STUDENT = Recipe(
     seed=1,
     teacher_steps=6,
     teacher_guidance=1.5,
-    agreement=2.0,
 )
