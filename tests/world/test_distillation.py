@@ -81,12 +81,13 @@ def test_a_student_learns_where_the_flow_ends(seed: int, guidance: float) -> Non
 
 @pytest.mark.parametrize("seed", range(4))  # other positions and levels
 def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
-    """A student that says another number at every level, and in later generations of a cycle 0.05 more."""
-    model, weight = small_model(), 3.0
+    """A student that says another number at every level, and in later generations 0.05 more with every frame."""
+    model, weight = small_model(window=4), 3.0
     window, context = model.sizes.window, model.sizes.context
     recipe = Recipe(levels=4, teacher_steps=1, agreement=weight)
     sigmas = noise_levels(4, recipe.shift)
-    said, more = {sigma: 0.2 + 0.1 * n for n, sigma in enumerate(sigmas)}, torch.full((1,), 0.05, requires_grad=True)
+    said, more = {sigma: 0.2 + 0.13 * n for n, sigma in enumerate(sigmas)}, torch.full((1,), 0.05, requires_grad=True)
+    ramp = torch.arange(window).view(1, window, 1, 1)
     batch = Batch(latents(model, context + window), torch.rand(1, context + window, 2))
     passes: list[tuple[float, Tensor, Tensor, bool]] = []
 
@@ -95,7 +96,7 @@ def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
             return x
         passes.append((sigma, x, action_BFA, torch.is_grad_enabled()))
         first = len(passes) <= 4
-        return (said[sigma] + (more * 0 if first else more)).expand_as(x).clone()
+        return (said[sigma] + more * (0 * ramp if first else ramp)).expand_as(x).clone()
 
     def loss(recipe: Recipe) -> Tensor:
         passes.clear()
@@ -114,14 +115,14 @@ def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
         before = said[sigmas[n - 1]]  # in both generations what is drawn yet comes from the pass before
         noise = (first[n][1] - (1 - sigma) * before) / sigma
         known = (x - ((1 - sigma) * said[sigmas[-1]] + sigma * noise)).abs().amax((0, 2, 3)) < 1e-5
-        drawn = before + (0.05 if n > 1 else 0)
+        drawn = before + (0.05 * ramp if n > 1 else 0)
         assert ((x - ((1 - sigma) * drawn + sigma * noise)).abs().amax((0, 2, 3)) < 1e-5).equal(~known)
         positions.add(int(known.sum()))
         assert known[: int(known.sum())].all()
     [position] = positions
     assert 1 <= position < window
     target = torch.full((1, window - position, 1, 1), said[later[-1][0]])
-    expected = error(target + 0.05, target, torch.tensor([later[-1][0]]), recipe)
+    expected = error(target + 0.05 * ramp[:, position:], target, torch.tensor([later[-1][0]]), recipe)
     torch.testing.assert_close(both - alone, weight * expected, atol=1e-6, rtol=1e-4)
     both.backward()
     assert more.grad is not None
