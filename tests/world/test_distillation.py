@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdover.world.losses import distillation_loss, error, hold_actions
+from holdover.world.losses import distillation_loss, error, hold_actions, straight_on
 from holdover.world.recipe import Recipe
 from holdover.world.sampler import noise_levels
 from holdover.world.segments import Batch
+from holdover.world.transformer import WorldModel
 
 from .small import latents, small_model
 
@@ -81,7 +82,10 @@ def test_a_student_learns_where_the_flow_ends(seed: int, guidance: float) -> Non
 
 @pytest.mark.parametrize("seed", range(4))  # other positions and levels
 def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
-    """A student that says another number at every level, and in later generations 0.05 more with every frame."""
+    """A student that says another number at every level, and in later generations 0.05 more with every frame.
+
+    What it says of depth does not count.
+    """
     model, weight = small_model(window=4), 3.0
     window, context = model.sizes.window, model.sizes.context
     recipe = Recipe(levels=4, teacher_steps=1, agreement=weight)
@@ -123,6 +127,7 @@ def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
     assert 1 <= position < window
     target = torch.full((1, window - position, 1, 1), said[later[-1][0]])
     expected = error(target + 0.05 * ramp[:, position:], target, torch.tensor([later[-1][0]]), recipe)
+    expected = expected * depth_begins(model) / model.sizes.tokens
     torch.testing.assert_close(both - alone, weight * expected, atol=1e-6, rtol=1e-4)
     both.backward()
     assert more.grad is not None
@@ -144,3 +149,70 @@ def test_only_the_end_of_a_rollout_is_learned_from() -> None:
     learned = [graded for write, graded in calls if not write]
     assert [sum(learned[4 * i : 4 * i + 4]) for i in range(own)] == [0, 0, 1, 1]
     assert [graded for write, graded in calls if write][-3:] == [False, True, True]  # what those two look back on
+
+
+@pytest.mark.parametrize("depth_weight", [0.0, 3.0])
+def test_depth_has_a_weight_of_its_own(depth_weight: float) -> None:
+    model = small_model()
+    size = model.sizes.context + model.sizes.window
+    batch = Batch(latents(model, size), torch.rand(1, size, 2))
+    begins = depth_begins(model)
+    assert 0 < begins < model.sizes.tokens
+
+    def student(x: Tensor, *, write: bool = False, **_: Any) -> Tensor:
+        return x if write else torch.cat([0 * x[:, :, :begins] + 0.8, 0 * x[:, :, begins:] - 0.4], 2)
+
+    class Wrong(Teacher):
+        """Off by 0.3 in colour and by 0.5 in depth."""
+
+        def __call__(self, x: Tensor, **rest: Any) -> Tensor:
+            said = student(x)
+            said[:, :, :begins] -= 0.3
+            said[:, :, begins:] -= 0.5
+            return super().__call__(x, **rest) if rest.get("write") else said
+
+    # A teacher that says the same at every level is followed to exactly that.
+    recipe = Recipe(levels=4, teacher_steps=1, l1=0.0, depth_weight=depth_weight)
+    sigmas: list[float] = []
+
+    def watched(x: Tensor, *, sigma: float, write: bool = False, **_: Any) -> Tensor:
+        if torch.is_grad_enabled() and not write:
+            sigmas.append(sigma)
+        return student(x, write=write)
+
+    loss = distillation_loss(watched, Wrong(), model, batch, np.random.default_rng(0), recipe)
+    colour = begins / model.sizes.tokens
+    expected = (colour * 0.3**2 + depth_weight * (1 - colour) * 0.5**2) / max(sigmas[0], 0.25) ** 2
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_steady_rollout_goes_straight_on_where_the_road_does() -> None:
+    model = small_model()
+    window, context, own = model.sizes.window, model.sizes.context, 2
+    actions = torch.rand(2, context + own * window, 2)
+    actions[0, context - 1] = torch.tensor([0.6, -0.1])  # about straight
+    actions[1, context - 1] = torch.tensor([0.4, 0.5])  # in a bend
+    driven = straight_on(actions, context)
+    assert torch.equal(driven[:, :context], actions[:, :context])
+    assert (driven[0, context:] == torch.tensor([0.6, 0.0])).all()
+    assert torch.equal(driven[1], actions[1])
+
+    told: list[Tensor] = []
+
+    def student(x: Tensor, *, action_BFA: Tensor, write: bool = False, **_: Any) -> Tensor:
+        if not write:
+            told.append(action_BFA)
+        return x
+
+    for steady, expected in ((1.0, driven), (0.0, actions)):
+        told.clear()
+        recipe = Recipe(levels=4, teacher_steps=1, steady=steady)
+        batch = Batch(latents(model, context + own * window).expand(2, -1, -1, -1), actions)
+        distillation_loss(student, Teacher(), model, batch, np.random.default_rng(0), recipe)
+        first = expected[:, context : context + window]
+        assert any(torch.equal(told[0], hold_actions(first, k)) for k in range(window))
+
+
+def depth_begins(model: WorldModel) -> int:
+    """The first token of depth."""
+    return next(plane.start for plane in model.sizes.planes if plane.modality == "depth")

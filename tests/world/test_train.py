@@ -321,6 +321,8 @@ def test_a_torch_that_cannot_train_is_refused_at_once(tmp_path: Path, monkeypatc
         {"teacher_guidance": 0.5},
         {"learned": -1},
         {"agreement": -1.0},
+        {"depth_weight": -1.0},
+        {"steady": 1.5},
     ],
 )
 def test_impossible_recipes_are_refused(changes: dict[str, Any]) -> None:

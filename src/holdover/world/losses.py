@@ -22,6 +22,8 @@ from holdover.world.transformer import WorldModel
 
 #: Below it a clean prediction's error is not magnified further by making a velocity of it.
 LEAST_SIGMA = 0.25
+#: Normalised curvature up to which a road is about straight.
+STRAIGHT = 0.15
 
 
 def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
@@ -31,10 +33,22 @@ def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
     )
 
 
-def error(prediction: Tensor, target: Tensor, sigma_B: Tensor, recipe: Recipe) -> Tensor:
-    """Flow matching's velocity error of a clean prediction, and an absolute error beside it."""
+def straight_on(actions_BFA: Tensor, recorded: int) -> Tensor:
+    """After the ``recorded`` frames their last speed, straight on; the actions as they are where the road bends."""
+    before, after = actions_BFA[:, :recorded], actions_BFA[:, recorded:]
+    held = before[:, -1:].clone()
+    held[..., 1] = 0
+    bends = before[:, -1:, 1:2].abs() > STRAIGHT
+    return torch.cat([before, torch.where(bends, after, held)], 1)
+
+
+def error(
+    prediction: Tensor, target: Tensor, sigma_B: Tensor, recipe: Recipe, weight_N: Tensor | None = None
+) -> Tensor:
+    """Flow matching's velocity error of a clean prediction, and an absolute error beside it, weighted by token."""
     difference = (prediction.float() - target) / sigma_B.clamp(min=LEAST_SIGMA)[:, None, None, None]
-    return difference.square().mean() + recipe.l1 * difference.abs().mean()
+    each = difference.square() + recipe.l1 * difference.abs()
+    return each.mean() if weight_N is None else (each * weight_N[:, None]).mean()
 
 
 def sequence_loss(
@@ -103,13 +117,18 @@ def distillation_loss(
     arXiv 2506.08009). In those that it learns from one of its sampler's passes, a random one, is compared with where
     the teacher, whose context is the same, comes to by following the flow from the same noisy window (the regression on
     a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3). With `Recipe.agreement` a later
-    generation of the window's cycle, which knows its first frames, is to say what this first generation said.
+    generation of the window's cycle, which knows its first frames, is to say in colour what this first generation said.
     """
     sizes = model.sizes
+    steady = recipe.steady and rng.random() < recipe.steady
+    commanded = straight_on(batch.actions, sizes.context) if steady else batch.actions
     generator = torch.Generator(batch.latents.device).manual_seed(int(rng.integers(2**62)))
-    rollout = _Rollout(predict, teacher, model.new_cache(), model.new_cache(), recipe, rng)
+    is_colour_N = torch.zeros(sizes.tokens, device=batch.latents.device)
+    for plane in sizes.planes:
+        is_colour_N[plane.tokens] = plane.modality == "colour"
+    rollout = _Rollout(predict, teacher, model.new_cache(), model.new_cache(), recipe, rng, is_colour_N)
     losses = []
-    chunks = list(zip(batch.latents.split(sizes.window, 1), batch.actions.split(sizes.window, 1), strict=True))
+    chunks = list(zip(batch.latents.split(sizes.window, 1), commanded.split(sizes.window, 1), strict=True))
     first = max(sizes.context // sizes.window, len(chunks) - recipe.learned if recipe.learned else 0)  # learned from
     for i, (latents, actions) in enumerate(chunks):
         if i * sizes.window >= sizes.context:
@@ -136,6 +155,7 @@ class _Rollout:
     teachers_kv: KVCache
     recipe: Recipe
     rng: np.random.Generator
+    is_colour_N: Tensor
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -154,7 +174,8 @@ class _Rollout:
         def step(level: int, noisy: Tensor) -> Tensor:
             clean = self._say(level, noisy, actions, learned=level == compared)
             if level == compared:
-                losses.append(self._error(level, clean, self._where_the_flow_ends(level, noisy, actions)))
+                weight_N = self.is_colour_N + self.recipe.depth_weight * (1 - self.is_colour_N)
+                losses.append(self._error(level, clean, self._where_the_flow_ends(level, noisy, actions), weight_N))
             said.append(clean.detach())
             return said[-1]
 
@@ -175,9 +196,9 @@ class _Rollout:
             clean: Tensor = self.predict(noisy, sigma=self.sigmas[level], action_BFA=actions, cache=self.kv)
             return clean.float()
 
-    def _error(self, level: int, clean: Tensor, target: Tensor) -> Tensor:
+    def _error(self, level: int, clean: Tensor, target: Tensor, weight_N: Tensor) -> Tensor:
         sigma_B = torch.full((len(clean),), self.sigmas[level], device=clean.device)
-        return error(clean, target, sigma_B, self.recipe)
+        return error(clean, target, sigma_B, self.recipe, weight_N)
 
     @torch.no_grad()
     def _where_the_flow_ends(self, level: int, noisy: Tensor, actions: Tensor) -> Tensor:
@@ -206,7 +227,8 @@ class _Rollout:
                 return said[0].clone()
             clean = self._say(level, noisy, actions, learned=level == compared)
             if level == compared:
-                losses.append(self._error(level, clean[:, position:], said[level][:, position:]))
+                drawn, first = clean[:, position:], said[level][:, position:]
+                losses.append(self._error(level, drawn, first, self.is_colour_N))
             return clean.detach().clone()  # what is known will be written into it
 
         upto = slice(compared + 1)

@@ -25,7 +25,9 @@ class Recipe(Schedule):
         teacher_guidance: of a teacher on the action, which the student then has in one pass (Meng et al., arXiv
             2210.03142); 1 for none.
         learned: a student learns from so many windows at the end of its rollout; 0: from all.
-        agreement: weight of the error of a student's later generations of a cycle against its first.
+        agreement: weight of the error of a student's later generations of a cycle against its first, in colour.
+        depth_weight: of depth beside colour in a student's error against its teacher.
+        steady: share of a student's rollouts that go straight on, where the road does, at the speed they began with.
     """
 
     steps: int = 1600
@@ -43,6 +45,8 @@ class Recipe(Schedule):
     teacher_guidance: float = 1.0
     learned: int = 0
     agreement: float = 0.0
+    depth_weight: float = 1.0
+    steady: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,9 +57,10 @@ class Recipe(Schedule):
             raise ValueError(f"teacher_guidance={self.teacher_guidance} must be 1, for none, or more")
         if self.learned < 0:
             raise ValueError(f"learned={self.learned} is a number of windows, 0 for all")
-        if not 0 <= self.agreement < float("inf"):
-            raise ValueError(f"agreement={self.agreement} is a weight, 0 for none")
-        for name in ("own_context_from", "plain_share", "unconditional_share"):
+        for name in ("agreement", "depth_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} is a weight, 0 for none")
+        for name in ("own_context_from", "plain_share", "unconditional_share", "steady"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, between 0 and 1")
 
