@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from holdover.rollout.scenarios import NAMES, load_scenario
 from holdover.world.clips import read_clip
 from holdover.world.transformer import WorldModel
 from tests.bench.small import CAMERAS, world_model, write_clips
-from tests.world.small import small_config, small_model
+from tests.world.small import small_config, small_layout, small_model
 
 
 def test_a_scripted_scenario_is_its_clip(model: WorldModel, clips: Path) -> None:
@@ -46,6 +47,23 @@ def test_a_steady_scenario_has_one_action_and_no_truth(model: WorldModel, clips:
     speed, turn = scenario.actions[0].tolist()
     assert speed > 0.2
     assert (abs(turn) > 0.1) == (name == "uturn-steady")
+
+
+def test_steady_driving_begins_on_a_road_without_bends_where_one_was_recorded(
+    model: WorldModel, clips: Path, tmp_path: Path
+) -> None:
+    """On it alone, and in its layout."""
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    shutil.copytree(folder / "highway-000000", folder / "straight-000000")
+    small_layout().save(folder / "straight-000000")
+    track = load_scenario("highway-steady", model, clips=folder, generations=3).track
+    assert track is not None
+    assert torch.equal(track.layout.ground_GH, small_layout().ground_GH)
+    poses = read_clip(folder / "straight-000000").poses
+    assert np.array_equal(track.poses_T3, poses)
+    assert load_scenario("highway", model, clips=folder, generations=3).track is None
+    assert load_scenario("uturn-steady", model, clips=folder, generations=3).track is None
 
 
 def test_what_cannot_be_driven_is_said(model: WorldModel, clips: Path, tmp_path: Path) -> None:

@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holdover.world.autoencoder import FRAMES
 from holdover.world.config import Plane, WorldConfig, token_rays
 from holdover.world.features import sigma_features
+from holdover.world.layout import Track
 from holdover.world.motion import drive
 from holdover.world.rotary import RotaryTables, rotate
 from holdover.world.transformer import Block, WorldModel
 
 
-def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: Tensor) -> Tensor:
-    """All windows at once in one sequence, with a mask instead of a KV cache."""
+def naive_block_causal(
+    model: WorldModel, x: Tensor, sigma_F: Tensor, actions: Tensor, track: Track | None = None
+) -> Tensor:
+    """All windows at once in one sequence, with a mask instead of a KV cache; the ego is where it was recorded."""
     config, frames, window = model.sizes, x.shape[1], model.sizes.window
     condition = model.sigma_mlp(sigma_features(sigma_F))[None] + model.action_mlp(naive_action_features(actions))
     modulation = model.modulation(F.silu(condition)).unflatten(-1, (6, -1))
@@ -25,13 +29,20 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
     kinds = [int(plane.modality == "depth") for plane in config.planes for _ in range(plane.rows * plane.columns)]
     for n, kind in enumerate(kinds):
         hidden[:, :, n] += model.embed[kind](x[:, :, n])
-    expected, motion = torch.zeros_like(x), None
+    expected, layouts, motion = torch.zeros_like(x), torch.zeros_like(x), None
     for first in range(0, frames, window):
         poses, motion = drive(motion, actions[:, first : first + window])
         if first == 0:
             continue
-        expected[:, first : first + window], seen = model.reprojection(x[:, first - 1], poses)
+        sites = None
+        if track is not None:
+            sites = [track.site(first * FRAMES - 1)]
+            poses, motion = drive(track.motion_T2[None, first * FRAMES - 1], actions[:, first : first + window])
+        looked_up, seen, layout = model.reprojection(x[:, first - 1], poses, sites)
+        expected[:, first : first + window], layouts[:, first : first + window] = looked_up, layout
         hidden[:, first : first + window] += model.seen_embed(seen)
+        for n, kind in enumerate(kinds):
+            hidden[:, first : first + window, n] += model.layout_embed[kind](layout[:, :, n])
         for f in range(first, first + window):
             for plane, kind in zip(config.planes, (0, 0, 0, 1, 1, 1), strict=True):
                 for r, c in product(range(plane.rows), range(plane.columns)):
@@ -76,6 +87,7 @@ def naive_block_causal(model: WorldModel, x: Tensor, sigma_F: Tensor, actions: T
     clean = torch.stack([model.head[kind](final[:, :, n]) for n, kind in enumerate(kinds)], 2)
     for f in range(window, frames):
         clean[:, f] += torch.sigmoid(model.keep(final[:, f])) * expected[:, f]
+        clean[:, f] += model.keep_layout(final[:, f]) * layouts[:, f]
     return clean
 
 

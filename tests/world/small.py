@@ -13,6 +13,7 @@ from holdover.world.cameras import Camera
 from holdover.world.clips import ClipWriter, open_dataset
 from holdover.world.config import WorldConfig
 from holdover.world.latents import Codec
+from holdover.world.layout import Layout
 from holdover.world.transformer import WorldModel
 
 #: Tokens of depth, 32 pixels wide, reach beyond the edge of all of them.
@@ -75,6 +76,23 @@ def small_autoencoder(colours: int, latent_channels: int) -> Autoencoder:
 def latents(model: WorldModel, frames: int, *, seed: int = 0, batch: int = 1) -> Tensor:
     shape = batch, frames, model.sizes.tokens, model.sizes.patch_values
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.5
+
+
+def small_layout(boxes: Tensor | None = None, cars: int = 1, frames: int = 40) -> Layout:
+    """A plain of grass with a square of asphalt, boxes on it, and cars that drive along y and turn."""
+    ground = torch.zeros(400, 400, dtype=torch.uint8)
+    ground[100:300, 100:300] = 1
+    parts = torch.tensor([[n, 0.5, 0.0, 2.2, 0.9, 0.2, 1.5, 0.8, 0.1, 0.1] for n in range(cars)]).view(-1, 10)
+    time = torch.arange(frames).float()
+    poses = torch.stack([6.0 + 0 * time, -4 + 0.3 * time, 0.4 + 0.02 * time], -1)
+    poses = torch.stack([poses + torch.tensor([5.0 * n, 0.0, 0.0]) for n in range(cars)], 1)
+    return Layout(
+        ground_GH=ground,
+        corner_2=torch.tensor([-40.0, -40.0]),
+        boxes_M10=torch.zeros(0, 10) if boxes is None else boxes,
+        parts_J10=parts,
+        poses_TC3=poses,
+    )
 
 
 def write_clip(folder: Path, seed: int, frames: int, *, depth: bool = True, drives: bool = True) -> Path:

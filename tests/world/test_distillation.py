@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdover.world.kv_cache import KVCache
+from holdover.world.layout import Track
 from holdover.world.losses import distillation_loss, error, hold_actions, straight_on
 from holdover.world.recipe import Recipe
 from holdover.world.sampler import noise_levels
 from holdover.world.segments import Batch
 from holdover.world.transformer import WorldModel
 
-from .small import latents, small_model
+from .small import latents, small_layout, small_model
 
 MEAN, UNTOLD, DEVIATION = 0.3, 0.1, 0.5  # of a teacher that is told the action, and of one that is not
 
@@ -78,6 +80,53 @@ def test_a_student_learns_where_the_flow_ends(seed: int, guidance: float) -> Non
     assert [graded for *_, graded in written] == [False] * (recorded - 1) + [True] * own
     loss.backward()
     assert guess.grad is not None
+
+
+@pytest.mark.parametrize("seed", range(4))  # other levels
+def test_a_student_without_a_teacher_learns_what_was_recorded(seed: int) -> None:
+    """Under the recording's actions, from where it was after every window; what goes straight on was not recorded."""
+    model = small_model()
+    window, context, own = model.sizes.window, model.sizes.context, 2
+    size = context + own * window
+    track = Track(small_layout(), torch.rand(60, 3).double(), torch.rand(60, 2))
+    batch = Batch(latents(model, size), torch.rand(1, size, 2), (track,), (5,))
+    guess = torch.full((1,), 0.8, requires_grad=True)
+    compared: list[tuple[float, Tensor | None, int]] = []
+    stood: list[tuple[int, Tensor]] = []
+
+    def student(
+        x: Tensor, *, sigma: float, action_BFA: Tensor, cache: KVCache, write: bool = False, **_: Any
+    ) -> Tensor:
+        number = len(stood) - 1
+        if write:
+            cache.commit(x, action_BFA)
+            stood.append((cache.sites[0].frame if cache.sites and cache.sites[0] else -1, action_BFA))
+        elif torch.is_grad_enabled():
+            compared.append((sigma, cache.sites[0] and cache.sites[0].pose_3 if cache.sites else None, number))
+        return guess.expand_as(x).clone()
+
+    recipe = Recipe(levels=4, recorded=True)
+    loss = distillation_loss(student, None, model, batch, np.random.default_rng(seed), recipe)
+    recorded = batch.latents[:, context:].split(window, 1)
+    losses = [
+        error(guess.expand_as(target), target, torch.tensor([sigma]), recipe)
+        for (sigma, _, _), target in zip(compared, recorded, strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    for n, (_, pose, number) in enumerate(compared):
+        assert number == context // window - 1 + n
+        assert pose is not None
+        assert torch.equal(pose, track.poses_T3[5 + 4 * (context + n * window) - 1])
+    for (_, told), commanded in zip(stood, batch.actions.split(window, 1), strict=False):
+        assert torch.equal(told, commanded)
+    # Straight on a teacher says what is there, and the rollout goes where its own actions lead.
+    batch.actions[:, :context, 1] = 0
+    stood.clear()
+    steady = replace(recipe, steady=1.0, teacher_steps=1)
+    teacher = Teacher()
+    assert distillation_loss(student, teacher, model, batch, np.random.default_rng(seed), steady) > 0
+    assert len(teacher.contexts) == size // window - 1
+    assert [frame for frame, _ in stood][context // window :] == [5 + 4 * (context + window) - 1]
 
 
 @pytest.mark.parametrize("seed", range(4))  # other positions and levels

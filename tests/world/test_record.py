@@ -11,7 +11,7 @@ import pytest
 
 from holdover.world import record as module
 from holdover.world.cameras import RIG
-from holdover.world.clips import list_clips, read_clip
+from holdover.world.clips import list_clips, read_clip, read_track
 from holdover.world.meshes import Mesh
 from holdover.world.record import record
 from holdover.world.vehicles import EgoState
@@ -100,6 +100,11 @@ def test_recording_is_resumable(renderer: Any, tmp_path: Path, monkeypatch: pyte
     assert len(clip.actions) == 9
     changed = np.flatnonzero((np.diff(clip.actions, axis=0) != 0).any(axis=1)) + 1
     assert set(changed) <= {4, 8}  # commands hold for the four frames of a piece
+    track = read_track(first[0])
+    assert track is not None
+    assert np.array_equal(track.poses_T3, clip.poses)
+    assert np.array_equal(track.motion_T2, clip.motion)
+    assert track.layout.poses_TC3.shape[::2] == (9, 3)
     written = (first[0] / "clip.json").stat().st_mtime_ns
     both = record("highway", 2, tmp_path, frames=9)
     assert list_clips(tmp_path) == both

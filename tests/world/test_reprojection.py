@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,13 @@ from holdover.rollout.scenarios import load_scenario, shipped_model
 from holdover.world.autoencoder import Autoencoder
 from holdover.world.cameras import RIG, Camera
 from holdover.world.config import camera_rays
-from holdover.world.kv_cache import KVCache
+from holdover.world.kv_cache import Expected, KVCache
 from holdover.world.motion import drive
-from holdover.world.reprojection import LinearPath, _Move, _View, look
+from holdover.world.reprojection import LinearPath
 from holdover.world.transformer import WorldModel
 from holdover.world.vehicles import EgoState, normalise_action
 from holdover.world.vehicles import drive as drive_by_numbers
+from holdover.world.views import Move, View, look
 
 from .small import latents, small_model
 
@@ -69,10 +72,10 @@ def road(camera: Camera, x: float, y: float, yaw: float) -> tuple[NDArray[np.flo
 
 def test_a_plain_looks_as_it_will() -> None:
     """In every camera, from every other, against the plain as it is seen from there."""
-    views = [_View.of(camera, torch.device("cpu")) for camera in RIG]
+    views = [View.of(camera, torch.device("cpu")) for camera in RIG]
     pictures = [torch.from_numpy(road(camera, 0, 0, 0)[0]) for camera in RIG]
     poses = torch.tensor([[0.0, 0.0, 0.0], [1.5, 0.2, 0.2], [2.0, -0.5, -0.3]])
-    move = _Move.of(poses)
+    move = Move.of(poses)
     points = [move.points(view, view.pixels[0], view.pixels[1].expand(3, -1)) for view in views]
     elsewhere = 0
     for n, (values, found) in enumerate(look(views, pictures, points)):
@@ -102,7 +105,8 @@ def test_a_wall_comes_nearer_and_is_gone_through() -> None:
     plane = next(p for p in model.sizes.planes if (p.modality, p.camera.name) == ("colour", "front_narrow"))
     metres, shares = [], []
     for gone in (5.0, 15.0):
-        expected, seen = model.reprojection(last, torch.tensor([[gone, 0.0, 0.0]]).expand(1, 4, 3))
+        expected, seen, layout = model.reprojection(last, torch.tensor([[gone, 0.0, 0.0]]).expand(1, 4, 3))
+        assert not layout.any()
         metres.append(np.median(model.codec.decode_depth(expected, last)["front_narrow"][0, -1, 8:28, 40:88]))
         shares.append(float(seen[0, 0, plane.tokens].mean()))
     assert metres[0] == pytest.approx(5, rel=0.1)
@@ -122,7 +126,7 @@ def test_a_street_is_nearer_to_what_is_expected_than_to_what_it_was() -> None:
         cache.commit(shown, scenario.start_actions[:, :-1])
         assert cache.motion is not None
         poses, _ = drive(cache.motion, scenario.start_actions[:, -1:])
-        expected, seen = model.reprojection(shown[:, -1], poses)
+        expected, seen, _ = model.reprojection(shown[:, -1], poses)
         error = [(guess - truth)[:, :, colour].square().mean() for guess in (expected, shown[:, -1:])]
         assert error[0] < 0.67 * error[1], name
         assert 0.9 < seen.mean() <= 1
@@ -136,11 +140,13 @@ def test_expectations_are_worked_out_once_for_each_action() -> None:
     assert cache.motion is not None
     assert torch.equal(cache.motion, drive(None, actions)[1])
 
-    def expect(last: Tensor, poses: Tensor) -> tuple[Tensor, Tensor]:
+    def expect(last: Tensor, poses: Tensor, sites: Any, passed: int) -> Expected:
         asked.append(poses.shape[1])
-        return model.reprojection(last, poses)
+        assert sites is None
+        assert passed + poses.shape[1] == 4 * told.shape[1]
+        return model.reprojection(last, poses, sites, passed)
 
-    def fresh(actions: Tensor) -> tuple[Tensor, Tensor]:
+    def fresh(actions: Tensor) -> Expected:
         return model.reprojection(cache.last, drive(cache.motion, actions)[0])  # type: ignore[arg-type]
 
     later = torch.tensor([[[0.3, 0.1], [0.9, -0.5]]])

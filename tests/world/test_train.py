@@ -13,6 +13,8 @@ from torch import Tensor
 
 from holdover.world import segments as segmenting
 from holdover.world import train as training
+from holdover.world.autoencoder import DECODING, Autoencoder
+from holdover.world.checkpoints import read_network
 from holdover.world.clips import open_dataset, read_clip
 from holdover.world.depth import from_metres
 from holdover.world.latents import Codec
@@ -24,7 +26,7 @@ from holdover.world.train_autoencoder import AutoencoderSchedule, normalise, tra
 from holdover.world.trainer import read_log
 from holdover.world.transformer import WorldModel
 
-from .small import CAMERAS, latents, small_codec, small_config, small_model, write_clip
+from .small import CAMERAS, latents, small_codec, small_config, small_layout, small_model, write_clip
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPE = Recipe(steps=6, batch=2, own_context_from=0.5, plain_share=0.4, warmup=2)
@@ -301,6 +303,30 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path, clips: Path) -> None
         train(clips, tmp_path / "other", still, codec=small_codec(model.sizes, seed=1), start_from=start)
     with pytest.raises(ValueError, match="levels=0: a student has few"):
         train(clips, tmp_path / "other", still, codec=model.codec, teacher=start)
+    with pytest.raises(ValueError, match="levels=0: a student has few"):
+        train(clips, tmp_path / "other", replace(still, recorded=True), codec=model.codec)
+    with pytest.raises(ValueError, match=r"steady=0\.5: what goes straight on was not recorded; give a teacher"):
+        train(clips, tmp_path / "other", replace(still, steady=0.5), codec=model.codec, start_from=start)
+
+
+def test_segments_stand_where_they_were_recorded(tmp_path: Path) -> None:
+    """In their clip's layout, if it has one; a batch may do without."""
+    clips, model = [write_clip(tmp_path / "clips", seed, 48) for seed in range(2)], small_model()
+    small_layout().save(clips[1])
+    batch = Segments(clips, model.codec).batch([(0, 1), (1, 3)], 5, "cpu")
+    assert batch.starts == (4, 12)
+    kv = model.new_cache()
+    kv.commit(batch.latents[:, :2], None)
+    batch.without_layout().stand(kv, 2)
+    assert kv.sites == ()
+    batch.stand(kv, 2)
+    assert kv.sites[0] is None
+    site = kv.sites[1]
+    assert site is not None
+    assert site.frame == 12 + 2 * 4 - 1
+    assert site.pose_3.tolist() == [19, 0, 0]  # `write_clip` goes a metre a frame
+    (clips[1] / "layout.npz").unlink()
+    assert Segments(clips, model.codec).batch([(1, 3)], 5, "cpu").tracks == ()
 
 
 def test_a_torch_that_cannot_train_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,9 +337,37 @@ def test_a_torch_that_cannot_train_is_refused_at_once(tmp_path: Path, monkeypatc
         train_autoencoder(tmp_path / "none", tmp_path, AutoencoderSchedule())
 
 
+def test_a_decoder_can_be_trained_alone(tmp_path: Path) -> None:
+    """Latents stay what they were, to the bit; pictures do not, and get nearer to what was recorded."""
+    clips = [write_clip(tmp_path / "clips", seed, 48) for seed in range(2)]
+    sizes = {"widths": (8, 16), "latent_channels": 4, "encoder_blocks": 1, "decoder_blocks": 1}
+    first = train_autoencoder(clips[0].parent, tmp_path / "first", AutoencoderSchedule(steps=2, batch=1), config=sizes)
+    schedule = AutoencoderSchedule(steps=12, batch=2, warmup=1, ema=0.5)
+    further = train_autoencoder(clips[0].parent, tmp_path / "further", schedule, start_from=first)
+    before, after = (read_network(Autoencoder, folder, torch.float32) for folder in (first, further))
+    moved = {n for n, value in before.state_dict().items() if not torch.equal(after.state_dict()[n], value)}
+    assert moved
+    assert all(name.startswith(DECODING) for name in moved)
+    video = torch.from_numpy(read_clip(clips[1]).frames["front_wide"]).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
+    z = before.encode(video)
+    assert torch.equal(after.encode(video), z)
+    errors = [(model.decode(z) - video).square().mean().item() for model in (before, after)]
+    assert errors[1] < 0.95 * errors[0]
+    with pytest.raises(ValueError, match="goes with a new autoencoder"):
+        train_autoencoder(clips[0].parent, tmp_path / "no", schedule, start_from=first, config=sizes)
+    depth = small_codec(small_config())
+    one, other = replace_colour(depth, before), replace_colour(depth, after)
+    assert codec_digest(one) == codec_digest(other) != codec_digest(depth)
+
+
+def replace_colour(codec: Codec, colour: Autoencoder) -> Codec:
+    return Codec(codec.sizes, {**codec.autoencoders, "colour": colour})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"without_layout": 1.5},
         {"plain_share": 1.5},
         {"unconditional_share": -0.1},
         {"teacher_steps": 0},

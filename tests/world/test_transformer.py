@@ -17,12 +17,13 @@ from holdover.world.clips import open_dataset
 from holdover.world.config import CONFIGS, WorldConfig, camera_rays, config_for, token_rays
 from holdover.world.kv_cache import KVCache
 from holdover.world.latents import Codec
+from holdover.world.layout import Track
 from holdover.world.motion import drive
 from holdover.world.rotary import RotaryTables, rotary_table, rotate
 from holdover.world.transformer import Block, WorldModel, attention
 
 from .naive_transformer import naive_action_features, naive_block_causal
-from .small import CAMERAS, latents, small_config, small_model
+from .small import CAMERAS, latents, small_config, small_layout, small_model
 
 
 @pytest.mark.parametrize(
@@ -140,16 +141,23 @@ def test_depth_stands_amid_the_colour_that_it_covers() -> None:
     assert not torch.equal(depth[0, 0], depth[1, 1])
 
 
-def test_streaming_with_the_kv_cache_equals_one_masked_pass() -> None:
+@pytest.mark.parametrize("in_layout", [False, True])
+def test_streaming_with_the_kv_cache_equals_one_masked_pass(in_layout: bool) -> None:
     model = small_model()
+    track = None
+    if in_layout:
+        poses = torch.stack([torch.arange(32.0) / 4, torch.zeros(32), torch.arange(32.0) / 90], -1).double()
+        track = Track(small_layout(), poses, torch.tensor([[3.0, 0.05]]).repeat(32, 1))
     x, actions = latents(model, 8), torch.rand(1, 8, 2) * 4 - 2
     sigma_F = torch.tensor([0.0] * 6 + [0.8] * 2)
-    expected = naive_block_causal(model, x, sigma_F, actions)
+    expected = naive_block_causal(model, x, sigma_F, actions, track)
     cache = model.new_cache()
     for start in (0, 2, 4):
         window = slice(start, start + 2)
         written = model(x[:, window], sigma=0.0, action_BFA=actions[:, window], cache=cache, write=True)
         torch.testing.assert_close(written, expected[:, window], atol=1e-4, rtol=1e-4)
+        if track is not None:
+            cache.stand([track], [4 * (start + 2) - 1])
     noisy = model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:], cache=cache)
     torch.testing.assert_close(noisy, expected[:, 6:], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(noisy, model(x[:, 6:], sigma=0.8, action_BFA=actions[:, 6:]), atol=1e-2)

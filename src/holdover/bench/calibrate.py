@@ -81,7 +81,8 @@ def world_loop(model: WorldModel, *, steps: int, generations: int, seed: int, cl
     config = LoopConfig(steps=steps)
 
     def loop(cache: Cache) -> None:
-        closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=config, seed=seed, cache=cache)
+        start = scenario.start, scenario.start_actions
+        closed = ClosedLoop(model, *start, config=config, seed=seed, cache=cache, track=scenario.track)
         for action in scenario.actions:
             closed.step(action)
 

@@ -23,7 +23,7 @@ from holdover.bench.stlpips import StLpips
 from holdover.report.tables import markdown
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.cameras import FPS, Camera
-from holdover.world.clips import Clip, list_clips, read_clip
+from holdover.world.clips import Clip, list_clips, read_clip, read_track
 from holdover.world.config import camera_rays
 from holdover.world.transformer import WorldModel
 
@@ -61,7 +61,7 @@ def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, gene
     latents = codec.encode(before, clip.depth and {name: video[:first] for name, video in clip.depth.items()})
     whole = min(len(clip.actions) // per, start + generations)
     actions = torch.from_numpy(clip.actions[: whole * per]).float().unflatten(0, (-1, per)).mean(1).to(latents.device)
-    running = ClosedLoop(model, latents, actions[None, :start], config=loop, seed=seed)
+    running = ClosedLoop(model, latents, actions[None, :start], config=loop, seed=seed, track=read_track(path))
     pieces = list(running.run(actions[start:]))
     made = _joined([codec.decode(piece.latents, piece.before) for piece in pieces])
     depth = _joined([codec.decode_depth(piece.latents, piece.before) for piece in pieces]) if clip.depth else None

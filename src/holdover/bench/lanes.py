@@ -63,8 +63,17 @@ class Lane:
         """A new run on a copy of the model. `close` takes its cache off again."""
         own = copy.deepcopy(model)
         cache = attach(own, arm.policy) if arm.policy is not None else None
-        start = scenario.start, scenario.start_actions
-        lane = cls(arm, ClosedLoop(own, *start, config=arm.loop, seed=seed, cache=cache, stream=STREAM))
+        loop = ClosedLoop(
+            own,
+            scenario.start,
+            scenario.start_actions,
+            config=arm.loop,
+            seed=seed,
+            cache=cache,
+            stream=STREAM,
+            track=scenario.track,
+        )
+        lane = cls(arm, loop)
         own.register_forward_pre_hook(lane._see_commit, with_kwargs=True)
         return lane
 

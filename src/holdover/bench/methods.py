@@ -152,7 +152,8 @@ def calibrate(model: WorldModel, scenario: Scenario, loop: LoopConfig, *, seed: 
 
     def measured(measuring: Policy) -> Any:
         with attach(model, measuring) as cache:
-            closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=loop, seed=seed, cache=cache)
+            start = scenario.start, scenario.start_actions
+            closed = ClosedLoop(model, *start, config=loop, seed=seed, cache=cache, track=scenario.track)
             for action in scenario.actions:
                 closed.step(action)
             return cache.snapshot()
@@ -255,7 +256,7 @@ def _heats(chosen: Sequence[Setting]) -> list[Sequence[Setting]]:
 
 def _shares(model: WorldModel, scenario: Scenario, loop: LoopConfig) -> dict[str, float]:
     """Per level of slots, of the DiT time without a cache, what can be skipped: denoising passes, or their blocks."""
-    closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=loop)
+    closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=loop, track=scenario.track)
     with clock_blocks(model) as blocks, clock_blocks(model, whole=True) as passes:
         total = sum(piece.dit_seconds for piece in closed.run(scenario.actions))
     return {"block": blocks.seconds / total, "model": passes.seconds / total}

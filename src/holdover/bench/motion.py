@@ -14,20 +14,22 @@ from holdover.world.cameras import FPS, Camera
 from holdover.world.clips import Clip
 from holdover.world.vehicles import MAX_SPEED
 
-#: Frames from the first picture to the second.
+#: Frames from the first picture to the last.
 GAP = 4
+#: The pictures that are looked at; neighbouring ones, so that no two dashes of a lane can be taken for one another.
+MOMENTS = (0, 1, 2, GAP)
 #: What brings speed (m/s) and yaw rate (rad/s) to about one.
 SCALE = np.array([MAX_SPEED, 0.5])
 
 
 class MotionReader(nn.Module):
-    """Speed and yaw rate from two moments of a camera that looks ahead."""
+    """Speed and yaw rate from a few moments of a camera that looks ahead."""
 
     def __init__(self, camera: str) -> None:
         super().__init__()
         self.camera = camera
         layers: list[nn.Module] = []
-        channels = 6
+        channels = 3 * len(MOMENTS)
         for width in (32, 64, 96, 128):
             layers += [nn.Conv2d(channels, width, 5, 2, 2), nn.GroupNorm(8, width), nn.GELU()]
             channels = width
@@ -35,7 +37,7 @@ class MotionReader(nn.Module):
         self.read = nn.Sequential(nn.Linear(channels * 4 * 8, 128), nn.GELU(), nn.Linear(128, 2))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """From ``[B, 6, height, width]`` in [-1, 1] to ``[B, 2]``, in units of `SCALE`."""
+        """From ``[B, 3 * len(MOMENTS), height, width]`` in [-1, 1] to ``[B, 2]``, in units of `SCALE`."""
         result: Tensor = self.read(self.features(pictures))
         return result
 
@@ -117,5 +119,5 @@ def camera_ahead(cameras: Sequence[Camera]) -> str:
 
 
 def _pictures(frames: NDArray[np.uint8], start: int) -> Tensor:
-    both = np.concatenate([frames[start], frames[start + GAP]], -1)
-    return torch.from_numpy(both).permute(2, 0, 1).float() / 127.5 - 1
+    joined = np.concatenate([frames[start + moment] for moment in MOMENTS], -1)
+    return torch.from_numpy(joined).permute(2, 0, 1).float() / 127.5 - 1

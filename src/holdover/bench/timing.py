@@ -133,4 +133,5 @@ def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> float:
 
 def cadence_block_share(model: WorldModel, scenario: Scenario, config: LoopConfig) -> float:
     """`block_share` of a model under a cadence, from a scenario's start."""
-    return block_share(ClosedLoop(model, scenario.start, scenario.start_actions, config=config), scenario.actions[0])
+    start = scenario.start, scenario.start_actions
+    return block_share(ClosedLoop(model, *start, config=config, track=scenario.track), scenario.actions[0])

@@ -18,7 +18,7 @@ world = typer.Typer(no_args_is_help=True, help="Record clips; train and evaluate
 
 @world.command()
 def record(
-    scenario: Annotated[str, typer.Option(help="urban, highway or uturn.")],
+    scenario: Annotated[str, typer.Option(help="urban, highway, uturn, or straight: a highway without bends.")],
     out: Annotated[Path, typer.Option(help="The folder for the clips; finished ones are kept.")],
     clips: Annotated[int, typer.Option(help="How many.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the first clip; the others count on.")] = 0,

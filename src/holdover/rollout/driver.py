@@ -20,7 +20,9 @@ from torch import Tensor
 
 from holdover.engine.attach import Cache
 from holdover.engine.step import Step
+from holdover.world.autoencoder import FRAMES
 from holdover.world.kv_cache import KVBatch, KVCache
+from holdover.world.layout import Track
 from holdover.world.sampler import Sampler, denoise, noise_levels
 from holdover.world.transformer import WorldModel
 
@@ -157,6 +159,7 @@ class ClosedLoop:
         seed: of the noise.
         cache: what `holdover.attach` returned for this model, or None to compute everything.
         stream: the name of this stream in the cache.
+        track: the layout that the start was recorded in, and how it went through it; `ClosedLoop` goes on in it.
     """
 
     def __init__(
@@ -169,6 +172,7 @@ class ClosedLoop:
         seed: int = 0,
         cache: Cache | None = None,
         stream: str = "default",
+        track: Track | None = None,
     ) -> None:
         window = model.sizes.window
         if start.shape[1] == 0 or start.shape[1] % window:
@@ -185,6 +189,9 @@ class ClosedLoop:
         chunk = 1 if self.config.cadence == "plain" else window
         for first in range(0, start.shape[1], chunk):
             _write_kv([self], [(start[:, first : first + chunk], start_actions[:, first : first + chunk])])
+            if track is not None:
+                track = track.to(start.device)
+                self.kv.stand([track] * len(start), [(first + chunk) * FRAMES - 1] * len(start))
 
     @classmethod
     def resume(

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover.rollout.driver import LoopConfig
-from holdover.world.clips import frame_count, list_clips, read_clip
+from holdover.world.clips import frame_count, list_clips, read_clip, read_track
+from holdover.world.layout import Track
 from holdover.world.transformer import WorldModel
 
 KINDS = ("urban", "highway", "uturn")
 STEADY = "-steady"
 NAMES = tuple(kind + suffix for suffix in ("", STEADY) for kind in KINDS)
+#: Where a steady drive begins in clips of another kind than a scripted one, if there are any: on a road without bends.
+_STEADY_CLIPS = {"highway": "straight"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class Scenario:
         actions: one normalised action per generation ``[G, A]``.
         truth: per camera what the simulator showed under these actions ``uint8 [T, height, width, 3]``; None where
             it was never driven like that.
+        track: the layout that the start was recorded in, if it has one.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Scenario:
     start_actions: Tensor
     actions: Tensor
     truth: Mapping[str, NDArray[np.uint8]] | None
+    track: Track | None = None
 
     @property
     def steady(self) -> bool:
@@ -109,7 +114,9 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ge
     sizes = model.sizes
     start, per = 2 * sizes.window, sizes.frames_per_latent
     pieces = start if steady else start + generations
-    clip = first_clip(folder, kind, pieces * per)
+    own = _STEADY_CLIPS.get(kind, kind) if steady else kind
+    found = own if any(clip.name.startswith(f"{own}-") for clip in list_clips(folder)) else kind
+    clip = first_clip(folder, found, pieces * per)
     cameras = [camera.name for camera in sizes.cameras]
     recording = read_clip(clip, cameras=cameras, frames=None if steady else pieces * per)
     actions = _per_piece(recording.actions, per)
@@ -121,7 +128,14 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ge
     else:
         follow = actions[start:]
         truth = {name: video[start * per :] for name, video in recording.frames.items()}
-    return Scenario(name=name, start=latents, start_actions=actions[None, :start], actions=follow, truth=truth)
+    return Scenario(
+        name=name,
+        start=latents,
+        start_actions=actions[None, :start],
+        actions=follow,
+        truth=truth,
+        track=read_track(clip),
+    )
 
 
 def _assets() -> Path:

@@ -149,7 +149,14 @@ class WorldSession:
         stream, start = self._name, self.world.starts[scenario]
         model, cache = self.world.lane(self.policy)
         loop = ClosedLoop(
-            model, start.latents, start.actions, config=self.world.loop, seed=seed, cache=cache, stream=stream
+            model,
+            start.latents,
+            start.actions,
+            config=self.world.loop,
+            seed=seed,
+            cache=cache,
+            stream=stream,
+            track=start.track,
         )
         cache.trace.clear()
         cache.reset(stream)

@@ -20,6 +20,7 @@ from holdover.engine.snapshot import model_digest
 from holdover.policies.registry import policy as policy_by_name
 from holdover.rollout.driver import LoopConfig, Piece
 from holdover.rollout.scenarios import KINDS, load_scenario
+from holdover.world.layout import Track
 from holdover.world.transformer import WorldModel
 
 #: The policies a world offers unless told otherwise; the first is the default, because it heeds every action.
@@ -28,10 +29,12 @@ POLICIES = ("xcache_reactive", "xcache", "never")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a video begins: clean latents ``[1, F, N, P]``, whole windows, and their actions ``[1, F, A]``."""
+    """Where a video begins: clean latents ``[1, F, N, P]``, whole windows, their actions ``[1, F, A]``, and the layout
+    that they were recorded in, if there is one."""
 
     latents: Tensor
     actions: Tensor
+    track: Track | None = None
 
 
 class World:
@@ -118,5 +121,6 @@ def load_starts(model: WorldModel, scenarios: Sequence[str] = KINDS) -> dict[str
     starts = {}
     for name in scenarios:
         scenario = load_scenario(f"{name}-steady", model, generations=1)
-        starts[name] = Start(latents=scenario.start.to(device), actions=scenario.start_actions.to(device))
+        latents, actions = scenario.start.to(device), scenario.start_actions.to(device)
+        starts[name] = Start(latents=latents, actions=actions, track=scenario.track)
     return starts

@@ -25,6 +25,9 @@ FRAMES = 4  # video frames of a latent frame
 SCALE = 8  # pixels of a latent one, each way
 _PATCH = 4  # pixels that become channels before the first convolution, each way
 
+#: How the names of weights begin that make pictures of latents; all others make latents of pictures.
+DECODING = ("latent.", "decoder.", "leave.")
+
 
 class Conv(nn.Linear):
     """A 3 by 3 convolution whose kernel is kept as a matrix, so that it is trained as one (Muon)."""

@@ -4,6 +4,7 @@
     DIR/<scenario>-<seed>/<camera>.mp4      colour, H.264
     DIR/<scenario>-<seed>/<camera>.depth.mkv    depth, FFV1, 16-bit centimetres (optional; may end before the colour)
     DIR/<scenario>-<seed>/clip.parquet      one row per frame: commands, motion, pose
+    DIR/<scenario>-<seed>/layout.npz        map and cars (optional; `holdover.world.layout`)
     DIR/<scenario>-<seed>/clip.json         {"scenario", "seed", "frames", "holdover"}
 
 **Row k holds the command that was in force while the world moved from frame k-1 to frame k**: command k causes frame
@@ -29,9 +30,11 @@ import av
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
 from numpy.typing import NDArray
 
 from holdover.world.cameras import FPS, RIG, Camera
+from holdover.world.layout import Layout, Track
 from holdover.world.vehicles import normalise_action
 
 # Typed loosely: pyarrow ships no types.
@@ -129,6 +132,16 @@ def read_clip(
     )
 
 
+def read_track(path: Path | str) -> Track | None:
+    """How a recording goes through its layout; None where it has none. Errors as in :func:`read_clip`."""
+    folder = Path(path)
+    if (layout := Layout.load(folder)) is None:
+        return None
+    table = torch.from_numpy(_read_table(folder / "clip.parquet", frame_count(folder)))
+    pose, motion = ([COLUMNS.index(name) for name in names] for names in (("x", "y", "yaw"), ("speed", "curvature")))
+    return Track(layout, table[:, pose], table[:, motion])
+
+
 def clip_name(scenario: str, seed: int) -> str:
     """The folder name of a clip."""
     return f"{scenario}-{seed:06d}"
@@ -194,9 +207,11 @@ class ClipWriter:
             video.add(np.clip(np.rint(depth[name] * _DEPTH_STEPS), 0, _MAX_DEPTH).astype(np.uint16))
         self._rows.append((len(self._rows) / FPS, *command, *motion, *pose))
 
-    def finish(self) -> Path:
+    def finish(self, layout: Layout | None = None) -> Path:
         """Complete the clip, give it its name and return its folder."""
         self._close()
+        if layout is not None:
+            layout.save(self._working)
         table = {"frame": _arrow.array(range(len(self._rows)), _arrow.int32())}
         table |= {
             name: _arrow.array([row[k] for row in self._rows], _arrow.float64()) for k, name in enumerate(COLUMNS)

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from holdover.world.autoencoder import FRAMES
+from holdover.world.layout import Site, Track
 from holdover.world.motion import drive
 
-#: From the newest latent frame ``[B, N, P]`` and the ego's poses at the video frames to come ``[B, K, 3]`` to what is
-#: expected there ``[B, F, N, P]``, and how much of each token is known ``[B, F, N, 1]``.
-Expect = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+#: What is expected ``[B, F, N, P]``, how much of each token is known ``[B, F, N, 1]``, the layout ``[B, F, N, P]``.
+Expected = tuple[Tensor, Tensor, Tensor]
+#: To it, from the newest latent frame ``[B, N, P]``, the ego's poses at video frames to come ``[B, K, 3]``, where each
+#: row is in its layout, and how many video frames there are before those.
+Expect = Callable[[Tensor, Tensor, Sequence[Site | None] | None, int], Expected]
 
 
 class KVCache:
@@ -27,7 +30,8 @@ class KVCache:
         self.frames = 0  # latent frames committed since the start, the position of the next window
         self.last: Tensor | None = None  # the newest committed latent frame itself, [B, N, P]
         self.motion: Tensor | None = None  # the ego's speed and curvature there, [B, 2]
-        self._expected: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self.sites: tuple[Site | None, ...] = ()  # where each row is in its layout, if it has one; empty: none has
+        self._expected: tuple[Tensor, Expected] | None = None
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._staged: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -67,9 +71,12 @@ class KVCache:
         self.last = latents_BFNP[:, -1].clone()
         self._expected = None
         if action_BFA is not None:
-            self.motion = drive(self.motion, action_BFA)[1]
+            poses_BK3, self.motion = drive(self.motion, action_BFA)
+            if self.sites:
+                ends = zip(self.sites, poses_BK3[:, -1], strict=True)
+                self.sites = tuple(site and site.moved(pose, FRAMES * frames) for site, pose in ends)
 
-    def expect(self, action_BFA: Tensor, expect: Expect) -> tuple[Tensor, Tensor]:
+    def expect(self, action_BFA: Tensor, expect: Expect) -> Expected:
         """What is to be expected after the newest latent frame; of the actions that were asked about last, what follows
         from the first of them that is new is worked out."""
         assert self.last is not None
@@ -80,16 +87,29 @@ class KVCache:
         if told is not None and told.shape == action_BFA.shape:
             known = int((told == action_BFA).all(-1).all(0).int().cumprod(0).sum())
         if found is None or known < action_BFA.shape[1]:
-            new = expect(self.last, drive(self.motion, action_BFA)[0][:, FRAMES * known :])
-            found = new if found is None else (joined(found[0], new[0], known), joined(found[1], new[1], known))
+            poses_BK3 = drive(self.motion, action_BFA)[0][:, FRAMES * known :]
+            new = expect(self.last, poses_BK3, self.sites or None, FRAMES * known)
+            if found is not None:
+                new = joined(found[0], new[0], known), joined(found[1], new[1], known), joined(found[2], new[2], known)
+            found = new
         self._expected = action_BFA, found
         return found
+
+    def stand(self, tracks: Sequence[Track | None], frames: Sequence[int]) -> None:
+        """Each row is where a recording was at a video frame, if it has a layout; if all have, they move as it did."""
+        assert self.last is not None
+        known = [(track, frame) for track, frame in zip(tracks, frames, strict=True) if track is not None]
+        self.sites = tuple(t.site(frame) if t else None for t, frame in zip(tracks, frames, strict=True))
+        if len(known) == len(self.last):
+            motion_B2 = torch.stack([track.motion_T2[frame] for track, frame in known])
+            self.motion = motion_B2.to(self.last.device, torch.float32)
+        self._expected = None
 
     def fork(self) -> KVCache:
         """A copy that shares memory: held tensors are replaced, never written in place."""
         twin = KVCache(self.capacity)
         twin.frames, twin.last, twin.motion, twin._held = self.frames, self.last, self.motion, dict(self._held)
-        twin._expected = self._expected
+        twin._expected, twin.sites = self._expected, self.sites
         return twin
 
     def take(self, rows: Sequence[int]) -> KVCache:
@@ -99,6 +119,7 @@ class KVCache:
         twin.last = self.last[rows]
         twin.motion = None if self.motion is None else self.motion[rows]
         twin._expected = None
+        twin.sites = tuple(self.sites[row] for row in rows) if self.sites else ()
         for key, kv in self._held.items():
             keys, values = (t.unflatten(0, (batch, -1))[rows].flatten(0, 1) for t in kv)
             twin._held[key] = keys, values
@@ -108,13 +129,19 @@ class KVCache:
         tensors = {f"{b}.{g}.{n}": t for (b, g), kv in self._held.items() for n, t in zip("kv", kv, strict=True)}
         newest = {"last": self.last, "motion": self.motion}
         known = {name: tensor for name, tensor in newest.items() if tensor is not None}
+        for row, site in enumerate(self.sites):
+            if site is not None:
+                known |= {f"site.{row}.{name}": tensor for name, tensor in site.state_dict().items()}
         return {"frames": torch.tensor(self.frames), **known, **tensors}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name not in ("frames", "last", "motion")}
+        keys = {tuple(map(int, name.split(".")[:2])) for name in tensors if name[0].isdigit()}
         self._held = {(b, g): (tensors[f"{b}.{g}.k"], tensors[f"{b}.{g}.v"]) for b, g in keys}
         self._staged, self._expected = {}, None
         self.frames, self.last, self.motion = int(tensors["frames"]), tensors.get("last"), tensors.get("motion")
+        rows = range(len(self.last) if self.last is not None else 0)
+        sites = tuple(Site.from_state_dict(tensors, f"site.{row}.") for row in rows)
+        self.sites = sites if any(sites) else ()
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +155,7 @@ class KVBatch:
     def __init__(self, caches: Sequence[KVCache]) -> None:
         assert len({cache.length for cache in caches}) == 1
         self.caches = tuple(caches)
-        self._expected: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._expected: tuple[Tensor, Expected] | None = None
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -156,12 +183,12 @@ class KVBatch:
         for cache, latents, action in zip(self.caches, latents_BFNP.split(1), actions, strict=True):
             cache.commit(latents, action)
 
-    def expect(self, action_BFA: Tensor, expect: Expect) -> tuple[Tensor, Tensor]:
+    def expect(self, action_BFA: Tensor, expect: Expect) -> Expected:
         """`KVCache.expect` of every row."""
         if self._expected is None or self._expected[0] is not action_BFA:
             rows = zip(self.caches, action_BFA.split(1), strict=True)
-            latents, seen = zip(*(cache.expect(action, expect) for cache, action in rows), strict=True)
-            self._expected = action_BFA, (torch.cat(latents), torch.cat(seen))
+            latents, seen, layouts = zip(*(cache.expect(action, expect) for cache, action in rows), strict=True)
+            self._expected = action_BFA, (torch.cat(latents), torch.cat(seen), torch.cat(layouts))
         return self._expected[1]
 
     def take(self, rows: Sequence[int]) -> KVBatch:

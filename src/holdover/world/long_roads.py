@@ -7,20 +7,21 @@ from itertools import pairwise
 
 import numpy as np
 
-from holdover.world.meshes import CAR_COLOURS, PAINT, Colour, Mesh
+from holdover.world.meshes import CAR_COLOURS, PAINT, Colour, Mesh, Solid
 from holdover.world.roads import Lane, Points, arc_lengths, normals, offset
 from holdover.world.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Scene, meadow
-from holdover.world.textures import FACADES
+from holdover.world.textures import FACADES, mean_colour
 
 _ROOF: Colour = (0.56, 0.27, 0.22)
+_RAIL: Colour = (0.95, 0.96, 0.97)
 _YELLOW: Colour = (0.90, 0.70, 0.16)
 _LENGTH = 1700.0  # metres
 
 
-def build_highway(rng: np.random.Generator) -> Scene:
-    """Three lanes per direction through open country."""
+def build_highway(rng: np.random.Generator, radius: float = 700.0) -> Scene:
+    """Three lanes per direction through open country, in bends that are never tighter than ``radius`` metres."""
     mesh = Mesh()
-    line = _winding(rng, radius=700.0)
+    line = _winding(rng, radius)
     width, median, lanes = 3.75, 2.0, 3
     edge = median + lanes * width
     meadow(mesh, (-500.0, _LENGTH + 500.0), (-700.0, 700.0))
@@ -110,6 +111,9 @@ def _suburb(mesh: Mesh, rng: np.random.Generator, side: int, edge: float) -> Non
 
 def _cottage(mesh: Mesh, x: float, y: float, facade: str) -> None:
     half_x, half_y, eaves, ridge = 6.0, 5.0, 6.4, 9.6
+    mesh.solids.append(Solid(x, y, 0.0, 2 * half_x, 2 * half_y, 0.0, eaves, mean_colour(facade)))
+    for width, bottom, upto in ((1.5, eaves, eaves + 1.6), (0.5, eaves + 1.6, ridge)):
+        mesh.solids.append(Solid(x, y, 0.0, 2 * half_x, width * half_y, bottom, upto, _ROOF))
     corners = [(x - half_x, y - half_y), (x + half_x, y - half_y), (x + half_x, y + half_y), (x - half_x, y + half_y)]
     for k in range(4):
         mesh.wall(facade, corners[k], corners[(k + 1) % 4], (0.0, eaves), tile=(4.0, FLOOR))
@@ -163,14 +167,22 @@ def _rail(mesh: Mesh, line: Points, left: float) -> None:
     """A guard rail, seen from both sides."""
     rail = offset(line, left)
     for a, b in pairwise(rail):
+        mesh.solids.append(_along(a, b, 0.1, (0.3, 0.8), _RAIL))
         for start, end in ((a, b), (b, a)):
-            mesh.wall("plain", start, end, (0.3, 0.8), (0.95, 0.96, 0.97))
+            mesh.wall("plain", start, end, (0.3, 0.8), _RAIL)
 
 
 def _noise_wall(mesh: Mesh, line: Points, left: float, side: int) -> None:
     wall = offset(line, left)
     for a, b in pairwise(wall):
+        mesh.solids.append(_along(a, b, 0.2, (0.0, 3.6), mean_colour("barrier")))
         mesh.wall("barrier", *((a, b) if side > 0 else (b, a)), (0.0, 3.6), tile=(10.0, 3.6))
+
+
+def _along(a: Points, b: Points, width: float, z: tuple[float, float], colour: Colour) -> Solid:
+    """A thin box from ``a`` to ``b``."""
+    (x, y), (dx, dy) = (a + b) / 2, b - a
+    return Solid(float(x), float(y), math.atan2(dy, dx), float(np.hypot(dx, dy)), width, *z, colour)
 
 
 def _trees(

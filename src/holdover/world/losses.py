@@ -105,19 +105,21 @@ def sequence_loss(
         # The oldest context stays out of the backward pass, unless it is the only one: a sixth of a step saved.
         with torch.set_grad_enabled(i >= first_target or i == chunks - 2):
             predict(context, sigma=0.0, action_BFA=shown, cache=kv, write=True)
+        batch.stand(kv, (i + 1) * chunk)
     return torch.stack(losses).mean()
 
 
 def distillation_loss(
-    predict: Predict, teacher: Predict, model: WorldModel, batch: Batch, rng: np.random.Generator, recipe: Recipe
+    predict: Predict, teacher: Predict | None, model: WorldModel, batch: Batch, rng: np.random.Generator, recipe: Recipe
 ) -> Tensor:
     """The loss of a few-step student: to say at once where its teacher's flow ends.
 
     After a recorded context it rolls out windows of its own, each the context of the next (Huang et al., Self Forcing,
     arXiv 2506.08009). In those that it learns from one of its sampler's passes, a random one, is compared with where
     the teacher, whose context is the same, comes to by following the flow from the same noisy window (the regression on
-    a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3). With `Recipe.agreement` a later
-    generation of the window's cycle, which knows its first frames, is to say in colour what this first generation said.
+    a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3); with `Recipe.recorded` with what
+    was recorded, unless the rollout goes straight on, which was not. With `Recipe.agreement` a later generation of the
+    window's cycle, which knows its first frames, is to say in colour what this first one said.
     """
     sizes = model.sizes
     steady = recipe.steady and rng.random() < recipe.steady
@@ -126,22 +128,25 @@ def distillation_loss(
     is_colour_N = torch.zeros(sizes.tokens, device=batch.latents.device)
     for plane in sizes.planes:
         is_colour_N[plane.tokens] = plane.modality == "colour"
+    where_recorded = recipe.recorded and not steady
     rollout = _Rollout(predict, teacher, model.new_cache(), model.new_cache(), recipe, rng, is_colour_N)
     losses = []
     chunks = list(zip(batch.latents.split(sizes.window, 1), commanded.split(sizes.window, 1), strict=True))
     first = max(sizes.context // sizes.window, len(chunks) - recipe.learned if recipe.learned else 0)  # learned from
     for i, (latents, actions) in enumerate(chunks):
         if i * sizes.window >= sizes.context:
-            if rng.random() < 0.5:  # in a cycle only the last generation knows all actions
+            if not where_recorded and rng.random() < 0.5:  # in a cycle only the last generation knows all actions
                 actions = hold_actions(actions, int(rng.integers(sizes.window)))
             noise = torch.randn((len(rollout.sigmas), *latents.shape), generator=generator, device=latents.device)
             if i < first:
                 latents = rollout.window(noise, actions)
             else:
-                latents, loss = rollout.learn(noise, actions)
+                latents, loss = rollout.learn(noise, actions, latents if where_recorded else None)
                 losses.append(loss)
         if i < len(chunks) - 1:
             rollout.write(latents, actions, learned=i + 1 >= first)
+        if where_recorded or (i + 1) * sizes.window == sizes.context:
+            rollout.stand(batch, (i + 1) * sizes.window)
     return torch.stack(losses).mean()
 
 
@@ -150,7 +155,7 @@ class _Rollout:
     """A student's own windows, one after the other, and what it learns from them."""
 
     predict: Predict
-    teacher: Predict
+    teacher: Predict | None
     kv: KVCache
     teachers_kv: KVCache
     recipe: Recipe
@@ -165,17 +170,18 @@ class _Rollout:
         """The next window."""
         return denoise(lambda level, noisy: self._say(level, noisy, actions), noise, self.sigmas, known=())
 
-    def learn(self, noise: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The next window, and the loss of one of its passes, a random one."""
+    def learn(self, noise: Tensor, actions: Tensor, recorded: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next window, and the loss of a random one of its passes, against what was recorded or the teacher."""
         compared = int(self.rng.integers(len(self.sigmas)))
         said: list[Tensor] = []
         losses = []
 
         def step(level: int, noisy: Tensor) -> Tensor:
             clean = self._say(level, noisy, actions, learned=level == compared)
-            if level == compared:
+            if level == compared and (recorded is not None or self.teacher is not None):
+                target = recorded if recorded is not None else self._where_the_flow_ends(level, noisy, actions)
                 weight_N = self.is_colour_N + self.recipe.depth_weight * (1 - self.is_colour_N)
-                losses.append(self._error(level, clean, self._where_the_flow_ends(level, noisy, actions), weight_N))
+                losses.append(self._error(level, clean, target, weight_N))
             said.append(clean.detach())
             return said[-1]
 
@@ -186,10 +192,17 @@ class _Rollout:
 
     def write(self, latents: Tensor, actions: Tensor, *, learned: bool) -> None:
         """Make a window the context of the next."""
-        with torch.no_grad():
-            self.teacher(latents, sigma=0.0, action_BFA=actions, cache=self.teachers_kv, write=True)
+        if self.teacher is not None:
+            with torch.no_grad():
+                self.teacher(latents, sigma=0.0, action_BFA=actions, cache=self.teachers_kv, write=True)
         with torch.set_grad_enabled(learned):
             self.predict(latents, sigma=0.0, action_BFA=actions, cache=self.kv, write=True)
+
+    def stand(self, batch: Batch, latent_frames: int) -> None:
+        """The rollout is where the recordings were after so many latent frames."""
+        for kv in (self.kv, self.teachers_kv):
+            if kv.last is not None:
+                batch.stand(kv, latent_frames)
 
     def _say(self, level: int, noisy: Tensor, actions: Tensor, *, learned: bool = False) -> Tensor:
         with torch.set_grad_enabled(learned):
@@ -203,13 +216,14 @@ class _Rollout:
     @torch.no_grad()
     def _where_the_flow_ends(self, level: int, noisy: Tensor, actions: Tensor) -> Tensor:
         """By the teacher's Euler steps from a noisy window at one of the sampler's levels."""
-        guidance = self.recipe.teacher_guidance
+        guidance, teacher = self.recipe.teacher_guidance, self.teacher
+        assert teacher is not None
 
         def guided(sigma: float, x: Tensor) -> Tensor:
-            told: Tensor = self.teacher(x, sigma=sigma, action_BFA=actions, cache=self.teachers_kv).float()
+            told: Tensor = teacher(x, sigma=sigma, action_BFA=actions, cache=self.teachers_kv).float()
             if guidance == 1:
                 return told
-            untold = self.teacher(x, sigma=sigma, action_BFA=None, cache=self.teachers_kv).float()
+            untold = teacher(x, sigma=sigma, action_BFA=None, cache=self.teachers_kv).float()
             return torch.lerp(untold, told, guidance)
 
         remaining = 1 - level / len(self.sigmas)  # of the way, before the shift

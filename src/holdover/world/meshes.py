@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +25,38 @@ CAR_COLOURS: tuple[Colour, ...] = (
     (0.95, 0.76, 0.15),
     (0.25, 0.27, 0.30),
 )
+_TRUNK: Colour = (0.36, 0.26, 0.18)
 _GLASS: Colour = (0.16, 0.20, 0.26)
 _TYRE: Colour = (0.07, 0.07, 0.08)
 _TAIL: Colour = (0.85, 0.05, 0.05)
 _LAMP: Colour = (1.0, 0.97, 0.80)
-_SUN = (0.42, 0.24, 0.87)  # unit vector towards the sun, the same in every clip
+SUN = (0.42, 0.24, 0.87)  # unit vector towards the sun, the same in every clip
 _CHUNK = 240.0  # metres: geometry is split into squares of this size so that what is out of sight is culled
 
 
+class Solid(NamedTuple):
+    """The box that something fills, roughly: its middle, heading, length and width, from where to where it reaches
+    upwards (metres, radians), and its colour."""
+
+    x: float
+    y: float
+    yaw: float
+    length: float
+    width: float
+    bottom: float
+    top: float
+    colour: Colour
+
+
 class Mesh:
-    """Quads by material and by square of the map; each keeps its shade, as the sun never moves."""
+    """Quads by material and by square of the map; each keeps its shade, as the sun never moves.
+
+    ``solids`` are the boxes of what stands there, for a `holdover.world.layout`.
+    """
 
     def __init__(self) -> None:
         self.parts: dict[tuple[str, int, int], list[Vector]] = defaultdict(list)
+        self.solids: list[Solid] = []
 
     def quad(self, material: str, corners: Vector, uv: Vector | None = None, colour: Colour = WHITE) -> None:
         """Add a quad ``[4, 3]``, counter-clockwise seen from outside; a triangle repeats its last corner."""
@@ -129,7 +149,10 @@ class Mesh:
     def tree(self, x: float, y: float, *, height: float, colour: Colour) -> None:
         """Add a tree: a trunk and a crown of two pyramids."""
         radius, low, waist = 0.3 * height, 0.25 * height, 0.5 * height
-        self.box((x, y), (0.4, 0.4), (0.0, low + 0.5), (0.36, 0.26, 0.18))
+        self.solids.append(Solid(x, y, 0.0, 0.4, 0.4, 0.0, low + 0.5, _TRUNK))
+        self.solids.append(Solid(x, y, 0.0, 1.3 * radius, 1.3 * radius, 0.33 * height, 0.72 * height, colour))
+        self.solids.append(Solid(x, y, 0.0, 0.5 * radius, 0.5 * radius, 0.72 * height, 0.92 * height, colour))
+        self.box((x, y), (0.4, 0.4), (0.0, low + 0.5), _TRUNK)
         angles = np.arange(6) * np.pi / 3
         ring = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles), np.full(6, waist)], axis=1)
         for i in range(6):
@@ -140,10 +163,11 @@ class Mesh:
 
     def car(self, x: float, y: float, yaw: float, colour: Colour, *, van: bool = False) -> None:
         """Add a car with its middle at (x, y), heading ``yaw`` radians."""
-        roof, cabin = (2.1, (3.4, -0.35)) if van else (1.5, (2.5, -0.25))
-        middle = np.array([x, y]) + _rotation(yaw) @ (cabin[1], 0.0)
-        self.box((x, y), (LENGTH, WIDTH), (0.25, 1.15 if van else 0.98), colour, yaw=yaw)
-        self.box((middle[0], middle[1]), (cabin[0], WIDTH - 0.1), (0.95, roof), _GLASS, yaw=yaw, top=colour, taper=0.45)
+        self.solids += car_solids(x, y, yaw, colour, van=van)
+        body, roof, cabin, back = _proportions(van)
+        middle = np.array([x, y]) + _rotation(yaw) @ (-back, 0.0)
+        self.box((x, y), (LENGTH, WIDTH), (0.25, body), colour, yaw=yaw)
+        self.box((middle[0], middle[1]), (cabin, WIDTH - 0.1), (0.95, roof), _GLASS, yaw=yaw, top=colour, taper=0.45)
         front, side = LENGTH / 2 + 0.02, WIDTH / 2 + 0.02
         for half in (-1, 1):
             near, far = sorted((half * 0.4, half * 0.85))
@@ -170,6 +194,21 @@ class Mesh:
         self.wall("plain", origin + turn @ np.asarray(a), origin + turn @ np.asarray(b), z, colour)
 
 
+def car_solids(x: float, y: float, yaw: float, colour: Colour, *, van: bool) -> list[Solid]:
+    """A car's body, and its cabin."""
+    body, roof, cabin, back = _proportions(van)
+    middle = x - back * math.cos(yaw), y - back * math.sin(yaw)
+    return [
+        Solid(x, y, yaw, LENGTH, WIDTH, 0.15, body, colour),
+        Solid(*middle, yaw, cabin - 0.4, WIDTH - 0.2, body, roof, _GLASS),
+    ]
+
+
+def _proportions(van: bool) -> tuple[float, float, float, float]:
+    """Of a car: height of its body and of its roof, length of its cabin, and how far back that sits; metres."""
+    return (1.15, 2.1, 3.4, 0.35) if van else (0.98, 1.5, 2.5, 0.25)
+
+
 def _rotation(yaw: float) -> Vector:
     return np.array([[np.cos(yaw), -np.sin(yaw)], [np.sin(yaw), np.cos(yaw)]])
 
@@ -186,5 +225,5 @@ def _shade(corners: Vector) -> float:
     (ax, ay, az), (bx, by, bz) = (corners[1] - corners[0]).tolist(), (corners[2] - corners[0]).tolist()
     x, y, z = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
     length = math.sqrt(x * x + y * y + z * z)
-    facing = (x * _SUN[0] + y * _SUN[1] + z * _SUN[2]) / length if length else 0.0
+    facing = (x * SUN[0] + y * SUN[1] + z * SUN[2]) / length if length else 0.0
     return 0.62 + 0.44 * max(facing, 0.0) if facing > 0 else 0.62 + 0.1 * facing

@@ -24,6 +24,8 @@ class Recipe(Schedule):
         teacher_steps: Euler steps in which a teacher, where there is one, follows the whole flow, to show its end.
         teacher_guidance: of a teacher on the action, which the student then has in one pass (Meng et al., arXiv
             2210.03142); 1 for none.
+        recorded: a student learns what was recorded where its rollouts go, not from its teacher; it may have none.
+        without_layout: share of the steps without the recordings' layouts, so that none is needed.
         learned: a student learns from so many windows at the end of its rollout; 0: from all.
         agreement: weight of the error of a student's later generations of a cycle against its first, in colour.
         depth_weight: of depth beside colour in a student's error against its teacher.
@@ -43,6 +45,8 @@ class Recipe(Schedule):
     shift: float = 5.0
     teacher_steps: int = 8
     teacher_guidance: float = 1.0
+    recorded: bool = False
+    without_layout: float = 0.1
     learned: int = 0
     agreement: float = 0.0
     depth_weight: float = 1.0
@@ -60,7 +64,7 @@ class Recipe(Schedule):
         for name in ("agreement", "depth_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is a weight, 0 for none")
-        for name in ("own_context_from", "plain_share", "unconditional_share", "steady"):
+        for name in ("own_context_from", "plain_share", "unconditional_share", "without_layout", "steady"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, between 0 and 1")
 

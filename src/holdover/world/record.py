@@ -78,7 +78,7 @@ def record_clip(scenario: str, seed: int, out: Path, frames: int, depth: bool) -
             ego = seen.ego
             motion, pose = (ego.speed, ego.curvature), (ego.x, ego.y, ego.yaw)
             writer.add(seen.rgb, seen.depth, command=command, motion=motion, pose=pose)
-        return writer.finish()
+        return writer.finish(simulator.layout())
 
 
 @cache

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from holdover.world.cameras import RIG, Camera
 from holdover.world.meshes import CAR_COLOURS, Mesh
+from holdover.world.scenery import FOG, HORIZON, ZENITH
 from holdover.world.textures import textures
 from holdover.world.vehicles import EgoState
 
@@ -26,9 +27,6 @@ SKY_DEPTH = 655.35
 
 _NEAR, _FAR = 0.5, 600.0
 _SUPERSAMPLING = 2
-_HORIZON = (0.80, 0.87, 0.93)
-_ZENITH = (0.36, 0.58, 0.86)
-_FOG = (90.0, 480.0)  # metres: from where to where things fade into the horizon
 
 p3d.loadPrcFileData(
     "holdover",
@@ -126,7 +124,7 @@ class Renderer:
         buffer = pipe and self._engine.makeOutput(pipe, "rig", 0, wanted, size, flags)
         if not buffer:
             raise RuntimeError("no OpenGL driver that renders off-screen was found: run `make simulator`")
-        buffer.setClearColor((*_HORIZON, 1.0))
+        buffer.setClearColor((*HORIZON, 1.0))
         return buffer
 
     def _add_camera(self, camera: Camera, left: float, bottom: float, width: int, height: int) -> None:
@@ -240,7 +238,7 @@ def _sky() -> Any:
     angles = np.linspace(0.0, 2 * np.pi, 17)
     heights = np.radians([-8.0, 0.0, 12.0, 30.0, 60.0, 90.0])
     blend = np.clip(np.sin(np.maximum(heights, 0.0)) ** 0.7, 0.0, 1.0)[:, None]
-    colours = np.array(_HORIZON) * (1 - blend) + np.array(_ZENITH) * blend
+    colours = np.array(HORIZON) * (1 - blend) + np.array(ZENITH) * blend
     for i in range(16):
         for j in range(5):
             corners = [(i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j)]
@@ -262,6 +260,6 @@ def _sky() -> Any:
 
 def _fog() -> Any:
     fog = p3d.Fog("haze")
-    fog.setColor(*_HORIZON)
-    fog.setLinearRange(*_FOG)
+    fog.setColor(*HORIZON)
+    fog.setLinearRange(*FOG)
     return fog

@@ -6,25 +6,28 @@ rendered at the cameras to come; here it is one latent frame deep, and looked up
 transformer would have to learn from examples how far a lane mark moves at which speed in every part of every camera.
 What moves by itself, what was hidden, and what was out of all cameras is left to it.
 
+Where there is a layout (`holdover.world.layout`), distances are the layout's, cars are looked up where they were, and
+what is hidden now does not count as seen; what no camera sees has the layout's colours.
+
 Shape suffixes: B batch, F latent frames, K video frames, M points, N tokens of one latent frame, P values of one token,
 Z latent channels, Q values of a block of pixels, h, w squares of 8 by 8 pixels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
-from holdover.world.cameras import Camera
-from holdover.world.config import Plane, WorldConfig, camera_axes, camera_rays
+from holdover.world.config import Plane, WorldConfig
 from holdover.world.depth import FAR, NEAR, from_metres, to_metres
+from holdover.world.drawn import Around, Drawn, draw
 from holdover.world.latents import Codec, from_tokens, padded, to_tokens
+from holdover.world.layout import Site
+from holdover.world.views import Move, View, look
 
 _STEPS = 2  # in which the depth that a camera will see is found
 _GROUND = 0.75  # what lies farther than this share of the way to the ground is the ground
@@ -69,69 +72,6 @@ class LinearPath(nn.Module):
         return ((components - self.mean_Z.float()) / self.std_Z.float()).movedim(-1, 1)
 
 
-@dataclass(frozen=True)
-class _View:
-    """A camera's geometry: its place, its axes (right, down, forward; rows), and per square and per pixel the ray in
-    these axes ``[3, M]`` and how far along it the ground is ``[M]``."""
-
-    camera: Camera
-    place_3: Tensor
-    axes_33: Tensor
-    squares: tuple[Tensor, Tensor]
-    pixels: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, camera: Camera, device: torch.device) -> _View:
-        axes = torch.from_numpy(camera_axes(camera)).float().to(device)
-        grids = []
-        for size in (SCALE, 1):
-            rays_M3 = torch.from_numpy(camera_rays(camera, every=size)).float().to(device).flatten(0, 1)
-            down = -rays_M3[:, 2]
-            ground = torch.where(down > 1e-3, camera.position[2] / down.clamp(min=1e-3), FAR).clamp(max=FAR)
-            grids.append((axes @ rays_M3.T, ground))
-        return cls(camera, torch.tensor(camera.position, device=device), axes, *grids)
-
-    def project(self, points_3KM: Tensor) -> tuple[Tensor, Tensor]:
-        """Where points, in the axes, are in the picture, from -1 to 1 each way ``[K, M, 2]``, and which are in it."""
-        right, down, forward = points_3KM
-        slope = math.tan(math.radians(self.camera.fov) / 2)
-        scale = 1 / (forward.clamp(min=0.1) * slope)
-        at = torch.stack([right * scale, down * scale * (self.camera.width / self.camera.height)], -1)
-        return at, (at.abs().amax(-1) <= 1).logical_and_(forward > 0.1)
-
-
-@dataclass(frozen=True)
-class _Move:
-    """From the ego's coordinates at each of K poses to those of now: rotations ``[K, 3, 3]`` and shifts ``[K, 3]``."""
-
-    turn_K33: Tensor
-    shift_K3: Tensor
-
-    @classmethod
-    def of(cls, poses_K3: Tensor) -> _Move:
-        x, y, yaw = poses_K3.unbind(-1)
-        zero, one = torch.zeros_like(x), torch.ones_like(x)
-        turn = [yaw.cos(), -yaw.sin(), zero, yaw.sin(), yaw.cos(), zero, zero, zero, one]
-        return cls(torch.stack(turn, -1).unflatten(-1, (3, 3)), torch.stack([x, y, zero], -1))
-
-    def places(self, view: _View) -> Tensor:
-        """Where a camera will be, ``[K, 3]``."""
-        return self.turn_K33 @ view.place_3 + self.shift_K3
-
-    def points(self, view: _View, rays_3M: Tensor, depth_KM: Tensor) -> Tensor:
-        """What a camera will see along rays at these distances, in its axes of now ``[3, K, M]``."""
-        turn_K33 = view.axes_33 @ self.turn_K33 @ view.axes_33.T
-        shift_3K = view.axes_33 @ (self.places(view) - view.place_3).T
-        directions_3KM = (turn_K33.movedim(1, 0).flatten(0, 1) @ rays_3M).unflatten(0, (3, -1))
-        return torch.addcmul(shift_3K[..., None], directions_3KM, depth_KM)
-
-    def depth(self, view: _View, points_3KM: Tensor) -> Tensor:
-        """How far away points in the ego's coordinates of now will be along a camera's axis, ``[K, M]``."""
-        forward_K3 = self.turn_K33 @ view.axes_33[2]
-        beside_3KM = points_3KM - self.places(view).T[..., None]
-        return (forward_K3.T[..., None] * beside_3KM).sum(0)
-
-
 class Reprojection(nn.Module):
     """From the newest latent frame to what the next ones would be if the world stood still."""
 
@@ -140,7 +80,7 @@ class Reprojection(nn.Module):
         self.sizes = sizes
         channels = {"colour": (3, sizes.latent_channels), "depth": (1, sizes.depth_channels)}
         self.paths = nn.ModuleDict({m: LinearPath(*channels[m]) for m in sizes.modalities})
-        self._views: dict[torch.device, tuple[_View, ...]] = {}
+        self._views: dict[torch.device, tuple[View, ...]] = {}
 
     def take(self, codec: Codec) -> None:
         """Use a codec's autoencoders."""
@@ -148,44 +88,78 @@ class Reprojection(nn.Module):
             self._path(modality).take(codec.autoencoders[modality])
 
     @torch.no_grad()
-    def forward(self, last_BNP: Tensor, poses_BK3: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, last_BNP: Tensor, poses_BK3: Tensor, sites: Sequence[Site | None] | None = None, passed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Look the next latent frames up.
 
         Args:
             last_BNP: the newest latent frame.
             poses_BK3: where the ego will be at each video frame to come, from `motion.drive`.
+            sites: where each row's ego is now, if it has a layout; None: none has.
+            passed: video frames between now and the first of the poses.
 
         Returns:
-            The latents ``float32 [B, F, N, P]``, and of each token the share that some camera sees now and the ego will
-            not have gone through, ``[B, F, N, 1]``; the rest of it is as it was.
+            The latents ``float32 [B, F, N, P]``; of each token the share that some camera sees now and the ego will
+            not have gone through, ``[B, F, N, 1]``, the rest of it is as it was, or as the layout has it; and the
+            layout alone ``[B, F, N, P]``, zero where there is none.
         """
-        rows = [self._row(last.float(), _Move.of(poses)) for last, poses in zip(last_BNP, poses_BK3, strict=True)]
-        latents, seen = zip(*rows, strict=True)
-        return torch.stack(latents), torch.stack(seen)
+        rows = [
+            self._row(last.float(), poses, site, passed)
+            for last, poses, site in zip(last_BNP, poses_BK3, sites or (None,) * len(last_BNP), strict=True)
+        ]
+        latents, seen, layouts = zip(*rows, strict=True)
+        return torch.stack(latents), torch.stack(seen), torch.stack(layouts)
 
-    def _row(self, last_NP: Tensor, move: _Move) -> tuple[Tensor, Tensor]:
+    def _row(self, last_NP: Tensor, poses_K3: Tensor, site: Site | None, passed: int) -> tuple[Tensor, Tensor, Tensor]:
         views = self._views.get(last_NP.device)
         if views is None:
             ordered = [camera for group in self.sizes.groups for camera in group]
-            views = self._views[last_NP.device] = tuple(_View.of(camera, last_NP.device) for camera in ordered)
+            views = self._views[last_NP.device] = tuple(View.of(camera, last_NP.device) for camera in ordered)
         pictures = [self._picture(last_NP, plane) for plane in self._planes("colour")]
+        move = Move.of(poses_K3)
+        if site is None:
+            colours, depths, seen = self._still(last_NP, pictures, views, move)
+            latents = self._tokens({"colour": colours, "depth": depths})
+            return latents, self._share(seen), torch.zeros_like(latents)
+        colours, depths, seen, drawn = _in_layout(pictures, views, move, site, poses_K3, passed)
+        latents = self._tokens({"colour": colours, "depth": depths})
+        layout = self._tokens({"colour": drawn, "depth": depths})
+        return latents, self._share(seen), layout
+
+    def _still(
+        self, last_NP: Tensor, pictures: Sequence[Tensor], views: Sequence[View], move: Move
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per camera colour ``[3, K, M]``, metres and what is seen ``[K, M]``, by the depth that the model draws."""
         depths, passed = self._depths(last_NP, views, move)
         points = [move.points(view, view.pixels[0], depth) for view, depth in zip(views, depths, strict=True)]
-        shown: dict[str, list[Tensor]] = {"colour": [], "depth": [from_metres(depth)[None] for depth in depths]}
-        seen = []
+        colours, seen = [], []
         looked = look(views, pictures, points)
         for picture, behind_KM, (values_CKM, met_KM) in zip(pictures, passed, looked, strict=True):
             found_KM = met_KM & ~behind_KM
-            shown["colour"].append(torch.where(found_KM, values_CKM, picture.flatten(1)[:, None]))
-            seen.append(found_KM.float()[None])
-        parts, shares = [], []
+            colours.append(torch.where(found_KM, values_CKM, picture.flatten(1)[:, None]))
+            seen.append(found_KM)
+        return colours, depths, seen
+
+    def _tokens(self, shown: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """What cameras show, colour ``[3, K, M]`` and metres ``[K, M]``, as latents ``[F, N, P]``."""
+        parts = []
         for modality in self.sizes.modalities:
-            for plane, video, found in zip(self._planes(modality), shown[modality], seen, strict=True):
+            for plane, values in zip(self._planes(modality), shown[modality], strict=True):
+                video = values if modality == "colour" else from_metres(values)[None]
                 z = self._path(modality).latents(self._video(video, plane))
                 parts.append(to_tokens(z[None], plane, self.sizes)[0])
-                share = F.avg_pool2d(self._video(found, plane), SCALE * self.sizes.token_latents(modality))
+        return torch.cat(parts, 1)
+
+    def _share(self, seen: Sequence[Tensor]) -> Tensor:
+        """Of each token the share that is seen, ``[F, N, 1]``."""
+        shares = []
+        for modality in self.sizes.modalities:
+            for plane, found_KM in zip(self._planes(modality), seen, strict=True):
+                video = self._video(found_KM.float()[None], plane)
+                share = F.avg_pool2d(video, SCALE * self.sizes.token_latents(modality))
                 shares.append(share.unflatten(0, (-1, FRAMES)).mean(1).flatten(1)[..., None])
-        return torch.cat(parts, 1), torch.cat(shares, 1)
+        return torch.cat(shares, 1)
 
     def _path(self, modality: str) -> LinearPath:
         path = self.paths[modality]
@@ -204,7 +178,7 @@ class Reprojection(nn.Module):
         """As pictures that whole tokens cover, ``[K, C, height, width]``."""
         return padded(values_CKM.movedim(1, 0).unflatten(-1, (plane.camera.height, -1)), plane, self.sizes)
 
-    def _depths(self, last_NP: Tensor, views: Sequence[_View], move: _Move) -> tuple[list[Tensor], list[Tensor]]:
+    def _depths(self, last_NP: Tensor, views: Sequence[View], move: Move) -> tuple[list[Tensor], list[Tensor]]:
         """How far away what each camera will see is, per pixel ``[K, M]``, and where that would be behind the camera.
 
         What the ego will have gone through cannot have stood there: the ground, or the sky, is taken to be there.
@@ -234,44 +208,49 @@ class Reprojection(nn.Module):
         return fine, [_repeated(view, where) for view, where in zip(views, passed, strict=True)]
 
 
-def look(views: Sequence[_View], pictures: Sequence[Tensor], points: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Look points up in pictures: each in its own camera's, or else in the first that it is in.
-
-    Args:
-        pictures: per camera ``[C, h, w]``.
-        points: per camera, in its axes ``[3, K, M]``.
-
-    Returns:
-        Per camera what was found ``[C, K, M]``, and where ``[K, M]``.
-    """
-    looked, missing, elsewhere = [], [], []
-    for picture, view, points_3KM in zip(pictures, views, points, strict=True):
-        at, found_KM = view.project(points_3KM)
-        looked.append((_sample(picture, at), found_KM))
-        missing.append((~found_KM).flatten().nonzero()[:, 0])
-        elsewhere.append(view.axes_33.T @ points_3KM.flatten(1)[:, missing[-1]] + view.place_3[:, None])
-    ego_3M = torch.cat(elsewhere, 1)
-    values_CM = ego_3M.new_zeros(len(pictures[0]), ego_3M.shape[1])
-    found_M = torch.zeros_like(values_CM[0], dtype=torch.bool)
-    left = torch.arange(len(found_M), device=found_M.device)
-    for picture, view in zip(pictures, views, strict=True):
-        at, here_KM = view.project((view.axes_33 @ (ego_3M[:, left] - view.place_3[:, None]))[:, None])
-        here = here_KM[0].nonzero()[:, 0]
-        values_CM[:, left[here]] = _sample(picture, at[:, here])[:, 0]
-        found_M[left[here]] = True
-        left = left[~here_KM[0]]
-    counts = [len(places) for places in missing]
-    others = zip(looked, missing, values_CM.split(counts, 1), found_M.split(counts), strict=True)
-    for (all_CKM, all_KM), places, values, found in others:
-        all_CKM.flatten(1)[:, places], all_KM.flatten()[places] = values, found
-    return looked
+def _in_layout(
+    pictures: Sequence[Tensor], views: Sequence[View], move: Move, site: Site, poses_K3: Tensor, passed: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Per camera colour ``[3, K, M]``, metres and what is seen ``[K, M]``, and the layout's own colour."""
+    frames = [site.frame, *(site.frame + passed + k + 1 for k in range(len(poses_K3)))]
+    poses = torch.cat([site.pose_3[None], site.ahead(poses_K3)]).to(poses_K3)
+    around = Around.of(site.layout, poses, frames)
+    drawn = [draw(site.layout, view, around) for view in views]
+    cars = _seen_from(poses[0], site.layout.cars(frames).to(poses))
+    marked, points = [], []
+    for picture, view, each in zip(pictures, views, drawn, strict=True):
+        marked.append(torch.cat([picture, each.what_KM[0].view(1, *picture.shape[1:]).float()]))
+        still_3KM = move.points(view, view.pixels[0], each.depth_KM[1:])
+        points.append(_where_cars_were(view, still_3KM, each, cars))
+    colours, seen = [], []
+    for each, (values_CKM, met_KM) in zip(drawn, look(views, marked, points, nearest=1), strict=True):
+        seen.append(met_KM & (values_CKM[-1] == each.what_KM[1:]))
+        colours.append(torch.where(seen[-1], values_CKM[:-1], each.colour_3KM[:, 1:]))
+    return colours, [each.depth_KM[1:] for each in drawn], seen, [each.colour_3KM[:, 1:] for each in drawn]
 
 
-def _sample(picture_Chw: Tensor, at_KM2: Tensor) -> Tensor:
-    return F.grid_sample(picture_Chw[None], at_KM2[None], padding_mode="border", align_corners=False)[0]
+def _seen_from(pose_3: Tensor, poses_KC3: Tensor) -> Tensor:
+    """Poses in the coordinates of one."""
+    x, y, yaw = (poses_KC3 - pose_3).unbind(-1)
+    cos, sin = pose_3[2].cos(), pose_3[2].sin()
+    return torch.stack([x * cos + y * sin, y * cos - x * sin, yaw], -1)
 
 
-def _fine(view: _View, depth_KM: Tensor) -> Tensor:
+def _where_cars_were(view: View, points_3KM: Tensor, drawn: Drawn, cars_KC3: Tensor) -> Tensor:
+    """Points of cars moved back with them to where they are now; ``cars_KC3``, in coordinates of now, begins there."""
+    on_3KM = points_3KM.clone()
+    k, m = (drawn.car_KM[1:] >= 0).nonzero(as_tuple=True)
+    car = drawn.car_KM[1:][k, m]
+    x, y, z = view.axes_33.T @ on_3KM[:, k, m] + view.place_3[:, None]
+    then, now = cars_KC3[1:][k, car].T, cars_KC3[0, car].T
+    turn = now[2] - then[2]
+    x, y = x - then[0], y - then[1]
+    back = torch.stack([x * turn.cos() - y * turn.sin() + now[0], x * turn.sin() + y * turn.cos() + now[1], z])
+    on_3KM[:, k, m] = view.axes_33 @ (back - view.place_3[:, None])
+    return on_3KM
+
+
+def _fine(view: View, depth_KM: Tensor) -> Tensor:
     """Depth of squares as depth of pixels; what is about as far as the ground is the ground."""
     rows, columns = view.camera.height, view.camera.width
     near = (1 / depth_KM).unflatten(1, (rows // SCALE, -1))[:, None]
@@ -279,7 +258,7 @@ def _fine(view: _View, depth_KM: Tensor) -> Tensor:
     return torch.where(depth > _GROUND * view.pixels[1], view.pixels[1], depth)
 
 
-def _repeated(view: _View, where_KM: Tensor) -> Tensor:
+def _repeated(view: View, where_KM: Tensor) -> Tensor:
     """What holds of squares, of their pixels."""
     rows = where_KM.unflatten(1, (view.camera.height // SCALE, -1))
     return torch.repeat_interleave(rows.repeat_interleave(SCALE, 1), SCALE, 2).flatten(1)

@@ -1,11 +1,13 @@
-"""The three scenarios: their roads as lanes, and everything beside them as geometry.
+"""The scenarios: their roads as lanes, and everything beside them as geometry.
 
 A scene depends on its seed alone. Seeds change where things stand, never what they look like.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -17,6 +19,7 @@ _BUILDERS: Mapping[str, Callable[[np.random.Generator], Scene]] = {
     "urban": build_town,
     "highway": build_highway,
     "uturn": build_uturn,
+    "straight": partial(build_highway, radius=math.inf),
 }
 
 #: The scenarios there are.

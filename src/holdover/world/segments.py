@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,27 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from holdover.world.autoencoder import FRAMES
-from holdover.world.clips import frame_count, list_clips, read_clip
+from holdover.world.autoencoder import DECODING, FRAMES
+from holdover.world.clips import frame_count, list_clips, read_clip, read_track
+from holdover.world.kv_cache import KVCache
 from holdover.world.latents import Codec
+from holdover.world.layout import Track
 
 
 @dataclass(frozen=True)
 class Batch:
     latents: Tensor  # [B, F, N, P]
     actions: Tensor  # [B, F, A]
+    tracks: tuple[Track | None, ...] = ()  # per row, where its clip has a layout; empty: none has
+    starts: tuple[int, ...] = ()  # per row, the video frame of its clip that it begins with
+
+    def stand(self, kv: KVCache, latent_frames: int) -> None:
+        """The cache's rows are where the recordings were after so many latent frames."""
+        if self.tracks:
+            kv.stand(self.tracks, [start + latent_frames * FRAMES - 1 for start in self.starts])
+
+    def without_layout(self) -> Batch:
+        return replace(self, tracks=(), starts=())
 
 
 def clips_of_length(folder: Path, latent_frames: int) -> list[Path]:
@@ -52,6 +64,7 @@ class Segments:
         kept = clips[0].parent / ".latents" / codec_digest(codec)
         kept.mkdir(parents=True, exist_ok=True)
         self.clips: list[Batch] = []
+        self._folders = list(clips)
         for clip in track(clips, description="encoding clips"):
             file = kept / f"{clip.name}.safetensors"
             if not file.is_file() or file.stat().st_mtime_ns < (clip / "clip.json").stat().st_mtime_ns:
@@ -61,7 +74,8 @@ class Segments:
                     partial.replace(file)
                 finally:
                     partial.unlink(missing_ok=True)
-            self.clips.append(Batch(**load_file(file)))
+            kept_tensors = load_file(file)
+            self.clips.append(Batch(kept_tensors["latents"], kept_tensors["actions"]))
 
     def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[tuple[int, int]]:
         """Segments to take: a clip and its first latent frame, each."""
@@ -78,7 +92,10 @@ class Segments:
             parts: list[Any] = [getattr(self.clips[n], name)[:, first : first + latent_frames] for n, first in chosen]
             return torch.cat(parts).to(device).float()
 
-        return Batch(take("latents"), take("actions"))
+        read = [read_track(self._folders[n]) for n, _ in chosen]
+        tracks = tuple(track and track.to(device) for track in read)
+        starts = tuple(first * FRAMES for _, first in chosen)
+        return Batch(take("latents"), take("actions"), *((tracks, starts) if any(tracks) else ()))
 
 
 def _encode(clip: Path, codec: Codec) -> dict[str, Tensor]:
@@ -93,10 +110,12 @@ def _encode(clip: Path, codec: Codec) -> dict[str, Tensor]:
 
 
 def codec_digest(codec: Codec) -> str:
-    """Of the autoencoders' weights, as they are saved, and the layout."""
+    """Tells latents from others: of the encoders' weights, as they are saved, and of the layout as tokens."""
     found = hashlib.sha256(repr((codec.sizes.cameras, codec.sizes.patch, codec.sizes.depth_patch)).encode())
     for modality in codec.sizes.modalities:
         found.update(modality.encode())
         for name, tensor in sorted(codec.autoencoders[modality].state_dict().items()):
+            if name.startswith(DECODING):
+                continue
             found.update(name.encode() + tensor.cpu().bfloat16().float().numpy().tobytes())
     return found.hexdigest()[:16]

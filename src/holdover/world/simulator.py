@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.world.cameras import FPS
 from holdover.world.driver import Driver
+from holdover.world.layout import Layout
 from holdover.world.render import CarPose, Renderer
-from holdover.world.scenes import build_scene
+from holdover.world.simulation import Simulation
 from holdover.world.traffic import Traffic
-from holdover.world.vehicles import EgoState, drive
+from holdover.world.vehicles import EgoState
 
 
 @dataclass(frozen=True)
@@ -39,49 +38,44 @@ class Simulator:
     """
 
     def __init__(self, scenario: str, seed: int, *, renderer: Renderer | None = None) -> None:
-        self._seed = seed
-        self._scene = build_scene(scenario, seed)
+        self._simulation = Simulation(scenario, seed)
         self._own_renderer = renderer is None
         self._renderer = renderer or Renderer()
         self.reset()
 
     def reset(self) -> RigFrame:
         """Go back to the beginning and return its picture."""
-        rng = np.random.default_rng([self._seed, 2])
-        start = self._scene.starts[int(rng.integers(len(self._scene.starts)))]
-        lane = self._scene.lanes[start[0]]
-        x, y = (float(np.interp(start[1], lane.arc, lane.points[:, k])) for k in (0, 1))
-        ahead = [float(np.interp(start[1] + 1.0, lane.arc, lane.points[:, k])) for k in (0, 1)]
-        speed = (
-            float(rng.uniform(0.5, 1.0) * self._scene.cruise[1])
-            if rng.random() < 0.8 or self._scene.scenario == "highway"
-            else 0.0
-        )
-        self._ego = EgoState(x=x, y=y, yaw=math.atan2(ahead[1] - y, ahead[0] - x), speed=speed)
-        self._traffic = Traffic(self._scene, self._ego, rng)
-        self.driver = Driver(self._scene, start, np.random.default_rng([self._seed, 3]))
-        self._renderer.load(self._scene.mesh, self._poses())
+        self._simulation.reset()
+        self._renderer.load(self._simulation.scene.mesh, self._poses())
         return self._look()
 
     @property
     def ego(self) -> EgoState:
         """The ego now."""
-        return self._ego
+        return self._simulation.ego
 
     @property
     def traffic(self) -> Traffic:
         """The other cars now."""
-        return self._traffic
+        return self._simulation.traffic
+
+    @property
+    def driver(self) -> Driver:
+        """Who drives the ego, if asked."""
+        return self._simulation.driver
 
     def command(self) -> tuple[float, float]:
         """What the scripted driver commands now, for ``driver.HOLD`` steps: speed (m/s) and curvature (1/m)."""
-        return self.driver.command(self._ego, self._traffic)
+        return self._simulation.command()
 
     def step(self, speed_command: float, curvature_command: float) -> RigFrame:
         """Move on by one frame under a command (m/s and 1/m, clipped to their bounds) and look."""
-        self._ego = drive(self._ego, speed_command, curvature_command)
-        self._traffic.step(self._ego, 1 / FPS)
+        self._simulation.step(speed_command, curvature_command)
         return self._look()
+
+    def layout(self) -> Layout:
+        """The map, and where the cars have been since the beginning."""
+        return self._simulation.layout()
 
     def close(self) -> None:
         """Free the renderer, unless it is shared."""
@@ -89,8 +83,8 @@ class Simulator:
             self._renderer.close()
 
     def _look(self) -> RigFrame:
-        rgb, depth = self._renderer.render(self._ego, self._poses())
-        return RigFrame(rgb, depth, self._ego)
+        rgb, depth = self._renderer.render(self.ego, self._poses())
+        return RigFrame(rgb, depth, self.ego)
 
     def _poses(self) -> Iterator[CarPose]:
-        return (CarPose(car.x, car.y, car.yaw, car.colour, car.van) for car in self._traffic.cars)
+        return (CarPose(car.x, car.y, car.yaw, car.colour, car.van) for car in self.traffic.cars)

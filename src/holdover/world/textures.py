@@ -20,6 +20,12 @@ def textures() -> dict[str, Texture]:
     return {name: draw() for name, draw in _TEXTURES.items()}
 
 
+def mean_colour(material: str) -> tuple[float, float, float]:
+    """A texture's, from 0 to 1."""
+    red, green, blue = (_TEXTURES[material]().mean((0, 1)) / 255).tolist()
+    return red, green, blue
+
+
 def _patches(colour: tuple[int, int, int], contrast: float, seed: int, cells: int = 8) -> Texture:
     """Soft patches that tile: ``cells`` random values per side, interpolated."""
     values = np.random.default_rng(seed).uniform(-1.0, 1.0, (cells, cells))

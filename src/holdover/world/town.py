@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from holdover.world.meshes import CAR_COLOURS, PAINT, WHITE, Colour, Mesh
+from holdover.world.meshes import CAR_COLOURS, PAINT, WHITE, Colour, Mesh, Solid
 from holdover.world.roads import Lane, Points, arc
 from holdover.world.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Point, Scene, meadow
-from holdover.world.textures import FACADES
+from holdover.world.textures import FACADES, mean_colour
 
 _GRID = 5  # junctions per side
 _BLOCK = 83.0  # metres between street centres
@@ -161,6 +161,9 @@ def _house(
 ) -> None:
     """A town house; ``outside`` says which walls (south, east, north, west) stand on a street and so have shops."""
     corners = [low, (high[0], low[1]), high, (low[0], high[1])]
+    middle = (low[0] + high[0]) / 2, (low[1] + high[1]) / 2
+    for material, bottom, top in (("shop", 0.0, FLOOR), (facade, FLOOR, floors * FLOOR + 0.6)):
+        mesh.solids.append(Solid(*middle, 0.0, _LOT, _LOT, bottom, top, mean_colour(material)))
     for k in range(4):
         a, b = corners[k], corners[(k + 1) % 4]
         mesh.wall("shop" if outside[k] else "plain", a, b, (0.0, FLOOR), tile=(4.0, FLOOR))

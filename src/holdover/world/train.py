@@ -67,21 +67,24 @@ def train(
     torch.manual_seed(recipe.seed)
     model, sizes = WorldModel.of(codec.sizes), codec.sizes
     model.codec = codec
-    if teacher is not None and not recipe.levels:
+    rolls_out = teacher is not None or recipe.recorded
+    if rolls_out and not recipe.levels:
         raise ValueError("levels=0: a student has few noise levels; give their number")
+    if recipe.steady and teacher is None:
+        raise ValueError(f"steady={recipe.steady}: what goes straight on was not recorded; give a teacher")
     teach = _checkpoint(teacher, codec, device) if teacher else None
     begun = _checkpoint(start_from, codec, device) if start_from else teach
     if begun is not None:
         model.load_state_dict(begun.state_dict())
     model.to(device)
-    own_from = 0 if teach is not None else recipe.own_context_from * recipe.steps
+    own_from = 0 if rolls_out else recipe.own_context_from * recipe.steps
     most = recipe.windows if own_from <= recipe.steps - 1 else 2  # windows past the context
     clips = clips_of_length(data, sizes.context + max(_PLAIN, sizes.window * most))
     heldout_clips = clips_of_length(heldout, _HELDOUT_START + sizes.context + sizes.window) if heldout else []
     segments, held = Segments(clips, codec), Segments(heldout_clips, codec) if heldout_clips else None
 
     def plan(step: int, rng: np.random.Generator) -> _Plan:
-        plain = bool(rng.random() < recipe.plain_share) and teach is None
+        plain = bool(rng.random() < recipe.plain_share) and not rolls_out
         own = step >= own_from
         windows = int(rng.integers(1, most + 1)) if own else 2
         frames = sizes.context + (_PLAIN if plain else sizes.window * windows)
@@ -89,7 +92,9 @@ def train(
 
     def loss(predict: Predict, plan: _Plan, rng: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
         batch = segments.batch(plan.segments, plan.frames, device)
-        if teach is not None:
+        if rng.random() < recipe.without_layout:
+            batch = batch.without_layout()
+        if rolls_out:
             return distillation_loss(predict, teach, model, batch, rng, recipe), {}
         value = sequence_loss(predict, model, batch, rng, recipe, plain=plan.plain, own=plan.own)
         return value, {"plain": plan.plain, "own": plan.own}
@@ -146,6 +151,7 @@ def heldout_error(predict: Predict, model: WorldModel, held: Segments, recipe: R
         actions = torch.split(batch.actions, [sizes.context, sizes.window], 1)
         kv = model.new_cache()
         predict(context, sigma=0.0, action_BFA=actions[0], cache=kv, write=True)
+        batch.stand(kv, sizes.context)
         generator = torch.Generator(device).manual_seed(index)
         results = []
         for levels in (sigmas[:1], sigmas):

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.world.autoencoder import FRAMES, SCALE, Autoencoder
-from holdover.world.checkpoints import read_network, write_network
+from holdover.world.autoencoder import DECODING, FRAMES, SCALE, Autoencoder
+from holdover.world.checkpoints import read_network, weights_digest, write_network
 from holdover.world.clips import frame_count, read_cameras, read_clip
 from holdover.world.depth import from_metres
 from holdover.world.runtime import fast_dtype
@@ -58,6 +58,7 @@ def train_autoencoder(
     heldout: Path | None = None,
     depth: bool = False,
     config: Mapping[str, Any] | None = None,
+    start_from: Path | None = None,
     device: str = "cpu",
     save_every: int = 200,
 ) -> Path:
@@ -67,6 +68,8 @@ def train_autoencoder(
         data: recorded clips; they are kept in memory whole (a clip of 20 seconds takes 25 MB, 16 MB of depth).
         heldout: clips to validate on.
         config: arguments of `Autoencoder`; by default those that are shipped.
+        start_from: a trained autoencoder whose decoder to train further. Its encoder stays as it is, so that latents
+            mean what they meant, and what was trained on them goes with the new decoder.
         save_every: steps from one save and validation to the next.
 
     Raises:
@@ -77,16 +80,23 @@ def train_autoencoder(
     check_torch()
     torch.manual_seed(schedule.seed)
     sizes = {"colours": 1, "latent_channels": 12, "widths": (64, 128)} if depth else {}
-    model = Autoencoder(**{**sizes, **(config or {})}).to(device)
+    begun = read_network(Autoencoder, start_from, torch.float32) if start_from else None
+    if begun is not None and config is not None:
+        raise ValueError(f"config={config} goes with a new autoencoder; {start_from} has its own")
+    model = (begun.train() if begun is not None else Autoencoder(**{**sizes, **(config or {})})).to(device)
     clips = clips_of_length(data, schedule.latent_frames)
     heldout_clips = clips_of_length(heldout, sum(_HELDOUT)) if heldout else []
     for folder in (data, heldout) if heldout else (data,):
         _check_cameras(folder)
     groups = _groups(data)
     kept: dict[Path, Pictures] = {}
-    model.take_principal_components(_some_blocks(clips, depth).to(device))
-    model.mean_Z.fill_(torch.nan)  # so that nobody takes what is saved on the way for an autoencoder
-    model.std_Z.fill_(torch.nan)
+    if begun is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(DECODING))
+    else:
+        model.take_principal_components(_some_blocks(clips, depth).to(device))
+        model.mean_Z.fill_(torch.nan)  # so that nobody takes what is saved on the way for an autoencoder
+        model.std_Z.fill_(torch.nan)
     frames = schedule.latent_frames * FRAMES
 
     def plan(_: int, rng: np.random.Generator) -> list[NDArray[Any]]:
@@ -139,6 +149,7 @@ def train_autoencoder(
         write_network(shipped, out)
 
     identity = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    identity["start"] = weights_digest(start_from) if start_from else None
     fit(
         model,
         out,
@@ -150,7 +161,7 @@ def train_autoencoder(
         save=save,
         save_every=save_every,
     )
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if begun is None and (not dist.is_initialized() or dist.get_rank() == 0):
         shipped = read_network(Autoencoder, out, fast_dtype())
         normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
         write_network(shipped, out)

@@ -32,7 +32,7 @@ from holdover.engine.slots import Slot, ViewGroup
 from holdover.world.checkpoints import DIFFERENCE, add_difference, read_network, write_network
 from holdover.world.config import WorldConfig
 from holdover.world.features import RAY_FEATURES, action_features, neighbourhoods, ray_features, sigma_features
-from holdover.world.kv_cache import KVBatch, KVCache
+from holdover.world.kv_cache import Expected, KVBatch, KVCache
 from holdover.world.latents import Codec
 from holdover.world.reprojection import Reprojection
 from holdover.world.rotary import RotaryTables, Table, rotate
@@ -195,6 +195,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         self.embed = nn.ModuleList(nn.Linear(p, c) for _ in sizes.modalities)
         self.last_embed = nn.ModuleList(nn.Linear(9 * p, c, bias=False) for _ in sizes.modalities)
         self.seen_embed = nn.Linear(1, c, bias=False)
+        self.layout_embed = nn.ModuleList(nn.Linear(p, c, bias=False) for _ in sizes.modalities)
         self.reprojection = Reprojection(sizes)
         self.ray_mlp = nn.Sequential(nn.Linear(RAY_FEATURES, c), nn.SiLU(), nn.Linear(c, c))
         self.sigma_mlp = nn.Sequential(nn.Linear(128, c), nn.SiLU(), nn.Linear(c, c))
@@ -205,8 +206,16 @@ class WorldModel(ModelMixin, ConfigMixin):
         self.final_norm = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
         self.final_modulation = nn.Linear(c, 2 * c)
         self.head = nn.ModuleList(nn.Linear(c, p) for _ in sizes.modalities)
-        self.keep = nn.Linear(c, 1)
-        for layer in (self.modulation, self.final_modulation, *self.head, self.keep, self.seen_embed):
+        self.keep, self.keep_layout = nn.Linear(c, 1), nn.Linear(c, 1)
+        for layer in (
+            self.modulation,
+            self.final_modulation,
+            *self.head,
+            self.keep,
+            self.keep_layout,
+            self.seen_embed,
+            *self.layout_embed,
+        ):
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -290,11 +299,11 @@ class WorldModel(ModelMixin, ConfigMixin):
         expected = self._expected(cache, action_BFA, f) if cache is not None else None
         if expected is not None:
             # What stands still is looked up: attention alone takes long to learn where to look.
-            expected_BFNP, seen_BFN1 = (x.to(dtype) for x in expected)
+            expected_BFNP, seen_BFN1, layout_BFNP = (x.to(dtype) for x in expected)
             around_BFN9P = F.pad(expected_BFNP, (0, 0, 0, 1))[:, :, self.neighbours_N9]
             hidden_BFNC = (
                 hidden_BFNC + self._each(self.last_embed, around_BFN9P.flatten(3)) + self.seen_embed(seen_BFN1)
-            )
+            ) + self._each(self.layout_embed, layout_BFNP)
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
@@ -306,18 +315,18 @@ class WorldModel(ModelMixin, ConfigMixin):
         if expected is not None:
             # Much of a picture is as expected: the blocks need not carry it through.
             clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), expected_BFNP)
+            clean = torch.addcmul(clean, self.keep_layout(final_BFNC), layout_BFNP)
         return clean
 
-    def _expected(
-        self, cache: KVCache | KVBatch, action_BFA: Tensor | None, frames: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """What the latent frames would be if the world stood still, and of each token the share that is known from
-        there; without an action, what they were, and nothing is known."""
+    def _expected(self, cache: KVCache | KVBatch, action_BFA: Tensor | None, frames: int) -> Expected | None:
+        """What the latent frames would be if the world stood still, of each token the share that is known from there,
+        and the layout; without an action, what they were, and nothing is known."""
         if cache.last is None:
             return None
         if action_BFA is None:
             last_BFNP = cache.last[:, None].expand(-1, frames, -1, -1)
-            return last_BFNP, last_BFNP.new_zeros(1).expand(*last_BFNP.shape[:3], 1)
+            nothing = last_BFNP.new_zeros(1)
+            return last_BFNP, nothing.expand(*last_BFNP.shape[:3], 1), nothing.expand_as(last_BFNP)
         return cache.expect(action_BFA, self.reprojection)
 
     def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
