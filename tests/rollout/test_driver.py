@@ -11,6 +11,8 @@ from torch import Tensor
 
 import holdover
 from holdover.rollout.driver import ClosedLoop, LoopConfig
+from holdover.world.motion import drive as drive_cars
+from holdover.world.motion import placed
 from holdover.world.sampler import noise_levels
 from holdover.world.transformer import WorldModel
 from tests.world.small import latents, small_model
@@ -150,3 +152,16 @@ def test_guided_branches_are_kept_apart() -> None:
         made = [piece.latents for piece in run.run(torch.rand(3, 2, generator=torch.Generator().manual_seed(5)))]
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
     assert {decision.branch for decision in cache.trace} == {"", "uncond"}
+
+
+def test_a_cycle_begins_where_the_one_before_it_led() -> None:
+    """The first generation's window, which is committed, does not know the later actions; the ego has obeyed them."""
+    actions = torch.tensor([[0.3, 0.1], [0.1, -0.4]])
+    ends = [drive_cars(torch.tensor([[0.0, 0.0]]), told[None])[0][0, -1] for told in (actions[[0, 0]], actions)]
+    for commit, shown in (("first", ends[0]), ("last_full", ends[1]), ("emitted", ends[1])):
+        run = loop(small_model(), commit=commit)
+        run.step(actions[0])
+        run.step(actions[1])
+        assert run.kv.pose is not None
+        torch.testing.assert_close(placed(shown[None], run.kv.pose[None])[0, 0], ends[1], atol=1e-5, rtol=1e-5)
+        assert run.kv.pose.any() == (commit == "first")

@@ -16,7 +16,7 @@ from holdover.world.kv_cache import Expected, KVCache
 from holdover.world.motion import drive
 from holdover.world.reprojection import LinearPath
 from holdover.world.transformer import WorldModel
-from holdover.world.vehicles import EgoState, normalise_action
+from holdover.world.vehicles import EgoState, denormalise_action, normalise_action
 from holdover.world.vehicles import drive as drive_by_numbers
 from holdover.world.views import Move, View, look
 
@@ -159,3 +159,48 @@ def test_expectations_are_worked_out_once_for_each_action() -> None:
             torch.testing.assert_close(each, truth)
             assert torch.equal(each, again)
         assert asked == worked_out
+
+
+def test_what_comes_begins_where_the_ego_was_driven_not_where_its_pictures_show_it() -> None:
+    """A window was committed that shows one drive, another was carried out; by cars that are driven by numbers."""
+    model = small_model()
+    first, shown, done, later = (torch.tensor([[a, b]]) for a, b in (
+        ([0.3, 0.1], [0.3, 0.1]),
+        ([0.3, 0.1], [0.3, 0.1]),
+        ([0.3, 0.1], [0.1, -0.4]),
+        ([0.2, -0.4], [0.2, 0.3]),
+    ))  # fmt: skip
+    asked: list[Tensor] = []
+
+    def expect(last: Tensor, poses: Tensor, sites: Any, passed: int) -> Expected:
+        asked.append(poses)
+        return model.reprojection(last, poses, sites, passed)
+
+    def driven(state: EgoState, actions: Tensor) -> tuple[EgoState, list[list[float]]]:
+        seen = []
+        for speed, curvature in zip(*denormalise_action(actions[0].numpy()), strict=True):
+            for _ in range(4):
+                state = drive_by_numbers(state, speed, curvature)
+                seen.append([state.x, state.y, state.yaw])
+        return state, seen
+
+    cache = model.new_cache()
+    for actions in (first, shown):
+        model(latents(model, 2), sigma=0.0, action_BFA=actions, cache=cache, write=True)
+    cache.carried_out(done)
+    twin = KVCache(cache.capacity)
+    twin.load_state_dict(cache.state_dict())
+    speed, curvature = (float(x[0]) for x in denormalise_action(first[0].numpy()))
+    begun, _ = driven(EgoState(speed=speed, curvature=curvature), first)
+    picture, _ = driven(begun, shown)
+    ego, _ = driven(begun, done)
+    _, poses = driven(ego, later)
+    cos, sin = np.cos(picture.yaw), np.sin(picture.yaw)
+    turned = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+    expected = (np.array(poses) - [picture.x, picture.y, picture.yaw]) @ turned.T
+    for each in (cache, twin, cache.fork(), cache.take([0])):
+        each.expect(later, expect)
+        np.testing.assert_allclose(asked[-1][0], expected, rtol=1e-3, atol=2e-3)
+    cache.carried_out(shown)  # as if nothing else had been done
+    assert cache.pose is not None
+    assert not cache.pose.any()

@@ -359,6 +359,7 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
     full = [loop for loop in loops if len(loop._emitted) == loop.chunk_frames]
     writing = _write_kv(full, [loop._committed for loop in full if loop._committed is not None]) if full else 0.0
     for loop in full:
+        loop.kv.carried_out(torch.stack(loop._actions, 1))
         loop._begin_cycle()
     for loop in loops:
         loop.generation += 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from holdover.world.autoencoder import FRAMES
 from holdover.world.layout import Site, Track
-from holdover.world.motion import drive
+from holdover.world.motion import drive, placed, seen_from
 
 #: What is expected ``[B, F, N, P]``, how much of each token is known ``[B, F, N, 1]``, the layout ``[B, F, N, P]``.
 Expected = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +29,9 @@ class KVCache:
         self.capacity = capacity
         self.frames = 0  # latent frames committed since the start, the position of the next window
         self.last: Tensor | None = None  # the newest committed latent frame itself, [B, N, P]
-        self.motion: Tensor | None = None  # the ego's speed and curvature there, [B, 2]
+        self.motion: Tensor | None = None  # the ego's speed and curvature now, [B, 2]
+        self.pose: Tensor | None = None  # where it is, seen from that frame, [B, 3]; None: there, or as its action says
+        self._begun: tuple[Tensor | None, Tensor] | None = None  # its motion before the newest frames, where they end
         self.sites: tuple[Site | None, ...] = ()  # where each row is in its layout, if it has one; empty: none has
         self._expected: tuple[Tensor, Expected] | None = None
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -71,10 +73,20 @@ class KVCache:
         self.last = latents_BFNP[:, -1].clone()
         self._expected = None
         if action_BFA is not None:
-            poses_BK3, self.motion = drive(self.motion, action_BFA)
+            poses_BK3, motion = drive(self.motion, action_BFA)
+            self._begun, self.motion = (self.motion, poses_BK3[:, -1]), motion
             if self.sites:
-                ends = zip(self.sites, poses_BK3[:, -1], strict=True)
+                ends = zip(self.sites, placed(self.pose, poses_BK3)[:, -1], strict=True)
                 self.sites = tuple(site and site.moved(pose, FRAMES * frames) for site, pose in ends)
+            self.pose = None
+
+    def carried_out(self, action_BFA: Tensor) -> None:
+        """In the frames committed last the ego did this, whatever they show: what comes begins where that led."""
+        assert self._begun is not None
+        begun, shown_B3 = self._begun
+        poses_BK3, self.motion = drive(begun, action_BFA)
+        self.pose = seen_from(shown_B3, poses_BK3[:, -1])
+        self._expected = None
 
     def expect(self, action_BFA: Tensor, expect: Expect) -> Expected:
         """What is to be expected after the newest latent frame; of the actions that were asked about last, what follows
@@ -87,7 +99,7 @@ class KVCache:
         if told is not None and told.shape == action_BFA.shape:
             known = int((told == action_BFA).all(-1).all(0).int().cumprod(0).sum())
         if found is None or known < action_BFA.shape[1]:
-            poses_BK3 = drive(self.motion, action_BFA)[0][:, FRAMES * known :]
+            poses_BK3 = placed(self.pose, drive(self.motion, action_BFA)[0])[:, FRAMES * known :]
             new = expect(self.last, poses_BK3, self.sites or None, FRAMES * known)
             if found is not None:
                 new = joined(found[0], new[0], known), joined(found[1], new[1], known), joined(found[2], new[2], known)
@@ -103,13 +115,13 @@ class KVCache:
         if len(known) == len(self.last):
             motion_B2 = torch.stack([track.motion_T2[frame] for track, frame in known])
             self.motion = motion_B2.to(self.last.device, torch.float32)
-        self._expected = None
+        self.pose = self._expected = None
 
     def fork(self) -> KVCache:
         """A copy that shares memory: held tensors are replaced, never written in place."""
         twin = KVCache(self.capacity)
         twin.frames, twin.last, twin.motion, twin._held = self.frames, self.last, self.motion, dict(self._held)
-        twin._expected, twin.sites = self._expected, self.sites
+        twin._expected, twin.sites, twin.pose, twin._begun = self._expected, self.sites, self.pose, self._begun
         return twin
 
     def take(self, rows: Sequence[int]) -> KVCache:
@@ -118,6 +130,8 @@ class KVCache:
         batch, twin = self.last.shape[0], self.fork()
         twin.last = self.last[rows]
         twin.motion = None if self.motion is None else self.motion[rows]
+        twin.pose = None if self.pose is None else self.pose[rows]
+        twin._begun = None
         twin._expected = None
         twin.sites = tuple(self.sites[row] for row in rows) if self.sites else ()
         for key, kv in self._held.items():
@@ -127,7 +141,7 @@ class KVCache:
 
     def state_dict(self) -> dict[str, Tensor]:
         tensors = {f"{b}.{g}.{n}": t for (b, g), kv in self._held.items() for n, t in zip("kv", kv, strict=True)}
-        newest = {"last": self.last, "motion": self.motion}
+        newest = {"last": self.last, "motion": self.motion, "pose": self.pose}
         known = {name: tensor for name, tensor in newest.items() if tensor is not None}
         for row, site in enumerate(self.sites):
             if site is not None:
@@ -139,6 +153,7 @@ class KVCache:
         self._held = {(b, g): (tensors[f"{b}.{g}.k"], tensors[f"{b}.{g}.v"]) for b, g in keys}
         self._staged, self._expected = {}, None
         self.frames, self.last, self.motion = int(tensors["frames"]), tensors.get("last"), tensors.get("motion")
+        self.pose, self._begun = tensors.get("pose"), None
         rows = range(len(self.last) if self.last is not None else 0)
         sites = tuple(Site.from_state_dict(tensors, f"site.{row}.") for row in rows)
         self.sites = sites if any(sites) else ()

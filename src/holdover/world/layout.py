@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from holdover.world.meshes import CAR_COLOURS, PAINT, Solid, car_solids
+from holdover.world.motion import placed
 from holdover.world.scenery import KERB, KERB_Z, Scene
 from holdover.world.textures import mean_colour
 from holdover.world.traffic import Car
@@ -173,11 +174,7 @@ class Site:
 
     def ahead(self, poses_K3: Tensor) -> Tensor:
         """Poses in coordinates of this one, in the layout's."""
-        x, y, yaw = self.pose_3
-        own = poses_K3.double().cpu()
-        east = x + own[:, 0] * yaw.cos() - own[:, 1] * yaw.sin()
-        north = y + own[:, 0] * yaw.sin() + own[:, 1] * yaw.cos()
-        return torch.stack([east, north, yaw + own[:, 2]], -1)
+        return placed(self.pose_3[None], poses_K3.double().cpu()[None])[0]
 
 
 def _row(solid: Solid) -> list[float]:

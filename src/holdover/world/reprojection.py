@@ -27,6 +27,7 @@ from holdover.world.depth import FAR, NEAR, from_metres, to_metres
 from holdover.world.drawn import Around, Drawn, draw
 from holdover.world.latents import Codec, from_tokens, padded, to_tokens
 from holdover.world.layout import Site
+from holdover.world.motion import seen_from
 from holdover.world.views import Move, View, look
 
 _STEPS = 2  # in which the depth that a camera will see is found
@@ -216,7 +217,7 @@ def _in_layout(
     poses = torch.cat([site.pose_3[None], site.ahead(poses_K3)]).to(poses_K3)
     around = Around.of(site.layout, poses, frames)
     drawn = [draw(site.layout, view, around) for view in views]
-    cars = _seen_from(poses[0], site.layout.cars(frames).to(poses))
+    cars = seen_from(poses[0], site.layout.cars(frames).to(poses))
     marked, points = [], []
     for picture, view, each in zip(pictures, views, drawn, strict=True):
         marked.append(torch.cat([picture, each.what_KM[0].view(1, *picture.shape[1:]).float()]))
@@ -227,13 +228,6 @@ def _in_layout(
         seen.append(met_KM & (values_CKM[-1] == each.what_KM[1:]))
         colours.append(torch.where(seen[-1], values_CKM[:-1], each.colour_3KM[:, 1:]))
     return colours, [each.depth_KM[1:] for each in drawn], seen, [each.colour_3KM[:, 1:] for each in drawn]
-
-
-def _seen_from(pose_3: Tensor, poses_KC3: Tensor) -> Tensor:
-    """Poses in the coordinates of one."""
-    x, y, yaw = (poses_KC3 - pose_3).unbind(-1)
-    cos, sin = pose_3[2].cos(), pose_3[2].sin()
-    return torch.stack([x * cos + y * sin, y * cos - x * sin, yaw], -1)
 
 
 def _where_cars_were(view: View, points_3KM: Tensor, drawn: Drawn, cars_KC3: Tensor) -> Tensor:
