@@ -176,7 +176,7 @@ def test_muon_computes_in_what_is_fast(
 
 
 WORKER = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 import torch.distributed as dist
 from tests.world.test_trainer import run
@@ -190,6 +190,7 @@ dist.all_gather_object(everything, saved)
 (folder / f"{rank}.json").write_text(json.dumps(everything))
 dist.barrier()  # a rank that leaves first would take its peer down
 dist.destroy_process_group()
+os._exit(0)  # under load a thread of gloo's may outlive the interpreter, which then ends in an abort
 """
 
 
