@@ -16,7 +16,7 @@ from torch import Tensor
 from holdover.world.config import camera_rays
 from holdover.world.depth import FAR
 from holdover.world.layout import GROUNDS, METRES, Layout
-from holdover.world.meshes import SUN
+from holdover.world.meshes import SHADE, SUN
 from holdover.world.scenery import FOG, HORIZON, ZENITH
 from holdover.world.views import View
 
@@ -193,7 +193,8 @@ def _brightness(heading_E2: Tensor, axis: int, from_below: bool) -> Tensor:
     else:
         turn = heading_E2 if axis == 0 else torch.stack([-heading_E2[:, 1], heading_E2[:, 0]], -1)
         facing = sign * (turn * turn.new_tensor(SUN[:2])).sum(-1)
-    return 0.62 + torch.where(facing > 0, 0.44, 0.1) * facing
+    along, towards, away = SHADE
+    return along + torch.where(facing > 0, towards, away) * facing
 
 
 def _turn(points: Tensor, turned: Tensor) -> Tensor:

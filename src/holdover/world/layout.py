@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,14 +25,16 @@ from torch import Tensor
 
 from holdover.world.meshes import CAR_COLOURS, PAINT, Solid, car_solids
 from holdover.world.motion import placed
-from holdover.world.scenery import KERB, KERB_Z, Scene
+from holdover.world.scenery import KERB, KERB_Z, YELLOW
 from holdover.world.textures import mean_colour
-from holdover.world.traffic import Car
+
+if TYPE_CHECKING:
+    from holdover.world.scenery import Scene
+    from holdover.world.traffic import Car
 
 FILE = "layout.npz"
 METRES = 0.2  # of a square of the ground
 _MARGIN = 4.0  # metres around all roads
-_YELLOW = (0.90, 0.70, 0.16)
 
 #: What the ground may be, by number, and its colour from 0 to 1.
 GROUNDS = {
@@ -40,7 +43,7 @@ GROUNDS = {
     "slabs": mean_colour("slabs"),
     "kerb": KERB,
     "paint": PAINT,
-    "yellow": _YELLOW,
+    "yellow": YELLOW,
 }
 _NUMBER = {name: n for n, name in enumerate(GROUNDS)}
 

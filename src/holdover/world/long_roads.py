@@ -9,12 +9,11 @@ import numpy as np
 
 from holdover.world.meshes import CAR_COLOURS, PAINT, Colour, Mesh, Solid
 from holdover.world.roads import Lane, Points, arc_lengths, normals, offset
-from holdover.world.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Scene, meadow
+from holdover.world.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, YELLOW, Scene, meadow
 from holdover.world.textures import FACADES, mean_colour
 
 _ROOF: Colour = (0.56, 0.27, 0.22)
 _RAIL: Colour = (0.95, 0.96, 0.97)
-_YELLOW: Colour = (0.90, 0.70, 0.16)
 _LENGTH = 1700.0  # metres
 
 
@@ -67,7 +66,7 @@ def build_uturn(rng: np.random.Generator) -> Scene:
     edge = median + lanes * width + 0.4
     meadow(mesh, (-500.0, _LENGTH + 500.0), (-500.0, 500.0))
     mesh.ribbon("asphalt", line, (-edge, edge), ROAD_Z, tile=12.0)
-    mesh.ribbon("plain", line, (-0.22, 0.22), PAINT_Z, _YELLOW)
+    mesh.ribbon("plain", line, (-0.22, 0.22), PAINT_Z, YELLOW)
     for side in (-1, 1):
         mesh.dashes(line, side * (median + width), PAINT_Z, dash=4.0, gap=6.0, width=LINE)
         span = sorted((side * edge, side * (edge + 3.0)))

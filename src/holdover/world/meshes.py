@@ -30,6 +30,7 @@ _GLASS: Colour = (0.16, 0.20, 0.26)
 _TYRE: Colour = (0.07, 0.07, 0.08)
 _TAIL: Colour = (0.85, 0.05, 0.05)
 _LAMP: Colour = (1.0, 0.97, 0.80)
+SHADE = (0.62, 0.44, 0.1)  # brightness of a face along the sun's rays, and what facing it or turning away adds
 SUN = (0.42, 0.24, 0.87)  # unit vector towards the sun, the same in every clip
 _CHUNK = 240.0  # metres: geometry is split into squares of this size so that what is out of sight is culled
 
@@ -226,4 +227,5 @@ def _shade(corners: Vector) -> float:
     x, y, z = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
     length = math.sqrt(x * x + y * y + z * z)
     facing = (x * SUN[0] + y * SUN[1] + z * SUN[2]) / length if length else 0.0
-    return 0.62 + 0.44 * max(facing, 0.0) if facing > 0 else 0.62 + 0.1 * facing
+    along, towards, away = SHADE
+    return along + (towards if facing > 0 else away) * facing

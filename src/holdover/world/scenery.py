@@ -13,6 +13,7 @@ Point = tuple[float, float]
 
 LEAVES: tuple[Colour, ...] = ((0.27, 0.46, 0.20), (0.36, 0.54, 0.24))
 KERB: Colour = (0.74, 0.74, 0.72)
+YELLOW: Colour = (0.90, 0.70, 0.16)
 PAINT_Z, ROAD_Z, KERB_Z = 0.03, 0.015, 0.12  # metres: layers apart enough for the depth buffer
 LINE = 0.24  # metres: wider than real lines, or they would vanish at 128 pixels
 FLOOR = 3.2  # metres: height of a floor and of a facade's tile
