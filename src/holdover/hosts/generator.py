@@ -43,6 +43,9 @@ class History:
         """Latent frames so far."""
         return self.frames
 
+    def carried_out(self, action_BFA: Tensor) -> None:
+        """What was obeyed in the frames committed last: generators look nothing up that moves with it."""
+
     def fork(self) -> History:
         """A copy that shares nothing: generators write in place."""
         return copy.deepcopy(self)
