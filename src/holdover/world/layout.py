@@ -153,7 +153,7 @@ class Track:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an ego is: in which layout, its pose (x, y, yaw; ``float64 [3]``), and at which video frame of the log."""
+    """Where an ego is: in which layout, its pose (x, y, yaw; ``float64 [3]``, on the CPU), which frame of the log."""
 
     layout: Layout
     pose_3: Tensor
@@ -169,7 +169,7 @@ class Site:
         if f"{prefix}pose" not in tensors:
             return None
         layout = Layout(**{field.name: tensors[prefix + field.name] for field in fields(Layout)})
-        return cls(layout, tensors[f"{prefix}pose"], int(tensors[f"{prefix}frame"]))
+        return cls(layout, tensors[f"{prefix}pose"].cpu(), int(tensors[f"{prefix}frame"]))
 
     def moved(self, pose_3: Tensor, frames: int) -> Site:
         """So many video frames later, at a pose in coordinates of this one."""
