@@ -54,6 +54,20 @@ def test_psnr_pools_errors_over_frames_and_ranges() -> None:
     assert comparison.psnr_by(2) == [math.inf, pytest.approx(10 * math.log10(255**2 / (64 / 2)))]
 
 
+def test_ends_hold_whole_windows() -> None:
+    """Three of four frames are off, in every window alike: both ends are, which five frames at either end are not."""
+    video = {"rear": np.zeros((19, 16, 24, 3), np.uint8)}
+    other = {"rear": video["rear"].copy()}
+    other["rear"][np.arange(19) % 4 > 0] = 8
+    comparison = compare(other, video)
+    first, last = comparison.psnr_at_ends(4, 5)
+    assert first == last == pytest.approx(10 * math.log10(255**2 / 48))
+    assert comparison.psnr(frames=slice(5)) > comparison.psnr(frames=slice(-5, None))
+    other["rear"][:9] = 0
+    assert compare(other, video).psnr_at_ends(4, 5) == (math.inf, last)
+    assert compare(other, video).psnr_at_ends(4, 99)[0] == compare(other, video).psnr_at_ends(4, 99)[1] < math.inf
+
+
 def test_every_changes_the_sampled_frames_but_not_psnr() -> None:
     video, other = rig(frames=6), rig(seed=5, frames=6)
     whole, sampled = compare(other, video), compare(other, video, every=4)

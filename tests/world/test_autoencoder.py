@@ -58,6 +58,19 @@ def test_decoding_sees_the_frame_before_and_nothing_else() -> None:
     assert differs.tolist() == [[False, True, True, False]]
 
 
+def test_a_deeper_decoder_begins_as_the_one_it_was() -> None:
+    model = small_autoencoder(3, 4)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    blocks = model.config.decoder_blocks
+    deeper, z = model.deepened(blocks + 2), torch.randn(2, 3, 4, 2, 3)
+    assert len(deeper.decoder) == len(model.decoder) + 4
+    assert torch.equal(deeper.decode(z), model.decode(z))
+    assert torch.equal(deeper.encode(random_video(8)), model.encode(random_video(8)))
+    with pytest.raises(ValueError, match=f"decoder_blocks={blocks}: this autoencoder has {blocks}; give more"):
+        model.deepened(blocks)
+
+
 def test_latents_are_the_posteriors_mean_normalised() -> None:
     model, video = small_autoencoder(3, 4), random_video(8)
     mean, log_variance = model.posterior(video)

@@ -355,6 +355,12 @@ def test_a_decoder_can_be_trained_alone(tmp_path: Path) -> None:
     assert errors[1] < 0.95 * errors[0]
     with pytest.raises(ValueError, match="goes with a new autoencoder"):
         train_autoencoder(clips[0].parent, tmp_path / "no", schedule, start_from=first, config=sizes)
+    deeper = {"decoder_blocks": 2}
+    train_autoencoder(clips[0].parent, tmp_path / "deeper", schedule, start_from=first, config=deeper)
+    deep = read_network(Autoencoder, tmp_path / "deeper", torch.float32)
+    assert torch.equal(deep.encode(video), z)
+    assert len(deep.decoder) == len(before.decoder) + 2
+    assert (deep.decode(z) - video).square().mean() < 0.95 * errors[0]
     depth = small_codec(small_config())
     one, other = replace_colour(depth, before), replace_colour(depth, after)
     assert codec_digest(one) == codec_digest(other) != codec_digest(depth)

@@ -69,6 +69,15 @@ class Comparison:
         errors = self.errors[view]
         return [psnr(errors[i : i + frames]) for i in range(0, len(errors) - frames + 1, frames)]
 
+    def psnr_at_ends(self, frames: int, least: int, view: str = STITCHED) -> tuple[float, float]:
+        """PSNR in dB of the first and of the last ``least`` frames or a few more, of whole runs of ``frames`` frames.
+
+        Where every run begins with what was computed in full, ends that are not whole may hold more of it than others.
+        """
+        errors = self.errors[view][: len(self.errors[view]) // frames * frames]
+        count = math.ceil(least / frames) * frames
+        return psnr(errors[:count]), psnr(errors[-count:])
+
 
 def compare(video: Video, reference: Video, *, every: int = 1, distance: StLpips | None = None) -> Comparison:
     """Compare two videos of the same cameras, sizes and length.

@@ -29,7 +29,7 @@ from holdover.world.cameras import FPS
 INTERVAL = FPS
 #: Seconds from the start over which a rollout is compared with the simulator.
 HORIZONS = (1, 2, 5, 20)
-_EDGE = 5 * FPS  # frames of "the first" and "the last five seconds"
+_EDGE = 5 * FPS  # frames that the first and the last windows of a run span at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +148,12 @@ def _times(lane: Lane) -> _Times:
 
 def _fidelity(comparison: Comparison, window_frames: int) -> dict[str, Any]:
     cameras = [view for view in comparison.errors if view != "stitched"]
+    first, last = comparison.psnr_at_ends(window_frames, _EDGE)
     return {
         "stitched": comparison.fidelity().to_json(),
         "cameras": {camera: comparison.fidelity(camera).to_json() for camera in cameras},
-        "psnr_db_first_5s": finite(comparison.psnr(frames=slice(_EDGE))),
-        "psnr_db_last_5s": finite(comparison.psnr(frames=slice(-_EDGE, None))),
+        "psnr_db_first": finite(first),
+        "psnr_db_last": finite(last),
         "psnr_db_by_window": [finite(value) for value in comparison.psnr_by(window_frames)],
         "psnr_db_by_second": [finite(value) for value in comparison.psnr_by(INTERVAL)],
     }

@@ -134,6 +134,29 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("mean_Z", torch.zeros(latent_channels))
         self.register_buffer("std_Z", torch.ones(latent_channels))
 
+    def deepened(self, decoder_blocks: int) -> Autoencoder:
+        """The same autoencoder with more blocks in its decoder, which at first add nothing.
+
+        Raises:
+            ValueError: it has as many or more.
+        """
+        own = int(self.config.decoder_blocks)
+        if decoder_blocks <= own:
+            raise ValueError(f"decoder_blocks={decoder_blocks}: this autoencoder has {own}; give more")
+        deeper = Autoencoder.from_config({**self.config, "decoder_blocks": decoder_blocks})
+        nn.Module.to(deeper, dtype=self.dtype)  # `ModelMixin.to` would warn of nothing
+        with torch.no_grad():
+            values = deeper.state_dict()
+            for name, value in self.state_dict().items():
+                part, _, rest = name.partition(".")
+                if part == "decoder":
+                    index, _, rest = rest.partition(".")
+                    # New blocks are the last of each resolution: what comes after those of the coarse one moves back.
+                    moved = int(index) + (decoder_blocks - own if int(index) >= own else 0)
+                    name = f"decoder.{moved}.{rest}"
+                values[name].copy_(value)
+        return deeper
+
     def posterior(self, video_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithmic variance of the latents, not normalised: ``[B, F, Z, h, w]`` each."""
         b, t, c, height, width = video_BTCHW.shape

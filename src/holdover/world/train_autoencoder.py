@@ -68,8 +68,9 @@ def train_autoencoder(
         data: recorded clips; they are kept in memory whole (a clip of 20 seconds takes 25 MB, 16 MB of depth).
         heldout: clips to validate on.
         config: arguments of `Autoencoder`; by default those that are shipped.
-        start_from: a trained autoencoder whose decoder to train further. Its encoder stays as it is, so that latents
-            mean what they meant, and what was trained on them goes with the new decoder.
+        start_from: a trained autoencoder whose decoder to train further, deeper if ``config`` has ``decoder_blocks``
+            and nothing else. Its encoder stays as it is, so that latents mean what they meant, and what was trained on
+            them goes with the new decoder.
         save_every: steps from one save and validation to the next.
 
     Raises:
@@ -82,7 +83,9 @@ def train_autoencoder(
     sizes = {"colours": 1, "latent_channels": 12, "widths": (64, 128)} if depth else {}
     begun = read_network(Autoencoder, start_from, torch.float32) if start_from else None
     if begun is not None and config is not None:
-        raise ValueError(f"config={config} goes with a new autoencoder; {start_from} has its own")
+        if set(config) != {"decoder_blocks"}:
+            raise ValueError(f"config={config} goes with a new autoencoder; {start_from} has its own sizes")
+        begun = begun.deepened(config["decoder_blocks"])
     model = (begun.train() if begun is not None else Autoencoder(**{**sizes, **(config or {})})).to(device)
     clips = clips_of_length(data, schedule.latent_frames)
     heldout_clips = clips_of_length(heldout, sum(_HELDOUT)) if heldout else []
