@@ -52,7 +52,8 @@ def _head(figures: dict[str, Any]) -> str:
 The shipped world model, {figures["generations"]} generations ({seconds:.0f} seconds), all runs interleaved. PSNR, SSIM
 and ST-LPIPS are of the stitched view against full compute *of the same cadence that commits the same windows*; SSIM and
 ST-LPIPS look at every {figures["every"]}th frame. "Committed as shown" is the PSNR of what entered the KV cache against
-what had been shown. First and last are PSNR of the windows of at least five seconds at either end. Brake, steer and lane change are response ratios in the event's own generation (1 is right).
+what had been shown. First and last are the PSNR of the windows of at least five seconds at either end. Brake, steer and
+lane change are response ratios in the event's own generation (1 is right).
 `default` is X-Cache with the paper's settings: floor 0.97, first generation of a cycle protected and committed.
 """
 
