@@ -94,6 +94,9 @@ def test_motion_is_that_of_the_poses() -> None:
     assert motion.shape == (40 // GAP, 2)
     np.testing.assert_allclose(motion[:, 0], clip.motion[0, 0])
     np.testing.assert_allclose(motion[:, 1], clip.motion[0, 0] * clip.motion[0, 1])
+    everywhere = true_motion(clip, every=1)
+    assert len(everywhere) == 41 - GAP
+    np.testing.assert_array_equal(everywhere[::GAP][: len(motion)], motion)
 
 
 def test_the_reader_learns_to_read_motion() -> None:
@@ -102,6 +105,10 @@ def test_the_reader_learns_to_read_motion() -> None:
     read = np.concatenate([reader.motion(clip.frames) for clip in unseen])
     true = np.concatenate([true_motion(clip) for clip in unseen])
     assert read.shape == true.shape
+    assert agreement(read[:, 1], true[:, 1])["correlation"] > 0.8
+    # It reads pictures that are darker and less sharp than those it has seen, too.
+    dim = [0.4 * clip.frames["front"] + 0.4 * np.roll(clip.frames["front"], 1, 2) for clip in unseen]
+    read = np.concatenate([reader.motion({"front": video.astype(np.uint8)}) for video in dim])
     assert agreement(read[:, 1], true[:, 1])["correlation"] > 0.8
 
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from holdover.world.cameras import FPS, Camera
 from holdover.world.clips import Clip
+from holdover.world.runtime import fast_dtype
 from holdover.world.vehicles import MAX_SPEED
 
 #: Frames from the first picture to the last.
 GAP = 4
 #: The pictures that are looked at; neighbouring ones, so that no two dashes of a lane can be taken for one another.
 MOMENTS = (0, 1, 2, GAP)
+#: How many pixels across what is softened is averaged over; 1 leaves it as it is.
+SOFTNESS = (1, 2, 3, 4, 6)
 #: What brings speed (m/s) and yaw rate (rad/s) to about one.
 SCALE = np.array([MAX_SPEED, 0.5])
 
@@ -50,10 +53,14 @@ class MotionReader(nn.Module):
         return motion
 
 
-def true_motion(clip: Clip) -> NDArray[np.float64]:
-    """What `MotionReader.motion` should read from a clip: mean speed and yaw rate from its poses."""
+def true_motion(clip: Clip, every: int = GAP) -> NDArray[np.float64]:
+    """What `MotionReader.motion` should read from a clip: mean speed and yaw rate from its poses.
+
+    Args:
+        every: frames from one reading to the next.
+    """
     yaw, speed = np.unwrap(clip.poses[:, 2]), clip.motion[:, 0]
-    starts = range(0, len(yaw) - GAP, GAP)
+    starts = range(0, len(yaw) - GAP, every)
     return np.array([[speed[t + 1 : t + GAP + 1].mean(), (yaw[t + GAP] - yaw[t]) * FPS / GAP] for t in starts])
 
 
@@ -68,7 +75,8 @@ def train_motion_reader(
 ) -> MotionReader:
     """Train on recorded clips.
 
-    Half of the batches are blurred, because generated video is, and half are mirrored, with their yaw rates.
+    Pictures are softened in part, brightened and made noisy, because generated video is; half of the batches are
+    mirrored, with their yaw rates.
 
     Args:
         clips: to learn from.
@@ -80,17 +88,16 @@ def train_motion_reader(
     reader = MotionReader(camera)
     optimiser = torch.optim.AdamW(reader.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    motions = [true_motion(clip) for clip in clips]
+    motions = [true_motion(clip, every=1) for clip in clips]
     for _ in range(steps):
         drawn = [(i := int(rng.integers(len(clips))), int(rng.integers(len(motions[i])))) for _ in range(batch)]
-        pictures = torch.stack([_pictures(clips[i].frames[camera], GAP * k) for i, k in drawn])
-        target = torch.from_numpy(np.stack([motions[i][k] for i, k in drawn]) / SCALE).float()
-        if rng.random() < 0.5:
-            factor = int(rng.choice([2, 4]))
-            pictures = F.interpolate(F.avg_pool2d(pictures, factor), scale_factor=factor, mode="bilinear")
+        pictures = _softened(torch.stack([_pictures(clips[i].frames[camera], t) for i, t in drawn]), rng)
+        target = torch.from_numpy(np.stack([motions[i][t] for i, t in drawn]) / SCALE).float()
         if rng.random() < 0.5:
             pictures, target = pictures.flip(-1), target * torch.tensor([1.0, -1.0])
-        loss = F.smooth_l1_loss(reader(pictures), target, beta=0.05)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() == torch.bfloat16):
+            read = reader(pictures.contiguous(memory_format=torch.channels_last)).float()
+        loss = F.smooth_l1_loss(read, target, beta=0.05)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -121,3 +128,19 @@ def camera_ahead(cameras: Sequence[Camera]) -> str:
 def _pictures(frames: NDArray[np.uint8], start: int) -> Tensor:
     joined = np.concatenate([frames[start + moment] for moment in MOMENTS], -1)
     return torch.from_numpy(joined).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _softened(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """As a generator might have drawn them: each a mixture of itself and its blur, in other light, with noise."""
+    size, count = pictures.shape[-2:], len(pictures)
+
+    def drawn(low: float, high: float) -> Tensor:
+        return torch.from_numpy(rng.uniform(low, high, (count, 1, 1, 1))).float()
+
+    blurred = []
+    for one, factor in zip(pictures.split(1), rng.choice(SOFTNESS, count), strict=True):
+        small = F.avg_pool2d(one, int(factor), ceil_mode=True, count_include_pad=False)
+        blurred.append(F.interpolate(small, size, mode="bilinear"))
+    mixed = torch.lerp(pictures, torch.cat(blurred), drawn(0, 1))
+    noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
+    return mixed * drawn(0.7, 1.2) + drawn(-0.1, 0.1) + noise * drawn(0, 0.04)
