@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from holdover.rollout.driver import ClosedLoop, LoopState
@@ -246,6 +247,8 @@ def test_a_stream_moves_through_its_layout() -> None:
         assert torch.equal(twin.sites[0].layout.ground_GH, layout.ground_GH)
     kv.stand([track, track], [7, 9])
     assert torch.equal(kv.motion, track.motion_T2[[7, 9]]) if kv.motion is not None else False
+    from_file = load(save({name: tensor.contiguous() for name, tensor in kv.state_dict().items()}))
+    assert torch.equal(from_file["site.1.boxes_M10"], layout.boxes_M10)
 
 
 def test_a_loop_goes_on_where_its_start_was_recorded() -> None:

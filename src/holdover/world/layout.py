@@ -160,7 +160,8 @@ class Site:
     frame: int
 
     def state_dict(self) -> dict[str, Tensor]:
-        own = {field.name: getattr(self.layout, field.name) for field in fields(Layout)}
+        # Copies: rows of a batch may share a layout, and a file of safetensors holds nothing twice.
+        own = {field.name: getattr(self.layout, field.name).clone() for field in fields(Layout)}
         return {**own, "pose": self.pose_3, "frame": torch.tensor(self.frame)}
 
     @classmethod
