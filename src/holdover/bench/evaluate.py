@@ -34,7 +34,7 @@ SPANS = ((0, 2), (2, 5), (5, 10), (10, 16), (16, 22))
 #: Every so-manieth frame is looked at, where looking at all would take long.
 EVERY = 4
 #: Of the network that reads motion back.
-TRAINING_STEPS = 2400
+TRAINING_STEPS = 1600
 #: Least share of a camera's pixels that another must see as well for the two to be compared.
 OVERLAP = 0.1
 

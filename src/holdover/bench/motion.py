@@ -16,9 +16,10 @@ from holdover.world.runtime import fast_dtype
 from holdover.world.vehicles import MAX_SPEED
 
 #: Frames from the first picture to the last.
-GAP = 4
-#: The pictures that are looked at; neighbouring ones, so that no two dashes of a lane can be taken for one another.
-MOMENTS = (0, 1, 2, GAP)
+GAP = 8
+#: The pictures that are looked at: near enough that no two dashes of a lane are taken for one another, and far enough
+#: apart to see what moves little from one picture to the next.
+MOMENTS = (0, 2, 4, GAP)
 #: How many pixels across what is softened is averaged over; 1 leaves it as it is.
 SOFTNESS = (1, 2, 3, 4, 6)
 #: What brings speed (m/s) and yaw rate (rad/s) to about one.
@@ -132,15 +133,11 @@ def _pictures(frames: NDArray[np.uint8], start: int) -> Tensor:
 
 def _softened(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     """As a generator might have drawn them: each a mixture of itself and its blur, in other light, with noise."""
-    size, count = pictures.shape[-2:], len(pictures)
 
     def drawn(low: float, high: float) -> Tensor:
-        return torch.from_numpy(rng.uniform(low, high, (count, 1, 1, 1))).float()
+        return torch.from_numpy(rng.uniform(low, high, (len(pictures), 1, 1, 1))).float()
 
-    blurred = []
-    for one, factor in zip(pictures.split(1), rng.choice(SOFTNESS, count), strict=True):
-        small = F.avg_pool2d(one, int(factor), ceil_mode=True, count_include_pad=False)
-        blurred.append(F.interpolate(small, size, mode="bilinear"))
-    mixed = torch.lerp(pictures, torch.cat(blurred), drawn(0, 1))
-    noise = torch.from_numpy(rng.standard_normal(pictures.shape, np.float32))
-    return mixed * drawn(0.7, 1.2) + drawn(-0.1, 0.1) + noise * drawn(0, 0.04)
+    small = F.avg_pool2d(pictures, int(rng.choice(SOFTNESS)), ceil_mode=True, count_include_pad=False)
+    blurred = F.interpolate(small, pictures.shape[-2:], mode="bilinear")
+    noise = torch.randn(pictures.shape) * drawn(0, 0.04)
+    return torch.lerp(pictures, blurred, drawn(0, 1)) * drawn(0.7, 1.2) + drawn(-0.1, 0.1) + noise
