@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.progress import Progress
 
 from holdover.bench.evaluate import (
@@ -141,6 +142,17 @@ def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "world.json").read_text()) == figures
     text = (tmp_path / "world.md").read_text()
     assert "| yaw rate |" in text
+    assert "](world-crops.png)" in text
+    with Image.open(tmp_path / "world-crops.png") as crops:  # three scenarios, three pictures each
+        assert crops.width / crops.height == pytest.approx(2.6 / 2.1, rel=0.02)
+    # Reconstruction once more: the windows after the first eight latent frames, encoded and decoded by themselves.
+    squares = []
+    for path in list_clips(clips):
+        clip = read_clip(path, depth=True, start=32, frames=16)
+        videos = model.codec.decode(model.codec.encode(clip.frames, clip.depth))
+        squares += [(videos[name][0].astype(float) - clip.frames[name]).ravel() ** 2 for name in videos]
+    expected = 10 * np.log10(255**2 / np.concatenate(squares).mean())
+    assert figures["reconstruction_psnr_db"] == pytest.approx(expected)
     # The errors of depth once more: what the driver made of each clip, decoded as one video.
     relative = []
     for path in list_clips(clips):

@@ -20,6 +20,7 @@ from holdover.bench.fidelity import FAR, compare, depth_errors, psnr
 from holdover.bench.measure import environment
 from holdover.bench.motion import agreement, camera_ahead, train_motion_reader, true_motion
 from holdover.bench.stlpips import StLpips
+from holdover.report.plots import plot_pictures
 from holdover.report.tables import markdown
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.cameras import FPS, Camera
@@ -78,6 +79,15 @@ def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, gene
     return Rollout(clip.scenario, made, depth, follows)
 
 
+def reconstruct(model: WorldModel, clip: Clip) -> dict[str, NDArray[np.uint8]]:
+    """The first window of a clip, or what there is of it, to latents and back: the best that a model could show."""
+    sizes = model.sizes
+    frames = min(sizes.window, len(clip.actions) // sizes.frames_per_latent) * sizes.frames_per_latent
+    colour = {name: video[:frames] for name, video in clip.frames.items()}
+    latents = model.codec.encode(colour, clip.depth and {name: video[:frames] for name, video in clip.depth.items()})
+    return {name: video[0] for name, video in model.codec.decode(latents).items()}
+
+
 def _joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     """Per camera the pieces of one row of a batch as one video."""
     return {name: np.concatenate([piece[name][0] for piece in pieces]) for name in pieces[0]}
@@ -96,7 +106,7 @@ def run_evaluation(
     seed: int = 0,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Evaluate a world model in full compute; writes `card_name`, as Markdown and as JSON.
+    """Evaluate a world model in full compute; writes `card_name`, as Markdown and as JSON, and crops of pictures.
 
     Args:
         clips: held-out recordings, each long enough for two windows and the generations; longer by preference.
@@ -133,10 +143,12 @@ def run_evaluation(
         "simulator": np.concatenate([reader.motion(r.clip.frames) for r in rollouts]),
     }
     distance = StLpips()
+    decoded = [reconstruct(model, r.clip) for r in rollouts]
     figures: dict[str, Any] = {
         "steps": steps,
         "guidance": guidance,
         "clips": [path.name for path in chosen],
+        "reconstruction_psnr_db": _reconstruction(rollouts, decoded),
         "horizons": {f"{seconds:g}": _fidelity(rollouts, seconds, distance) for seconds in HORIZONS},
         "depth": {f"{seconds:g}": _depth(rollouts, seconds) for seconds in HORIZONS} if rollouts[0].depth else None,
         "frechet": _drift(rollouts, distance),
@@ -147,7 +159,9 @@ def run_evaluation(
         "cross_view": cross_view(rollouts, model.sizes.cameras),
         "environment": environment(model),
     }
-    write_card(out, card_name(steps, guidance), card(figures), figures)
+    name = card_name(steps, guidance)
+    plot_pictures(out / f"{name}-crops.png", _crops(rollouts, decoded, ahead))
+    write_card(out, name, card(figures), figures)
     return figures
 
 
@@ -158,6 +172,28 @@ def _choose(clips: Path, per_scenario: int) -> list[Path]:
     if not chosen:
         raise ValueError(f"{clips} holds no clips; record some with `holdover world record --out {clips}`")
     return chosen
+
+
+def _reconstruction(rollouts: Sequence[Rollout], decoded: Sequence[Video]) -> float:
+    """PSNR in dB of what was decoded, over all cameras and clips."""
+    errors = [
+        np.square(video.astype(np.float64) - r.clip.frames[name][: len(video)]).ravel()
+        for r, videos in zip(rollouts, decoded, strict=True)
+        for name, video in videos.items()
+    ]
+    return psnr(np.concatenate(errors))
+
+
+def _crops(rollouts: Sequence[Rollout], decoded: Sequence[Video], camera: str) -> dict[str, dict[str, Any]]:
+    """Of each scenario the middle of a camera's picture after one second, as recorded, decoded and generated."""
+    rows: dict[str, dict[str, Any]] = {}
+    for r, videos in zip(rollouts, decoded, strict=True):
+        frame = min(FPS, len(r.made[camera]), len(videos[camera])) - 1
+        height, width = r.made[camera].shape[1:3]
+        part = slice(height // 4, height), slice(width // 4, width - width // 4)
+        titles = {"recorded": r.clip.frames, "decoded from its latents": videos, "generated": r.made}
+        rows.setdefault(r.scenario, {title: video[camera][frame][part] for title, video in titles.items()})
+    return rows
 
 
 def _before(seconds: float) -> slice:
@@ -309,6 +345,11 @@ def card(figures: dict[str, Any]) -> str:
 
 Everything computed, what is shown committed, {figures["steps"]} steps a generation, guidance {figures["guidance"]:g},
 the actions of held-out clips ({", ".join(figures["clips"])}).
+
+Recorded windows taken to latents and back are {figures["reconstruction_psnr_db"]:.1f} dB from what was recorded, all
+cameras. The middle of the camera ahead, after one second:
+
+![recorded, decoded from its latents, and generated]({card_name(figures["steps"], figures["guidance"])}-crops.png)
 
 Fidelity after so many seconds, stitched view:
 

@@ -213,6 +213,20 @@ def plot_returns(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], 
     _finish(path, figure, axes, legend=bool(axes.get_lines()))
 
 
+def plot_pictures(path: Path, rows: Mapping[str, Mapping[str, NDArray[np.uint8]]]) -> None:
+    """Draw pictures ``[H, W, 3]`` side by side, pixel by pixel: a row for each name, and in it a title for each."""
+    columns = max(len(pictures) for pictures in rows.values())
+    figure = Figure(figsize=(2.6 * columns, 2.1 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, pictures) in zip(panels, rows.items(), strict=True):
+        for axes, (title, picture) in zip(line, pictures.items(), strict=False):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_title(f"{name}: {title}", fontsize=8, color=INK)
+        for axes in line:
+            axes.set_axis_off()
+    _save(path, figure)
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
