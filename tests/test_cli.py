@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import holdover.world.record
+import holdover.world.driving.record
 import holdover.world.train
 from holdover import cli
 from holdover.rollout.driver import ClosedLoop
@@ -101,13 +101,13 @@ def test_a_missing_extra_is_named(module: str, extra: str, monkeypatch: pytest.M
     def missing(*_: Any, **__: Any) -> None:
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    monkeypatch.setattr(holdover.world.record, "record", missing)
+    monkeypatch.setattr(holdover.world.driving.record, "record", missing)
     assert f"pip install 'holdover[{extra}]'" in refused("world", "record", "--scenario", "urban", "--out", "x")
 
 
 def test_record_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    monkeypatch.setattr(holdover.world.record, "record", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(holdover.world.driving.record, "record", lambda *args, **kwargs: calls.append((args, kwargs)))
     options = ["--clips", "3", "--seed", "7", "--frames", "24", "--no-depth", "--workers", "2"]
     assert run("world", "record", "--scenario", "uturn", "--out", str(tmp_path), *options).exit_code == 0
     assert calls == [(("uturn", 3, tmp_path), {"seed": 7, "frames": 24, "depth": False, "workers": 2})]

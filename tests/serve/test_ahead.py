@@ -85,8 +85,8 @@ def test_a_depth_image_of_another_size_is_refused() -> None:
 
 def test_the_simulators_depth_gives_the_gap_to_the_car_ahead() -> None:
     pytest.importorskip("panda3d", reason="rendering needs Panda3D: make simulator")
-    from holdover.world.meshes import Mesh
-    from holdover.world.render import CarPose, Renderer
+    from holdover.world.driving.meshes import Mesh
+    from holdover.world.driving.render import CarPose, Renderer
 
     try:
         renderer: Any = Renderer()

@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env
 
 from holdover.serve import drive_env, session
 from holdover.serve.drive_env import Course, DriveEnv, DriveVectorEnv, road_of
-from holdover.world.scenes import SCENARIOS
+from holdover.world.driving.scenes import SCENARIOS
 from holdover.world.vehicles import EgoState, normalise_action
 from tests.serve.small import small_course, straight
 

@@ -20,12 +20,12 @@ from holdover.world.clips import list_clips, read_clip, read_track
 from holdover.world.config import camera_axes, camera_rays
 from holdover.world.depth import FAR
 from holdover.world.drawn import GROUND, SKY, Around, draw
+from holdover.world.driving.scenes import build_scene
+from holdover.world.driving.simulation import Simulation
 from holdover.world.kv_cache import KVBatch, KVCache
 from holdover.world.layout import FILE, GROUNDS, METRES, Layout, Site, Track
 from holdover.world.motion import drive
 from holdover.world.reprojection import _in_layout
-from holdover.world.scenes import build_scene
-from holdover.world.simulation import Simulation
 from holdover.world.views import Move, View
 
 from .small import latents, small_layout, small_model
@@ -39,7 +39,7 @@ def ground_at(layout: Layout, x: float, y: float) -> str:
 
 
 def test_a_town_is_drawn_as_it_was_built() -> None:
-    """Places worked out by hand from the sizes in `holdover.world.town`."""
+    """Places worked out by hand from the sizes in `holdover.world.driving.town`."""
     simulation = Simulation("urban", 4)
     layout = simulation.layout()
     assert ground_at(layout, 83.0, 83.0) == "asphalt"  # the middle of a junction

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from holdover.world import record as module
 from holdover.world.cameras import RIG
 from holdover.world.clips import list_clips, read_clip, read_track
-from holdover.world.meshes import Mesh
-from holdover.world.record import record
+from holdover.world.driving import record as module
+from holdover.world.driving.meshes import Mesh
+from holdover.world.driving.record import record
 from holdover.world.vehicles import EgoState
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[Any]:
     pytest.importorskip("panda3d", reason="rendering needs Panda3D: make simulator")
-    from holdover.world.render import Renderer
+    from holdover.world.driving.render import Renderer
 
     try:
         renderer = Renderer()
@@ -75,7 +75,7 @@ def test_left_is_left_and_up_is_up(renderer: Any) -> None:
 
 
 def test_pictures_are_those_of_the_rig_and_repeat(renderer: Any) -> None:
-    from holdover.world.simulator import Simulator
+    from holdover.world.driving.simulator import Simulator
 
     runs = []
     for _ in range(2):
@@ -142,7 +142,7 @@ def test_wrong_arguments(tmp_path: Path, change: dict[str, Any], message: str) -
 
 def test_without_panda3d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "panda3d.core", None)
-    monkeypatch.delitem(sys.modules, "holdover.world.render", raising=False)
+    monkeypatch.delitem(sys.modules, "holdover.world.driving.render", raising=False)
     with pytest.raises(ImportError, match="make simulator"):
         record("urban", 1, tmp_path / "new")
     assert not (tmp_path / "new").exists()

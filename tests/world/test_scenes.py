@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from holdover.world.cameras import FPS
-from holdover.world.driver import HOLD, Driver
-from holdover.world.roads import Lane, Route, arc, arc_lengths
-from holdover.world.scenes import SCENARIOS, build_scene
-from holdover.world.traffic import Junctions, Traffic, gap_ahead
+from holdover.world.driving.driver import HOLD, Driver
+from holdover.world.driving.roads import Lane, Route, arc, arc_lengths
+from holdover.world.driving.scenes import SCENARIOS, build_scene
+from holdover.world.driving.traffic import Junctions, Traffic, gap_ahead
 from holdover.world.vehicles import MAX_CURVATURE, MAX_SPEED, EgoState, drive
 
 _scene = cache(partial(build_scene, seed=0))  # driving leaves a scene as it is

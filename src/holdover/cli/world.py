@@ -28,7 +28,7 @@ def record(
 ) -> None:
     """Record clips of the scripted driver in the simulator."""
     with plain_errors():
-        from holdover.world.record import record as run
+        from holdover.world.driving.record import record as run
 
         run(scenario, clips, out, seed=seed, frames=frames, depth=depth, workers=workers)
         typer.echo(f"{clips} {scenario} clips in {out}")

@@ -24,7 +24,7 @@ from holdover.serve.session import Generation, WorldSession, advance
 from holdover.serve.world import POLICIES, World, load_starts
 from holdover.world.cameras import FPS
 from holdover.world.clips import read_clip
-from holdover.world.scenes import build_scene
+from holdover.world.driving.scenes import build_scene
 from holdover.world.transformer import WorldModel
 from holdover.world.vehicles import MAX_CURVATURE, MAX_SPEED, EgoState, denormalise_action, drive
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from holdover.world.config import camera_rays
 from holdover.world.depth import FAR
+from holdover.world.driving.meshes import SHADE, SUN
+from holdover.world.driving.scenery import FOG, HORIZON, ZENITH
 from holdover.world.layout import GROUNDS, METRES, Layout
-from holdover.world.meshes import SHADE, SUN
-from holdover.world.scenery import FOG, HORIZON, ZENITH
 from holdover.world.views import View
 
 _EVERY = 2  # pixels, each way, for which a box is looked for once

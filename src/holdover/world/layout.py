@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from holdover.world.meshes import CAR_COLOURS, PAINT, Solid, car_solids
+from holdover.world.driving.meshes import CAR_COLOURS, PAINT, Solid, car_solids
+from holdover.world.driving.scenery import KERB, KERB_Z, YELLOW
+from holdover.world.driving.textures import mean_colour
 from holdover.world.motion import placed
-from holdover.world.scenery import KERB, KERB_Z, YELLOW
-from holdover.world.textures import mean_colour
 
 if TYPE_CHECKING:
-    from holdover.world.scenery import Scene
-    from holdover.world.traffic import Car
+    from holdover.world.driving.scenery import Scene
+    from holdover.world.driving.traffic import Car
 
 FILE = "layout.npz"
 METRES = 0.2  # of a square of the ground

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from holdover.world.meshes import Colour, Mesh
-from holdover.world.roads import Lane
+from holdover.world.driving.meshes import Colour, Mesh
+from holdover.world.driving.roads import Lane
 
 Point = tuple[float, float]
 

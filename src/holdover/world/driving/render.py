@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdover.world.cameras import RIG, Camera
-from holdover.world.meshes import CAR_COLOURS, Mesh
-from holdover.world.scenery import FOG, HORIZON, ZENITH
-from holdover.world.textures import textures
+from holdover.world.driving.meshes import CAR_COLOURS, Mesh
+from holdover.world.driving.scenery import FOG, HORIZON, ZENITH
+from holdover.world.driving.textures import textures
 from holdover.world.vehicles import EgoState
 
 try:

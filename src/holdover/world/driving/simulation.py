@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from holdover.world.cameras import FPS
-from holdover.world.driver import Driver
+from holdover.world.driving.driver import Driver
+from holdover.world.driving.scenes import build_scene
+from holdover.world.driving.traffic import Traffic
 from holdover.world.layout import Layout
-from holdover.world.scenes import build_scene
-from holdover.world.traffic import Traffic
 from holdover.world.vehicles import EgoState, drive
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from holdover.world.cameras import FPS
-from holdover.world.roads import Points, Route, arc
-from holdover.world.scenery import Scene
-from holdover.world.traffic import EGO, Traffic, gap_ahead, reach
+from holdover.world.driving.roads import Points, Route, arc
+from holdover.world.driving.scenery import Scene
+from holdover.world.driving.traffic import EGO, Traffic, gap_ahead, reach
 from holdover.world.vehicles import LENGTH, MAX_CURVATURE, MAX_SPEED, REAR_TO_CENTRE, WIDTH, EgoState, follow
 
 #: Frames for which one command holds.

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from holdover.world.clips import ClipWriter, clip_name, open_dataset
-from holdover.world.driver import HOLD
-from holdover.world.scenes import SCENARIOS
+from holdover.world.driving.driver import HOLD
+from holdover.world.driving.scenes import SCENARIOS
 
 if TYPE_CHECKING:
-    from holdover.world.render import Renderer
+    from holdover.world.driving.render import Renderer
 
 
 def record(
@@ -43,7 +43,7 @@ def record(
         ValueError: naming the argument that is wrong, or if ``out`` holds clips of other cameras.
     """
     _check(scenario, clips, seed, frames, workers)
-    import holdover.world.render  # noqa: F401  # fail before a folder is made if Panda3D is missing
+    import holdover.world.driving.render  # noqa: F401  # fail before a folder is made if Panda3D is missing
 
     open_dataset(out)
     seeds = range(seed, seed + clips)
@@ -65,7 +65,7 @@ def record(
 
 def record_clip(scenario: str, seed: int, out: Path, frames: int, depth: bool) -> Path:
     """Record one clip into a dataset folder that exists and return the clip's folder."""
-    from holdover.world.simulator import Simulator
+    from holdover.world.driving.simulator import Simulator
 
     simulator = Simulator(scenario, seed, renderer=_shared_renderer())
     with ClipWriter(out, scenario, seed, depth=depth) as writer:
@@ -84,7 +84,7 @@ def record_clip(scenario: str, seed: int, out: Path, frames: int, depth: bool) -
 @cache
 def _shared_renderer() -> Renderer:
     """One renderer per process, as opening one takes longer than a few frames."""
-    from holdover.world.render import Renderer
+    from holdover.world.driving.render import Renderer
 
     return Renderer()
 

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from holdover.world.meshes import CAR_COLOURS, PAINT, WHITE, Colour, Mesh, Solid
-from holdover.world.roads import Lane, Points, arc
-from holdover.world.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Point, Scene, meadow
-from holdover.world.textures import FACADES, mean_colour
+from holdover.world.driving.meshes import CAR_COLOURS, PAINT, WHITE, Colour, Mesh, Solid
+from holdover.world.driving.roads import Lane, Points, arc
+from holdover.world.driving.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Point, Scene, meadow
+from holdover.world.driving.textures import FACADES, mean_colour
 
 _GRID = 5  # junctions per side
 _BLOCK = 83.0  # metres between street centres

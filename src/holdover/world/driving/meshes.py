@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.world.roads import Points, arc_lengths, offset
+from holdover.world.driving.roads import Points, arc_lengths, offset
 from holdover.world.vehicles import LENGTH, WIDTH
 
 Colour = tuple[float, float, float]

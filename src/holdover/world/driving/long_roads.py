@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from holdover.world.meshes import CAR_COLOURS, PAINT, Colour, Mesh, Solid
-from holdover.world.roads import Lane, Points, arc_lengths, normals, offset
-from holdover.world.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, YELLOW, Scene, meadow
-from holdover.world.textures import FACADES, mean_colour
+from holdover.world.driving.meshes import CAR_COLOURS, PAINT, Colour, Mesh, Solid
+from holdover.world.driving.roads import Lane, Points, arc_lengths, normals, offset
+from holdover.world.driving.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, YELLOW, Scene, meadow
+from holdover.world.driving.textures import FACADES, mean_colour
 
 _ROOF: Colour = (0.56, 0.27, 0.22)
 _RAIL: Colour = (0.95, 0.96, 0.97)

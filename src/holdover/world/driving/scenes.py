@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from holdover.world.long_roads import build_highway, build_uturn
-from holdover.world.scenery import Scene
-from holdover.world.town import build_town
+from holdover.world.driving.long_roads import build_highway, build_uturn
+from holdover.world.driving.scenery import Scene
+from holdover.world.driving.town import build_town
 
 _BUILDERS: Mapping[str, Callable[[np.random.Generator], Scene]] = {
     "urban": build_town,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.world.driver import Driver
+from holdover.world.driving.driver import Driver
+from holdover.world.driving.render import CarPose, Renderer
+from holdover.world.driving.simulation import Simulation
+from holdover.world.driving.traffic import Traffic
 from holdover.world.layout import Layout
-from holdover.world.render import CarPose, Renderer
-from holdover.world.simulation import Simulation
-from holdover.world.traffic import Traffic
 from holdover.world.vehicles import EgoState
 
 

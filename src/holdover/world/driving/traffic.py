@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.world.meshes import CAR_COLOURS
-from holdover.world.roads import Lane, Points, Route
-from holdover.world.scenery import Scene
+from holdover.world.driving.meshes import CAR_COLOURS
+from holdover.world.driving.roads import Lane, Points, Route
+from holdover.world.driving.scenery import Scene
 from holdover.world.vehicles import LENGTH, EgoState, follow
 
 EGO = -1  # the ego's number where cars are numbered
