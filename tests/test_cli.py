@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import holdover.world.driving.record
-import holdover.world.train
+import holdover.world.training.train
 from holdover import cli
 from holdover.rollout.driver import ClosedLoop
 from holdover.rollout.scenarios import load_scenario
 from holdover.world.cameras import Camera
 from holdover.world.config import CONFIGS
 from holdover.world.latents import Codec
-from holdover.world.recipe import Recipe
-from holdover.world.segments import codec_digest
-from holdover.world.trainer import read_log
+from holdover.world.training.recipe import Recipe
+from holdover.world.training.segments import codec_digest
+from holdover.world.training.trainer import read_log
 from holdover.world.transformer import WorldModel
 from tests.bench.small import CAMERAS, world_model, write_clips
 from tests.world.small import small_codec
@@ -122,7 +122,7 @@ def test_train_passes_the_recipe_on_and_draws_the_curve(monkeypatch: pytest.Monk
         (out / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(3)))
         return out
 
-    monkeypatch.setattr(holdover.world.train, "train", train)
+    monkeypatch.setattr(holdover.world.training.train, "train", train)
     clips = write_clips(tmp_path / "clips", 4)
     small_codec(CONFIGS["tiny"]).save(tmp_path)
     options = ["--data", str(clips), "--out", str(tmp_path / "out"), "--autoencoders", str(tmp_path), "--size", "tiny"]
@@ -146,7 +146,7 @@ def test_training_goes_on_in_a_checkpoints_latents(monkeypatch: pytest.MonkeyPat
         digests.append(codec_digest(codec))
         raise ValueError("enough")
 
-    monkeypatch.setattr(holdover.world.train, "train", train)
+    monkeypatch.setattr(holdover.world.training.train, "train", train)
     given = "world", "train", "--data", str(write_clips(tmp_path / "clips", 4)), "--out", "x", "--size", "tiny"
     sizes = replace(CONFIGS["tiny"], cameras=CAMERAS)
     own = {}

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from holdover.world import train_autoencoder as training
 from holdover.world.autoencoder import Autoencoder, Down, Up
 from holdover.world.cameras import Camera
 from holdover.world.checkpoints import read_network, write_network
 from holdover.world.clips import list_clips, open_dataset, read_clip
 from holdover.world.depth import FAR, NEAR, from_metres, to_metres
 from holdover.world.latents import Codec
-from holdover.world.train_autoencoder import AutoencoderSchedule, as_video, normalise, train_autoencoder
-from holdover.world.trainer import read_log
+from holdover.world.training import train_autoencoder as training
+from holdover.world.training.train_autoencoder import AutoencoderSchedule, as_video, normalise, train_autoencoder
+from holdover.world.training.trainer import read_log
 from tests.ranks import run_ranks
 
 from .small import CAMERAS, small_autoencoder, small_config, write_clip
@@ -204,7 +204,8 @@ WORKER = """
 import json, sys
 from pathlib import Path
 import torch.distributed as dist
-from holdover.world import checkpoints, train_autoencoder as training
+from holdover.world import checkpoints
+from holdover.world.training import train_autoencoder as training
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
 written = []

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from holdover.world.kv_cache import KVCache
 from holdover.world.layout import Track
-from holdover.world.losses import distillation_loss, error, hold_actions, straight_on
-from holdover.world.recipe import Recipe
 from holdover.world.sampler import noise_levels
-from holdover.world.segments import Batch
+from holdover.world.training.losses import distillation_loss, error, hold_actions, straight_on
+from holdover.world.training.recipe import Recipe
+from holdover.world.training.segments import Batch
 from holdover.world.transformer import WorldModel
 
 from .small import latents, small_layout, small_model

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdover.world import segments as segmenting
-from holdover.world import train as training
 from holdover.world.autoencoder import DECODING, Autoencoder
 from holdover.world.checkpoints import read_network
 from holdover.world.clips import open_dataset, read_clip
 from holdover.world.depth import from_metres
 from holdover.world.latents import Codec
-from holdover.world.losses import LEAST_SIGMA, error, hold_actions, sequence_loss
-from holdover.world.recipe import Recipe
-from holdover.world.segments import Batch, Segments, clips_of_length, codec_digest
-from holdover.world.train import train
-from holdover.world.train_autoencoder import AutoencoderSchedule, normalise, train_autoencoder
-from holdover.world.trainer import read_log
+from holdover.world.training import segments as segmenting
+from holdover.world.training import train as training
+from holdover.world.training.losses import LEAST_SIGMA, error, hold_actions, sequence_loss
+from holdover.world.training.recipe import Recipe
+from holdover.world.training.segments import Batch, Segments, clips_of_length, codec_digest
+from holdover.world.training.train import train
+from holdover.world.training.train_autoencoder import AutoencoderSchedule, normalise, train_autoencoder
+from holdover.world.training.trainer import read_log
 from holdover.world.transformer import WorldModel
 
 from .small import CAMERAS, latents, small_codec, small_config, small_layout, small_model, write_clip

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from holdover.world import trainer
-from holdover.world.trainer import Predict, Schedule, fit, muon_precision, read_log
+from holdover.world.training import trainer
+from holdover.world.training.trainer import Predict, Schedule, fit, muon_precision, read_log
 from tests.ranks import run_ranks
 
 SCHEDULE = Schedule(steps=8, batch=2, warmup=2)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from holdover.cli.common import Benchmarks, Model, Seed, keep_memory, load, plain_errors, show, typer
 
 if TYPE_CHECKING:
-    from holdover.world.trainer import Schedule
+    from holdover.world.training.trainer import Schedule
 
 S = TypeVar("S", bound="Schedule")
 
@@ -48,9 +48,9 @@ def train_autoencoder(
     with plain_errors():
         keep_memory()
         from holdover.report.plots import plot_training
-        from holdover.world.train_autoencoder import SCHEDULES
-        from holdover.world.train_autoencoder import train_autoencoder as run
-        from holdover.world.trainer import read_log
+        from holdover.world.training.train_autoencoder import SCHEDULES
+        from holdover.world.training.train_autoencoder import train_autoencoder as run
+        from holdover.world.training.trainer import read_log
 
         if modality not in SCHEDULES:
             raise ValueError(f"modality {modality!r} is not one of {', '.join(SCHEDULES)}")
@@ -87,9 +87,9 @@ def train(
         from holdover.rollout.scenarios import shipped_model
         from holdover.world.config import CONFIGS, config_for
         from holdover.world.latents import Codec
-        from holdover.world.recipe import STUDENT, Recipe
-        from holdover.world.train import train as run
-        from holdover.world.trainer import read_log
+        from holdover.world.training.recipe import STUDENT, Recipe
+        from holdover.world.training.train import train as run
+        from holdover.world.training.trainer import read_log
 
         if size not in CONFIGS:
             raise ValueError(f"size {size!r} is not one of {', '.join(CONFIGS)}")

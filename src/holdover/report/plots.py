@@ -170,7 +170,7 @@ def unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def plot_training(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
-    """Draw a training log, as `holdover.world.trainer.read_log` gives it: the loss, and what held-out clips say."""
+    """Draw what `holdover.world.training.trainer.read_log` gives: the loss, and what held-out clips say."""
     figure, axes = _figure(6.4, 3.2)
     steps = np.array([line["step"] for line in log])
     loss = np.array([line["loss"] for line in log], dtype=float)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from holdover.world.kv_cache import KVCache
-from holdover.world.recipe import Recipe
 from holdover.world.sampler import denoise, follow_flow, shifted
-from holdover.world.segments import Batch
-from holdover.world.trainer import Predict
+from holdover.world.training.recipe import Recipe
+from holdover.world.training.segments import Batch
+from holdover.world.training.trainer import Predict
 from holdover.world.transformer import WorldModel
 
 #: Below it a clean prediction's error is not magnified further by making a velocity of it.

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from holdover.world.checkpoints import weights_digest
 from holdover.world.latents import Codec
-from holdover.world.losses import distillation_loss, sequence_loss
-from holdover.world.recipe import Recipe
 from holdover.world.runtime import fast_dtype
 from holdover.world.sampler import denoise, noise_levels
-from holdover.world.segments import Batch, Segments, clips_of_length, codec_digest
-from holdover.world.trainer import Predict, check_torch, fit
+from holdover.world.training.losses import distillation_loss, sequence_loss
+from holdover.world.training.recipe import Recipe
+from holdover.world.training.segments import Batch, Segments, clips_of_length, codec_digest
+from holdover.world.training.trainer import Predict, check_torch, fit
 from holdover.world.transformer import WorldModel
 
 _PLAIN = 4  # latent frames past the context of a segment of the plain cadence

@@ -18,8 +18,8 @@ from holdover.world.checkpoints import read_network, weights_digest, write_netwo
 from holdover.world.clips import frame_count, read_cameras, read_clip
 from holdover.world.depth import from_metres
 from holdover.world.runtime import fast_dtype
-from holdover.world.segments import clips_of_length
-from holdover.world.trainer import Predict, Schedule, check_torch, fit, wait_for_all
+from holdover.world.training.segments import clips_of_length
+from holdover.world.training.trainer import Predict, Schedule, check_torch, fit, wait_for_all
 
 _HELDOUT = 12, 4  # latent frames of a held-out clip before what is measured, and of it
 

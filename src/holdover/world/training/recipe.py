@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdover.world.sampler import noise_levels
-from holdover.world.trainer import Schedule
+from holdover.world.training.trainer import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
