@@ -80,11 +80,8 @@ def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, gene
 
 
 def reconstruct(model: WorldModel, clip: Clip) -> dict[str, NDArray[np.uint8]]:
-    """The first window of a clip, or what there is of it, to latents and back: the best that a model could show."""
-    sizes = model.sizes
-    frames = min(sizes.window, len(clip.actions) // sizes.frames_per_latent) * sizes.frames_per_latent
-    colour = {name: video[:frames] for name, video in clip.frames.items()}
-    latents = model.codec.encode(colour, clip.depth and {name: video[:frames] for name, video in clip.depth.items()})
+    """A clip to latents and back: the best that a model could show."""
+    latents = model.codec.encode(clip.frames, clip.depth, at_once=model.sizes.window)
     return {name: video[0] for name, video in model.codec.decode(latents).items()}
 
 
@@ -177,7 +174,7 @@ def _choose(clips: Path, per_scenario: int) -> list[Path]:
 def _reconstruction(rollouts: Sequence[Rollout], decoded: Sequence[Video]) -> float:
     """PSNR in dB of what was decoded, over all cameras and clips."""
     errors = [
-        np.square(video.astype(np.float64) - r.clip.frames[name][: len(video)]).ravel()
+        np.square(video.astype(np.float32) - r.clip.frames[name]).ravel()
         for r, videos in zip(rollouts, decoded, strict=True)
         for name, video in videos.items()
     ]
@@ -346,7 +343,7 @@ def card(figures: dict[str, Any]) -> str:
 Everything computed, what is shown committed, {figures["steps"]} steps a generation, guidance {figures["guidance"]:g},
 the actions of held-out clips ({", ".join(figures["clips"])}).
 
-Recorded windows taken to latents and back are {figures["reconstruction_psnr_db"]:.1f} dB from what was recorded, all
+The recordings taken to latents and back are {figures["reconstruction_psnr_db"]:.1f} dB from what was recorded, all
 cameras. The middle of the camera ahead, after one second:
 
 ![recorded, decoded from its latents, and generated]({card_name(figures["steps"], figures["guidance"])}-crops.png)
