@@ -67,7 +67,7 @@ def train_autoencoder(
     Args:
         data: recorded clips; they are kept in memory whole (a clip of 20 seconds takes 25 MB, 16 MB of depth).
         heldout: clips to validate on.
-        config: arguments of `Autoencoder`; by default those that are shipped.
+        config: arguments of `Autoencoder`; by default those that the shipped ones began with.
         start_from: a trained autoencoder whose decoder to train further, deeper if ``config`` has ``decoder_blocks``
             and nothing else. Its encoder stays as it is, so that latents mean what they meant, and what was trained on
             them goes with the new decoder.
