@@ -64,12 +64,12 @@ def test_a_window_is_generated_once_per_piece_with_the_same_noise() -> None:
     assert torch.equal(pieces[1], second[3]["output"][:, 1:2])
 
 
-@pytest.mark.parametrize("cadence", ["window", "plain"])
-def test_a_piece_knows_what_was_shown_before_it(cadence: str) -> None:
-    """So that decoding piece by piece is decoding it all."""
+@pytest.mark.parametrize("changes", [{"commit": "emitted"}, {"cadence": "plain"}])
+def test_decoding_piece_by_piece_is_decoding_it_all(changes: dict[str, str]) -> None:
+    """Where what was shown is what was committed."""
     model = small_model()
     start = latents(model, 2)
-    pieces = list(loop(model, cadence=cadence).run(torch.rand(5, 2)))
+    pieces = list(loop(model, **changes).run(torch.rand(5, 2)))
     assert torch.equal(
         torch.stack([piece.before for piece in pieces], 1),
         torch.cat([start[:, -1:], *(p.latents for p in pieces[:-1])], 1),
@@ -78,6 +78,31 @@ def test_a_piece_knows_what_was_shown_before_it(cadence: str) -> None:
     for n, piece in enumerate(pieces):
         for name, video in model.codec.decode(piece.latents, piece.before).items():
             assert np.array_equal(video, whole[name][:, 8 + 4 * n : 12 + 4 * n])
+
+
+def test_a_cycle_goes_on_from_what_was_committed() -> None:
+    model = small_model()
+    spy, driver = Spy(model), loop(model, commit="first")
+    pieces = list(driver.run(torch.rand(5, 2)))
+    for n, piece in enumerate(pieces):
+        committed = spy.written[n // 2]["x"][:, -1]
+        assert torch.equal(piece.before, pieces[n - 1].latents[:, -1] if n % 2 else committed)
+    assert not torch.equal(pieces[2].before, pieces[1].latents[:, -1])
+
+
+def test_the_frames_of_a_committed_generation_are_exact() -> None:
+    """Whatever was shown from cache before them."""
+    eager = holdover.xcache(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    made: list[list[dict[str, Tensor]]] = []
+    for policy in (eager, None):
+        model = small_model()
+        cache = holdover.attach(model, policy) if policy else None
+        start, config = latents(model, 2), LoopConfig(commit="first")
+        run = ClosedLoop(model, start, torch.zeros(1, 2, 2), config=config, seed=3, cache=cache)
+        actions = torch.rand(6, 2, generator=torch.Generator().manual_seed(5))
+        made.append([model.codec.pictures("colour", piece.latents, piece.before) for piece in run.run(actions)])
+    exact = [all(torch.equal(cached[name], full[name]) for name in full) for cached, full in zip(*made, strict=True)]
+    assert exact == [True, False] * 3
 
 
 def test_nothing_looks_ahead() -> None:

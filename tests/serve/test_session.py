@@ -214,8 +214,8 @@ def test_depth_comes_where_it_is_asked_for() -> None:
     for each in (world, deep):
         with WorldSession(each) as session:
             session.reset("town", 1)
-            before, made = session.loop.state.shown, session.step(action(0))
-            piece = session.loop.state.shown[:, None]
+            before, made = session.loop.kv.last, session.step(action(0))
+            piece = session.loop.state.emitted[0]
         if each is world:
             assert made.depth == {}
             continue

@@ -84,7 +84,8 @@ class Piece:
 
     Attributes:
         latents: ``float32 [B, 1, N, P]``.
-        before: the latent frame that was shown before it, ``[B, N, P]``: decoding needs both.
+        before: the latent frame before it, ``[B, N, P]``: decoding needs both. A cycle's first piece goes on from what
+            was committed, as its window does: what was shown from cache does not get into its frames.
         dit_seconds: time in the transformer, a KV update that followed included; that of the whole batch.
         exact: whether every block of it was computed.
     """
@@ -104,7 +105,6 @@ class LoopState:
         generation: the number of the next generation.
         noise_source: the state of the generator that draws the noise.
         noise: of the cycle ``[S, B, F, N, P]``; None at its beginning.
-        shown: the latent frame that was shown last ``[B, N, P]``.
         emitted, actions: of the cycle so far, per generation ``[B, 1, N, P]`` and ``[B, A]``.
         committed: latents ``[B, F, N, P]`` and actions ``[B, F, A]`` that the KV update will write.
     """
@@ -113,7 +113,6 @@ class LoopState:
     generation: int
     noise_source: Tensor
     noise: Tensor | None
-    shown: Tensor
     emitted: tuple[Tensor, ...]
     actions: tuple[Tensor, ...]
     committed: tuple[Tensor, Tensor] | None
@@ -121,7 +120,7 @@ class LoopState:
     def tensors(self) -> dict[str, Tensor]:
         """Everything, by name."""
         named = {f"kv.{name}": tensor for name, tensor in self.kv.state_dict().items()}
-        named |= {"generation": torch.tensor(self.generation), "noise_source": self.noise_source, "shown": self.shown}
+        named |= {"generation": torch.tensor(self.generation), "noise_source": self.noise_source}
         named |= {"noise": self.noise} if self.noise is not None else {}
         named |= {f"emitted.{n}": piece for n, piece in enumerate(self.emitted)}
         named |= {f"actions.{n}": action for n, action in enumerate(self.actions)}
@@ -141,7 +140,6 @@ class LoopState:
             generation=int(tensors["generation"]),
             noise_source=tensors["noise_source"],
             noise=tensors.get("noise"),
-            shown=tensors["shown"],
             emitted=tuple(tensors[f"emitted.{n}"] for n in range(count)),
             actions=tuple(tensors[f"actions.{n}"] for n in range(count)),
             committed=(tensors["committed.latents"], tensors["committed.actions"]) if committed else None,
@@ -184,7 +182,6 @@ class ClosedLoop:
         self.generation = 0
         self._noise_source = torch.Generator(start.device).manual_seed(seed)
         self._committed: tuple[Tensor, Tensor] | None = None
-        self._shown = start[:, -1]
         self._begin_cycle()
         chunk = 1 if self.config.cadence == "plain" else window
         for first in range(0, start.shape[1], chunk):
@@ -232,7 +229,6 @@ class ClosedLoop:
             generation=self.generation,
             noise_source=self._noise_source.get_state(),
             noise=self._noise,
-            shown=self._shown,
             emitted=tuple(self._emitted),
             actions=tuple(self._actions),
             committed=self._committed,
@@ -243,7 +239,6 @@ class ClosedLoop:
         self.kv, self.generation = state.kv.fork(), state.generation
         self._noise_source.set_state(state.noise_source)
         self._noise: Tensor | None = state.noise
-        self._shown = state.shown
         self._emitted, self._actions, self._committed = list(state.emitted), list(state.actions), state.committed
 
     def step(self, action: Tensor) -> Piece:
@@ -287,16 +282,17 @@ class ClosedLoop:
         )
 
     def _finish(self, made: _Generation, window: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Emit the next piece of a window after the one shown before, and choose what will be committed."""
+        """Emit the next piece of a window, with the latent frame before it, and choose what will be committed."""
         exact = self.cache is None or self.cache.exact(self.stream)
         position = len(self._emitted)
+        before = self._emitted[-1][:, -1] if self._emitted else self.kv.last
+        assert before is not None
         piece = window[:, position : position + 1].clone()
         self._emitted.append(piece)
         if position == 0 or (self.config.commit == "last_full" and exact):
             self._committed = window, made.actions_BFA
         if len(self._emitted) == self.chunk_frames and self.config.commit == "emitted":
             self._committed = torch.cat(self._emitted, 1), torch.stack(self._actions, 1)
-        before, self._shown = self._shown, piece[:, -1].clone()  # files hold no tensor twice
         return piece, before, exact
 
 
