@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
+from holdover.bench import motion
 from holdover.bench.evaluate import (
     Rollout,
     cross_view,
@@ -19,7 +20,7 @@ from holdover.bench.evaluate import (
     run_evaluation,
 )
 from holdover.bench.fidelity import depth_errors
-from holdover.bench.motion import GAP, agreement, train_motion_reader, true_motion
+from holdover.bench.motion import GAP, SCALE, MotionReader, agreement, train_motion_reader, true_motion
 from holdover.rollout.driver import ClosedLoop, LoopConfig
 from holdover.world.cameras import FPS, RIG, Camera
 from holdover.world.clips import Clip, list_clips, read_clip
@@ -111,6 +112,25 @@ def test_the_reader_learns_to_read_motion() -> None:
     dim = [0.4 * clip.frames["front"] + 0.4 * np.roll(clip.frames["front"], 1, 2) for clip in unseen]
     read = np.concatenate([reader.motion({"front": video.astype(np.uint8)}) for video in dim])
     assert agreement(read[:, 1], true[:, 1])["correlation"] > 0.8
+
+
+def test_a_reader_is_calibrated_by_what_it_did_not_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that reads too little and beside the truth, and a yaw rate that never varies, which it cannot know about."""
+    clips = [replace(clip, poses=0 * clip.poses) for clip in map(drive, range(5))]
+    truth = {id(clip.frames["front"]): true_motion(clip) for clip in clips}
+    reader = MotionReader("front")
+    monkeypatch.setattr(motion, "_pictures", lambda frames, t: torch.from_numpy(truth[id(frames)][t // GAP]).float())
+    monkeypatch.setattr(
+        reader, "forward", lambda true: (true * torch.tensor([0.8, 1.0]) + 0.5) / torch.from_numpy(SCALE)
+    )
+    for _ in range(2):  # the second finds nothing left to do
+        reader.calibrate(clips[:3])
+        np.testing.assert_allclose(reader.slope, [0.8, 1.0], atol=1e-5)
+        np.testing.assert_allclose(reader.offset, [0.5, 0.0], atol=1e-4)
+    for clip in clips[3:]:
+        np.testing.assert_allclose(reader.motion(clip.frames), true_motion(clip) + np.array([0, 0.5]), atol=1e-4)
+    with pytest.raises(ValueError, match="1 clips"):
+        train_motion_reader(clips[:1], "front", steps=1)
 
 
 def test_agreement_of_a_line() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -108,6 +112,43 @@ def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldM
     assert all(torch.equal(own[name], expected[name]) for name in expected)
     same = [torch.equal(a, b) for a, b in zip(shown["eager"][0], shown["reference of eager"][0], strict=True)]
     assert same == lane.exact
+
+
+def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldModel, clips: Path) -> None:
+    """Against a loop that computes every generation itself and is told which ones its leader computed in full."""
+    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    actions = [steady.actions[0] + torch.tensor([0.3, 0.0]) * sum(n >= at for at in (1, 6, 7, 11)) for n in range(12)]
+    with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
+        shown, computed = Shown(race), list[int]()
+        for n, action in enumerate(actions):
+            reference = race.reference("eager")
+            with patch.object(ClosedLoop, "step", autospec=True, side_effect=ClosedLoop.step) as step:
+                shown.step(action)
+            ran = [call.args[0] for call in step.call_args_list]
+            if reference.loop is not race.base("eager").loop and any(loop is reference.loop for loop in ran):
+                computed.append(n)
+        exact, frames = race.lanes["eager"].exact, race.reference("eager").video()
+
+    class Told:
+        generation = -1
+
+        def step(self, **_: object) -> nullcontext[None]:
+            return nullcontext()
+
+        def exact(self, _: str) -> bool:
+            return exact[loop.generation]
+
+    config = LoopConfig(commit="last_full")
+    loop = ClosedLoop(
+        model, steady.start, steady.start_actions, config=config, cache=cast(Any, Told()), track=steady.track
+    )
+    pieces = list(loop.run(torch.stack(actions)))
+    assert torch.equal(shown["reference of eager"], torch.cat([piece.latents for piece in pieces], 1))
+    decoded = [model.codec.decode(piece.latents, piece.before) for piece in pieces]
+    assert all((np.concatenate([each[name][0] for each in decoded]) == video).all() for name, video in frames.items())
+    assert exact == [n in (0, 1, 4, 6, 7, 8, 11) for n in range(12)]
+    assert computed == [1, 2, 3, 5, 9, 10]  # at 1 it parts from the base; from then on what its leader took from cache
 
 
 def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -101,6 +102,21 @@ class Lane:
         frames = {name: pieces[-1] for name, pieces in other.frames.items()}
         self._keep(other.pieces[-1], frames, other.end_to_end_seconds[-1])
 
+    def adopt(self, other: Lane) -> None:
+        """Take the newest generation of another lane, which began it from the same, as what one's own loop has made.
+
+        Frames are one's own, for what was shown before may differ.
+        """
+        loop, newest, reached = self.loop, other.pieces[-1], other.loop.state
+        shown = loop.state.emitted
+        before = shown[-1][:, -1] if shown else loop.kv.last
+        assert before is not None
+        # At a cycle's end nothing of it is left.
+        loop.state = replace(reached, emitted=(*shown, newest.latents) if reached.emitted else ())
+        decoded = loop.model.codec.decode(newest.latents, before)
+        frames = {name: video[0] for name, video in decoded.items()}
+        self._keep(replace(newest, before=before), frames, other.end_to_end_seconds[-1])
+
     def video(self) -> dict[str, NDArray[np.uint8]]:
         """Per camera all frames so far ``uint8 [T, height, width, 3]``."""
         return {name: np.concatenate(pieces) for name, pieces in self.frames.items()}
@@ -180,16 +196,22 @@ class Follower:
     """Full compute that commits the windows its leader commits.
 
     Until the leader first commits another window than its cycle's first, this is the reference ``base``, and costs
-    nothing; from then on it is a loop of its own.
+    nothing; from then on it is a loop of its own. What the leader computes in full from where this loop stands as well,
+    bit for bit, is what this loop would compute, and is not computed again.
     """
 
     def __init__(self, leader: Lane, base: Lane) -> None:
         self.leader, self.base = leader, base
         self.lane = Lane(Arm(name=f"full, committing as {leader.arm.name}", loop=leader.arm.loop), base.loop)
+        self._abreast = False
 
     @property
     def split(self) -> bool:
         return self.lane.loop is not self.base.loop
+
+    def before_leader(self) -> None:
+        """Before the leader's generation: see whether both are to make the same of it."""
+        self._abreast = self.split and _abreast(self.leader.loop, self.lane.loop)
 
     def before_base(self, position: int) -> None:
         """Between the leader's generation and the base's: part from the base if the leader did."""
@@ -200,10 +222,20 @@ class Follower:
             self.lane.loop = twin
 
     def step(self, action: Tensor) -> None:
-        if self.split:
-            self.lane.step(action)
-        else:
+        if not self.split:
             self.lane.share(self.base)
+        elif self._abreast and self.leader.exact[-1]:
+            self.lane.adopt(self.leader)
+        else:
+            self.lane.step(action)
+
+
+def _abreast(one: ClosedLoop, other: ClosedLoop) -> bool:
+    """Whether the next generations of two loops that commit `last_full` are made from the same, bit for bit."""
+    first, second = one.state.tensors(), other.state.tensors()
+    if one.config.protected == "first":  # then what was shown before is not known to a generation, see `LoopConfig`
+        first, second = ({k: v for k, v in each.items() if "emitted." not in k} for each in (first, second))
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 class Race:
@@ -261,6 +293,8 @@ class Race:
             for lane in runs[turn:] + runs[:turn]:
                 lane.step(action)
             return
+        for follower in self._followers.values():
+            follower.before_leader()
         positions = {name: lane.position for name, lane in self.lanes.items()}
         for lane in self.lanes.values():
             lane.step(action)

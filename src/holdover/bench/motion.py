@@ -24,14 +24,21 @@ MOMENTS = (0, 2, 4, GAP)
 SOFTNESS = (1, 2, 3, 4, 6)
 #: What brings speed (m/s) and yaw rate (rad/s) to about one.
 SCALE = np.array([MAX_SPEED, 0.5])
+#: Every so-manieth clip is not learned from: by these the reader is calibrated.
+_CALIBRATES = 6
 
 
 class MotionReader(nn.Module):
-    """Speed and yaw rate from a few moments of a camera that looks ahead."""
+    """Speed and yaw rate from a few moments of a camera that looks ahead.
+
+    Attributes:
+        offset, slope: of what the network reads over what is true, see `calibrate`.
+    """
 
     def __init__(self, camera: str) -> None:
         super().__init__()
         self.camera = camera
+        self.offset, self.slope = np.zeros(2), np.ones(2)
         layers: list[nn.Module] = []
         channels = 3 * len(MOMENTS)
         for width in (32, 64, 96, 128):
@@ -51,7 +58,21 @@ class MotionReader(nn.Module):
         frames = video[self.camera]
         starts = range(0, len(frames) - GAP, GAP)
         motion: NDArray[np.float64] = self(torch.stack([_pictures(frames, t) for t in starts])).double().numpy() * SCALE
-        return motion
+        return (motion - self.offset) / self.slope
+
+    def calibrate(self, clips: Sequence[Clip]) -> None:
+        """Take out what is lost in reading, by clips that were not learned from.
+
+        Where a network is unsure it reads towards the mean, so that its readings of perfect pictures rise by less than
+        what is true. As with any instrument they are drawn over known values, and that line is inverted (classical
+        calibration). What does not vary in these clips is left as it is read.
+        """
+        read = np.concatenate([self.motion(clip.frames) for clip in clips])
+        true = np.concatenate([true_motion(clip) for clip in clips])
+        for n in range(2):
+            if np.ptp(true[:, n]) > 0:
+                slope, offset = np.polyfit(true[:, n], read[:, n], 1)
+                self.offset[n], self.slope[n] = self.offset[n] + self.slope[n] * offset, self.slope[n] * slope
 
 
 def true_motion(clip: Clip, every: int = GAP) -> NDArray[np.float64]:
@@ -74,16 +95,24 @@ def train_motion_reader(
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> MotionReader:
-    """Train on recorded clips.
+    """Train on recorded clips, and calibrate by every sixth of them, which is not learned from.
 
     Pictures are softened in part, brightened and made noisy, because generated video is; half of the batches are
     mirrored, with their yaw rates.
 
     Args:
-        clips: to learn from.
+        clips: to learn from, and to calibrate by.
         camera: which of theirs to look at.
         advance: is called after every step.
+
+    Raises:
+        ValueError: there is but one clip.
     """
+    if len(clips) < 2:
+        raise ValueError(
+            f"{len(clips)} clips to learn to read motion from: give two or more, for it is calibrated by one"
+        )
+    known, clips = clips[::_CALIBRATES], [clip for n, clip in enumerate(clips) if n % _CALIBRATES]
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     reader = MotionReader(camera)
@@ -104,7 +133,9 @@ def train_motion_reader(
         optimiser.step()
         schedule.step()
         advance()
-    return reader.eval().requires_grad_(False)
+    reader.eval().requires_grad_(False)
+    reader.calibrate(known)
+    return reader
 
 
 def agreement(read: NDArray[np.float64], true: NDArray[np.float64]) -> dict[str, float | None]:
