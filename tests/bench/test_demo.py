@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 import holdover
-from holdover.bench.demo import DemoOptions, run_demo, steady_skip_ceiling
+from holdover.bench import demo
+from holdover.bench.demo import DemoOptions, affordable, run_demo, steady_skip_ceiling
 from holdover.report.progress import bar
 from holdover.report.run_read import read_run
 from holdover.rollout.driver import ClosedLoop
@@ -155,6 +156,26 @@ def test_in_the_plain_cadence_there_is_nothing_to_skip(model: WorldModel, clips:
     assert (cached["skip"], cached["stitched"]["psnr_db"]) == (0, None)
     assert report["settings"]["skip_ceiling"] == 0
     assert cached["reasons"].keys() == {"warm-up", "kv cycle", "kv update"}
+
+
+def test_it_drives_as_far_as_ten_minutes_take_it(
+    model: WorldModel, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A generation of half a second: 12 steps of 6.3 and two scenarios of 22 are 120 generations, one minute.
+    monkeypatch.setattr(demo, "SECONDS", 60.0)
+    assert affordable(0.5, ("urban", "urban-steady"), 4) == 12
+    assert affordable(0.51, ("urban", "urban-steady"), 4) == 8
+    assert affordable(0.5, ("urban-steady",), 4) == 44
+    assert affordable(9.0, ("urban",), 4) == 8
+    assert affordable(0.01, ("urban",), 4) == 60
+    monkeypatch.setattr(demo, "SECONDS", 0.0)
+    monkeypatch.setattr(demo, "LONGEST", GENERATIONS)
+    with bar() as progress, progress.console.capture() as said:
+        report = run_demo(model, tmp_path, DemoOptions(scenarios=("urban",)), clips=clips, progress=progress)
+    assert "8 generations per scenario are done in ten minutes here, 3 seconds" in said.get()
+    assert (report["settings"]["generations"], report["scenarios"][0]["frames"]) == (8, 32)
+    own = load_scenario("urban", model, clips=clips, generations=8)
+    assert report["scenarios"][0]["actions"] == own.actions.tolist()
 
 
 def test_the_ceiling_of_the_shipped_cadence(model: WorldModel) -> None:

@@ -110,7 +110,7 @@ def run_ablation(
     first = load[scenarios[0]]
     shares: dict[str, float] = parts.get(
         f"block shares: {scenarios[0]}",
-        lambda: {loop.cadence: cadence_block_share(model, first, loop) for loop in (WINDOW, PLAIN)},
+        lambda: {loop.cadence: cadence_block_share(model, first, loop)[0] for loop in (WINDOW, PLAIN)},
     )
     metrics = Metrics(every=every, distance=distance, block_shares=shares)
     task = progress.add_task("ablation", total=(len(scenarios) + len(KINDS)) * generations)

@@ -118,7 +118,7 @@ def run_scale(
                 name = f"{share:.0%} {arrangement}" + (", scored" if fingerprint else "")
                 arms[name] = share, arrangement, replay(pattern, fingerprint=fingerprint)
     task = progress.add_task(f"scale: {size} on {device}", total=repeats * (len(arms) + 1) + 1)
-    share_of_blocks = block_share(bench.loop(), bench.action)
+    share_of_blocks, _ = block_share(bench.loop(), bench.action)
     progress.advance(task)
     seconds: dict[str, list[float]] = {name: [] for name in ["unattached", *arms]}
     measured: dict[str, dict[str, Any]] = {}

@@ -109,8 +109,9 @@ def clock_blocks(model: WorldModel, *, whole: bool = False) -> Iterator[BlockClo
             hook.remove()
 
 
-def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> float:
-    """The share of the DiT time, KV updates included, that the blocks of denoising passes take without a cache.
+def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> tuple[float, float]:
+    """The share of the DiT time, KV updates included, that the blocks of denoising passes take without a cache, and the
+    seconds of a generation.
 
     Args:
         loop: a loop without a cache, at the start of a cycle; it is run on.
@@ -124,14 +125,14 @@ def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> float:
         raise ValueError("the share of block time is that of the model alone; give a loop without a cache")
     for _ in range(loop.chunk_frames):
         loop.step(action)
-    total = 0.0
+    total, generations = 0.0, cycles * loop.chunk_frames
     with clock_blocks(loop.model) as clock:
-        for _ in range(cycles * loop.chunk_frames):
+        for _ in range(generations):
             total += loop.step(action).dit_seconds
-    return clock.seconds / total
+    return clock.seconds / total, total / generations
 
 
-def cadence_block_share(model: WorldModel, scenario: Scenario, config: LoopConfig) -> float:
+def cadence_block_share(model: WorldModel, scenario: Scenario, config: LoopConfig) -> tuple[float, float]:
     """`block_share` of a model under a cadence, from a scenario's start."""
     start = scenario.start, scenario.start_actions
     return block_share(ClosedLoop(model, *start, config=config, track=scenario.track), scenario.actions[0])

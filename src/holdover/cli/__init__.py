@@ -28,7 +28,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="The folder for the page, videos and report.")] = Path("runs/demo"),
     model: Model = None,
     clips: Clips = None,
-    generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 60,
+    generations: Annotated[
+        int | None,
+        typer.Option(help="Per scenario, a third of a second each. By default 60, or what is done in ten minutes."),
+    ] = None,
     seed: Seed = 0,
     every: Annotated[int, typer.Option(help="SSIM and ST-LPIPS look at every so-manieth frame.")] = 20,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class Scenario:
     @property
     def steady(self) -> bool:
         return self.truth is None
+
+    def first(self, generations: int, frames: int) -> Scenario:
+        """Its beginning: so many generations, of so many video frames each."""
+        truth = self.truth and {name: video[: generations * frames] for name, video in self.truth.items()}
+        return replace(self, actions=self.actions[:generations], truth=truth)
 
 
 def shipped_model(steps: int = LoopConfig.steps) -> Path:
