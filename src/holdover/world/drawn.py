@@ -111,38 +111,31 @@ def _boxes(view: View, around: Around, place_K3: Tensor, turned_K2: Tensor) -> t
     area = width * height
     if not int(area.sum()):
         return depth.view(count, -1), what.view(count, -1), car.view(count, -1), colour.unflatten(1, (count, -1))
-    # Every box that is in a picture, at every square of the rectangle around it: line by line, then square by square.
-    line = torch.repeat_interleave(height)
-    row = torch.arange(len(line), device=line.device) - (height.cumsum(0) - height)[line] + low[line, 1]
-    wide = width[line]
-    run = torch.repeat_interleave(wide)
-    pair = line[run]
-    square = torch.arange(len(run), device=run.device) + (row * columns + low[line, 0] + wide - wide.cumsum(0))[run]
+    # Every box that is in a picture, at every square of the rectangle around it.
+    pair = torch.repeat_interleave(area)
+    offset = torch.arange(len(pair), device=pair.device) - (area.cumsum(0) - area)[pair]
+    square = (low[pair, 1] + offset // width[pair]) * columns + low[pair, 0] + offset % width[pair]
+    rays_m3 = torch.from_numpy(camera_rays(camera, every=_EVERY)).to(depth).flatten(0, 1)
     boxes_E = around.boxes_KN10[pose_E, box_E]
     heading = torch.stack([boxes_E[:, 2].cos(), boxes_E[:, 2].sin()], -1)
-    # In each box's own coordinates, coordinate by coordinate: the camera, and the ray.
+    # In each box's own coordinates: the camera, and the ray.
     beside = place_K3[pose_E] - torch.cat([boxes_E[:, :2], boxes_E[:, 5:7].mean(1, keepdim=True)], -1)
     own = torch.cat([_turn(beside[:, :2], heading * heading.new_tensor([1, -1])), beside[:, 2:]], -1)
     half = torch.cat([boxes_E[:, 3:5], (boxes_E[:, 6:7] - boxes_E[:, 5:6]) / 2], -1)
     relative = _turn(turned_K2[pose_E], heading * heading.new_tensor([1, -1]))
-    rays_3m = torch.from_numpy(camera_rays(camera, every=_EVERY)).to(depth).flatten(0, 1).T.contiguous()
-    (x, y, z), (cos, sin) = rays_3m[:, square], relative.T.contiguous()[:, pair]
-    along, entries, exits = [], [], []  # metres along the ray: for one along an axis, to the near and to the far side
-    for n, ray in enumerate((x * cos - y * sin, x * sin + y * cos, z)):
-        along.append(torch.where(ray.abs() < 1e-6, 1e6, ray.reciprocal()))
-        low_side, high_side = ((side[:, n].contiguous()[pair] * along[n]) for side in (-half - own, half - own))
-        entries.append(torch.minimum(low_side, high_side))
-        exits.append(torch.maximum(low_side, high_side))
-    enters = torch.maximum(torch.maximum(entries[0], entries[1]), entries[2])
-    leaves = torch.minimum(torch.minimum(exits[0], exits[1]), exits[2])
-    hit = ((enters < leaves) & (enters > _CLOSE)).nonzero()[:, 0]
-    pair, square, enters = pair[hit], square[hit], enters[hit]
-    axis = torch.stack([entry[hit] for entry in entries]).argmax(0)
-    from_below = torch.stack([step[hit] for step in along]).gather(0, axis[None])[0] > 0
+    ray_X3 = rays_m3[square]
+    own_ray = torch.cat([_turn(ray_X3[:, :2], relative[pair]), ray_X3[:, 2:]], -1)
+    own_ray = torch.where(own_ray.abs() < 1e-6, 1e-6, own_ray)
+    middle, reach = -own[pair] / own_ray, half[pair] / own_ray.abs()
+    enters, axis = (middle - reach).max(-1)
+    leaves = (middle + reach).amin(-1)
+    hit = (enters < leaves) & (enters > _CLOSE)
+    pair, square, axis, enters = pair[hit], square[hit], axis[hit], enters[hit]
+    from_below = own_ray[hit].gather(1, axis[:, None])[:, 0] > 0
     where = pose_E[pair] * squares + square
     depth.scatter_reduce_(0, where, enters, "amin")
-    nearest = (enters == depth[where]).nonzero()[:, 0]
-    pair, where, axis, from_below = pair[nearest], where[nearest], axis[nearest], from_below[nearest]
+    first = (enters == depth[where]).nonzero()[:, 0]
+    pair, where, axis, from_below = pair[first], where[first], axis[first], from_below[first]
     what[where] = 2 + 6 * box_E[pair] + 2 * axis + from_below
     car[where] = around.car_N[box_E[pair]]
     bright = torch.stack([_brightness(heading, n, below) for n in range(3) for below in (False, True)], -1)
