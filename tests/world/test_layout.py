@@ -152,6 +152,22 @@ def test_boxes_are_where_rays_meet_them() -> None:
     assert checked > 600
 
 
+def test_of_faces_in_one_plane_the_last_is_seen() -> None:
+    """However many threads draw: streams of the same layout must expect the same."""
+    walls = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, n / 10, 0.9, 0.2] for n in range(10)])
+    layout, view = small_layout(walls), View.of(RIG[0], CPU)
+    around = Around.of(layout, torch.zeros(3, 3), [2] * 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(10):
+            what = draw(layout, view, around).what_KM
+            walls_seen = what[(what > GROUND) & (what < 2 + 6 * len(walls))]
+            assert set(((walls_seen - 2) // 6).tolist()) == {9}
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_drawn_layouts_are_what_the_renderer_saw() -> None:
     """The shipped recordings, of another renderer: depth nearer than 100 metres and colour, in every camera."""
     for path in list_clips(shipped_clips()):

@@ -358,8 +358,8 @@ Drift: Fréchet distance (mean features of ST-LPIPS's AlexNet, all cameras) of g
 the same seconds, beside that of two halves of the simulator's own:
 
 {markdown(("seconds", "pictures", "Fréchet distance", "simulator's own"), drift)}
-Action: speed and yaw rate that a network, trained on the simulator's pictures, reads back from the camera ahead,
-against the motion that the commands gave in the simulator:
+Action: speed and yaw rate that a network, trained on the simulator's pictures and calibrated by some that it did not
+learn from, reads back from the camera ahead, against the motion that the commands gave in the simulator:
 
 {markdown(("what", "correlation", "slope", "simulator: correlation", "slope"), action)}
 Agreement of neighbouring cameras where both look, PSNR in dB of pixels matched by direction:

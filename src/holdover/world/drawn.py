@@ -134,8 +134,12 @@ def _boxes(view: View, around: Around, place_K3: Tensor, turned_K2: Tensor) -> t
     from_below = own_ray[hit].gather(1, axis[:, None])[:, 0] > 0
     where = pose_E[pair] * squares + square
     depth.scatter_reduce_(0, where, enters, "amin")
-    first = (enters == depth[where]).nonzero()[:, 0]
-    pair, where, axis, from_below = pair[first], where[first], axis[first], from_below[first]
+    nearest = (enters == depth[where]).nonzero()[:, 0]
+    # Of faces that lie in one plane the last counts: written one over the other, threads would choose.
+    last = torch.full_like(what, -1).scatter_reduce_(0, where[nearest], nearest, "amax")
+    where = (last >= 0).nonzero()[:, 0]
+    seen = last[where]
+    pair, axis, from_below = pair[seen], axis[seen], from_below[seen]
     what[where] = 2 + 6 * box_E[pair] + 2 * axis + from_below
     car[where] = around.car_N[box_E[pair]]
     bright = torch.stack([_brightness(heading, n, below) for n in range(3) for below in (False, True)], -1)
