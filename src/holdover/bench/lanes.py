@@ -107,15 +107,13 @@ class Lane:
 
         Frames are one's own, for what was shown before may differ.
         """
-        loop, newest, reached = self.loop, other.pieces[-1], other.loop.state
-        shown = loop.state.emitted
-        before = shown[-1][:, -1] if shown else loop.kv.last
-        assert before is not None
+        loop, piece, reached = self.loop, replace(other.pieces[-1], before=self.loop.before), other.loop.state
         # At a cycle's end nothing of it is left.
-        loop.state = replace(reached, emitted=(*shown, newest.latents) if reached.emitted else ())
-        decoded = loop.model.codec.decode(newest.latents, before)
+        shown = (*loop.state.emitted, piece.latents) if reached.emitted else ()
+        loop.state = replace(reached, emitted=shown)
+        decoded = loop.model.codec.decode(piece.latents, piece.before)
         frames = {name: video[0] for name, video in decoded.items()}
-        self._keep(replace(newest, before=before), frames, other.end_to_end_seconds[-1])
+        self._keep(piece, frames, other.end_to_end_seconds[-1])
 
     def video(self) -> dict[str, NDArray[np.uint8]]:
         """Per camera all frames so far ``uint8 [T, height, width, 3]``."""

@@ -222,6 +222,13 @@ class ClosedLoop:
         return 0 if self.kv.last is None else self.kv.last.shape[0]
 
     @property
+    def before(self) -> Tensor:
+        """The latent frame before the next piece, see `Piece`."""
+        before = self._emitted[-1][:, -1] if self._emitted else self.kv.last
+        assert before is not None
+        return before
+
+    @property
     def state(self) -> LoopState:
         """Where the loop stands; may be put back, into this loop or another, any number of times."""
         return LoopState(
@@ -285,9 +292,7 @@ class ClosedLoop:
         """Emit the next piece of a window, with the latent frame before it, and choose what will be committed."""
         exact = self.cache is None or self.cache.exact(self.stream)
         position = len(self._emitted)
-        before = self._emitted[-1][:, -1] if self._emitted else self.kv.last
-        assert before is not None
-        piece = window[:, position : position + 1].clone()
+        before, piece = self.before, window[:, position : position + 1].clone()
         self._emitted.append(piece)
         if position == 0 or (self.config.commit == "last_full" and exact):
             self._committed = window, made.actions_BFA
