@@ -166,6 +166,7 @@ def test_it_drives_as_far_as_ten_minutes_take_it(
     assert affordable(0.5, ("urban", "urban-steady"), 4) == 12
     assert affordable(0.51, ("urban", "urban-steady"), 4) == 8
     assert affordable(0.5, ("urban-steady",), 4) == 44
+    assert affordable(0.5, ("urban", "urban-steady"), 4, "plain") == 8  # 10 steps of 7.4
     assert affordable(9.0, ("urban",), 4) == 8
     assert affordable(0.01, ("urban",), 4) == 60
     monkeypatch.setattr(demo, "SECONDS", 0.0)

@@ -35,7 +35,8 @@ SHOWN = [event for event in EVENTS if event.name in ("brake", "steer")]
 LONGEST, SECONDS = 60, 540.0
 #: What a scenario takes, in generations of full compute and steady driving: for each generation, on the script and
 #: steady; for reactions, reading, writing and comparing.
-_SCRIPTED_STEP, _STEADY_STEP, _SCENARIO = 4.2, 2.1, 22.0
+_STEPS: Mapping[Cadence, tuple[float, float]] = {"window": (4.2, 2.1), "plain": (3.7, 3.7)}
+_SCENARIO = 22.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def run_demo(
     total = progress.add_task("demo", total=None)
     share, pace = cadence_block_share(model, scenarios[0], LoopConfig(cadence=options.cadence))
     if options.generations is None:
-        generations = affordable(pace, options.scenarios, model.sizes.window)
+        generations = affordable(pace, options.scenarios, model.sizes.window, options.cadence)
         scenarios = [scenario.first(generations, model.sizes.frames_per_latent) for scenario in scenarios]
         if generations < LONGEST:
             progress.print(
@@ -136,15 +137,17 @@ def run_demo(
     return report
 
 
-def affordable(pace: float, scenarios: Sequence[str], cycle: int) -> int:
+def affordable(pace: float, scenarios: Sequence[str], cycle: int, cadence: Cadence = "window") -> int:
     """How many generations of each scenario are done in ten minutes: whole cycles, two at least, `LONGEST` at most.
 
     Args:
         pace: seconds of a generation in full compute, in steady driving.
         scenarios: names.
         cycle: generations of a cycle.
+        cadence: in ``plain`` nothing is skipped, on the script or in steady driving.
     """
-    steps = sum(_STEADY_STEP if name.endswith(STEADY) else _SCRIPTED_STEP for name in scenarios)
+    scripted, steady = _STEPS[cadence]
+    steps = sum(steady if name.endswith(STEADY) else scripted for name in scenarios)
     generations = (SECONDS / pace - _SCENARIO * len(scenarios)) / steps
     return min(LONGEST, max(2, int(generations // cycle)) * cycle)
 
