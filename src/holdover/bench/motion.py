@@ -106,7 +106,7 @@ def train_motion_reader(
         advance: is called after every step.
 
     Raises:
-        ValueError: there is but one clip.
+        ValueError: there are fewer than two clips.
     """
     if len(clips) < 2:
         raise ValueError(
