@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
 import socket
 import subprocess
 import sys
@@ -111,8 +112,10 @@ def main() -> None:
         "| sessions | policy | generations per second, together | latency, ms: median | 95th percentile |\n"
         f"| --: | :-- | --: | --: | --: |\n{table}\n\n{about(surroundings)}\n"
     )
-    write_card(options.out, "serving", text, {"generations": options.generations, "rows": rows, "on": surroundings})
+    figures = {"generations": options.generations, "rows": rows, "on": surroundings}
+    write_card(options.out, "serving", text, figures)
     print(text)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
