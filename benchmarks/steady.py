@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=60, help="per drive, a third of a second each")
     options = parser.parse_args()
     model = WorldModel.load(shipped_model())
+    if options.generations < 2 * model.sizes.window:
+        parser.error(f"--generations {options.generations} are fewer than two windows; give {2 * model.sizes.window}")
     clips = {
         name: [clip for clip in list_clips(options.clips) if clip.name.startswith(f"{kind}-")]
         for name, kind in KINDS.items()
