@@ -1,0 +1,65 @@
+"""Results as files: a readable card and its figures, and the parts of a measurement that is still under way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from holdover.engine.slots import find_blocks
+from holdover.engine.snapshot import model_digest
+from holdover.report.files import write_json, write_text
+from holdover_world.measure.measure import environment
+from holdover_world.model.transformer import WorldModel
+
+T = TypeVar("T")
+
+
+def write_card(out: Path, name: str, text: str, figures: dict[str, Any]) -> None:
+    """Write ``out/name.md`` and ``out/name.json``."""
+    write_text(out / f"{name}.md", text)
+    write_json(out / f"{name}.json", figures)
+
+
+class Parts:
+    """The finished parts of a long measurement, so that one that was cut off goes on where it was.
+
+    They lie in ``out/.name-parts.json`` until the card is written, and are measured again if anything that they depend
+    on has changed: the machine, the weights, or ``settings``.
+    """
+
+    def __init__(self, out: Path, name: str, model: WorldModel, **settings: Any) -> None:
+        self._path = out / f".{name}-parts.json"
+        self._settings = {
+            **settings,
+            "environment": environment(model),
+            "weights": model_digest(find_blocks(model, [model])),
+        }
+        self._found: dict[str, Any] = {}
+        if self._path.is_file():
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            if kept["settings"] == self._settings:
+                self._found = kept["parts"]
+
+    def get(self, name: str, measure: Callable[[], T]) -> T:
+        """One part, as JSON has it: measured and kept, or as it was kept."""
+        if name not in self._found:
+            self._found[name] = measure()
+            write_json(self._path, {"settings": self._settings, "parts": self._found})
+        part: T = self._found[name]
+        return part
+
+    def clear(self) -> None:
+        """Forget them all: the card is written."""
+        self._path.unlink(missing_ok=True)
+
+
+def about(environment: dict[str, Any]) -> str:
+    """One line on what a card was measured on."""
+    gpu = f"{environment['gpu']}, " if "gpu" in environment else ""
+    dtype = f"in {environment['dtype']}, " if "dtype" in environment else ""
+    return (
+        f"Measured on {gpu}{environment['processor']} ({environment['system']}), {environment['threads']} threads, "
+        f"{dtype}PyTorch {environment['torch']}, Python {environment['python']}."
+    )

@@ -1,0 +1,266 @@
+"""Every method on the world model at several settings, each beside the fixed interval that computes as many passes."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from holdover.engine.attach import attach
+from holdover.engine.contract import Policy
+from holdover.engine.trace import Decision
+from holdover.methods.magcache import magnitude_ratios, measure_magnitudes
+from holdover.methods.teacache import changes, measure_changes
+from holdover.report.plots import plot_fronts
+from holdover.tune.calibrate import fit
+from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.scenarios import Scenario, load_scenario
+from holdover_world.measure.fidelity import compare, depth_errors
+from holdover_world.measure.lanes import Arm, Race
+from holdover_world.measure.measure import environment
+from holdover_world.measure.stlpips import StLpips
+from holdover_world.measure.timing import amdahl_bound, clock_blocks, cycles, speedup
+from holdover_world.model.transformer import WorldModel
+from lab.cards import Parts, write_card
+from lab.methods_card import card
+from lab.methods_settings import FEW, Setting, by_cadence, settings
+
+#: What is driven, and what the methods that need it are calibrated on, with another seed.
+SCENARIO, CALIBRATION = "urban", "highway"
+#: Of TeaCache's polynomial; the changes of four noise levels lie in three heaps, which a higher degree overfits.
+DEGREE = 2
+#: Runs that are raced together: each has its own copy of the model.
+HEAT = 8
+
+
+def run_methods(
+    model: WorldModel,
+    out: Path,
+    *,
+    steps: int = FEW,
+    generations: int | None = None,
+    seed: int = 0,
+    every: int = 12,
+    clips: Path | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Drive all methods; writes ``methods-<steps>.md``, ``.json`` and ``.png``.
+
+    A measurement that was cut off goes on with the runs that it was at.
+
+    Args:
+        steps: denoising passes of a generation: 4, or many.
+        generations: to drive, the first cycle of warm-up included; None for 12 at four steps, 8 at many.
+        seed: of the noise; the calibration has the next one.
+        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        clips: where the scenarios start.
+
+    Raises:
+        ValueError: there are no settings for ``steps``, or ``generations`` are too few for a cycle after the warm-up.
+    """
+    left_out = settings(steps)[1]
+    generations = generations or (12 if steps == FEW else 8)
+    if generations < 2 * model.sizes.window:
+        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.sizes.window}")
+    scenario = load_scenario(SCENARIO, model, clips=clips, generations=generations)
+    elsewhere = load_scenario(CALIBRATION, model, clips=clips, generations=model.sizes.window)
+    distance = StLpips()
+    cadences = by_cadence(steps)
+    heats = {cadence: _heats(some) for cadence, some in cadences.items()}
+    name = f"methods-{steps}"
+    parts = Parts(out, name, model, clips=str(clips), generations=generations, seed=seed, every=every)
+    total = sum(map(len, heats.values())) * generations
+    task = progress.add_task(f"methods at {steps} steps", total=total)
+    results: dict[str, dict[str, Any]] = {}
+    calibrations: dict[str, Any] = {}
+    done = 0
+    for cadence in cadences:
+        loop = LoopConfig.of_steps(steps, cadence)
+        progress.update(task, description=f"{steps} steps, {cadence}: calibration")
+        needed = any(setting.calibrated for setting in cadences[cadence])
+        calibration = calibrate(model, elsewhere, loop, seed=seed + 1) if needed else {}
+        shares = parts.get(f"{cadence}: shares", partial(_shares, model, elsewhere, loop))
+        progress.update(task, description=f"{steps} steps, {cadence}")
+        run = partial(
+            _run, model, scenario, loop, calibration, seed=seed, shares=shares, every=every, distance=distance
+        )
+        found = []
+        for heat in heats[cadence]:
+            measure = partial(run, heat, advance=lambda: progress.advance(task))
+            found.append(parts.get(f"{cadence}: {', '.join(setting.name for setting in heat)}", measure))
+            done += generations
+            progress.update(task, completed=done)
+        rows = [row for heat in found for row in heat["rows"]]
+        beside_controls(rows)
+        calibrations[cadence] = calibration
+        full_ms = median(heat["full_dit_ms"] for heat in found)
+        results[cadence] = {"rows": rows, "full_dit_ms": full_ms, "block_shares": shares}
+    figures = {
+        "steps": steps,
+        "generations": generations,
+        "seed": seed,
+        "every": every,
+        "cadences": results,
+        "calibration": calibrations,
+        "left_out": left_out,
+        "environment": environment(model),
+    }
+    write_card(out, name, card(figures), figures)
+    plot_fronts(out / f"{name}.png", {cadence: fronts(result["rows"]) for cadence, result in results.items()})
+    parts.clear()
+    return figures
+
+
+def _run(
+    model: WorldModel,
+    scenario: Scenario,
+    loop: LoopConfig,
+    calibration: Mapping[str, Mapping[str, Any]],
+    heat: Sequence[Setting],
+    *,
+    seed: int,
+    shares: Mapping[str, float],
+    every: int,
+    distance: StLpips,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    arms = [Arm(name=s.name, policy=s.policy(loop.cadence, calibration), loop=loop) for s in heat]
+    gc.collect()  # a lane of the heat before and the hook on its model hold each other, and with them its memory
+    with Race(model, scenario, arms, seed=seed) as race, warnings.catch_warnings():
+        # That a method finds nothing to reuse here is one of the results.
+        warnings.filterwarnings("ignore", message=".*could reuse nothing")
+        for action in scenario.actions:
+            race.step(action)
+            advance()
+        rows = [describe(race, setting, shares, every=every, distance=distance) for setting in heat]
+        base = race.base(heat[0].name)
+        full_ms = 1e3 * float(np.median(cycles(np.array(base.dit_seconds), base.loop.chunk_frames)))
+    return {"rows": rows, "full_dit_ms": full_ms}
+
+
+def calibrate(model: WorldModel, scenario: Scenario, loop: LoopConfig, *, seed: int) -> dict[str, dict[str, Any]]:
+    """The options that TeaCache and MagCache need to be told, by method, from a run of a scenario under a cadence."""
+
+    def measured(measuring: Policy) -> Any:
+        with attach(model, measuring) as cache:
+            start = scenario.start, scenario.start_actions
+            closed = ClosedLoop(model, *start, config=loop, seed=seed, cache=cache, track=scenario.track)
+            for action in scenario.actions:
+                closed.step(action)
+            return cache.snapshot()
+
+    return {
+        "teacache": {"polynomial": tuple(fit(changes(measured(measure_changes())), DEGREE))},
+        "magcache": {"ratios": magnitude_ratios(measured(measure_magnitudes()))},
+    }
+
+
+def describe(
+    race: Race, setting: Setting, shares: Mapping[str, float], *, every: int, distance: StLpips | None
+) -> dict[str, Any]:
+    """The figures of one run against full compute; counts and times are of what follows the first cycle."""
+    lane, base = race.lanes[setting.name], race.base(setting.name)
+    fidelity = compare(lane.video(), base.video(), every=every, distance=distance).fidelity()
+    draws_depth = "depth" in base.loop.model.sizes.modalities
+    cycle = lane.loop.chunk_frames
+    full, skip = count(lane.decisions(), first=cycle, generations=len(lane.exact) - cycle)
+    stats, level = lane.stats(), lane.arm.policy.level if lane.arm.policy else "block"
+    assert stats is not None
+    return {
+        "name": setting.name,
+        "method": setting.method,
+        "over": setting.over,
+        "every": setting.options.get("every"),
+        "policy": repr(lane.arm.policy),
+        **fidelity.to_json(),
+        "depth": depth_errors(_flat(lane.depth()), _flat(base.depth())) if draws_depth else None,
+        "full_per_generation": full,
+        "skip": skip,
+        "speedup": _speedup(base.dit_seconds, lane.dit_seconds, cycle),
+        # Attention and MLPs differ in what they cost, so the share of their calls bounds nothing.
+        "speedup_bound": amdahl_bound(shares[level], skip) if level in shares else None,
+        "end_to_end_speedup": _speedup(base.end_to_end_seconds, lane.end_to_end_seconds, cycle),
+        "bytes_held": stats.bytes_held,
+    }
+
+
+def _flat(video: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate([frames.ravel() for frames in video.values()])
+
+
+def count(decisions: Iterable[Decision], *, first: int, generations: int) -> tuple[float, float]:
+    """FULL passes per generation, those of which every call was computed, and the share of calls that was not.
+
+    Args:
+        decisions: of one run.
+        first: chunk from which on denoising passes count.
+        generations: how many these are.
+    """
+    passes: dict[tuple[int, int], list[bool]] = defaultdict(list)
+    for decision in decisions:
+        if decision.role == "denoise" and decision.chunk >= first:
+            passes[decision.chunk, decision.index].append(decision.computed)
+    calls = [computed for each in passes.values() for computed in each]
+    return sum(map(all, passes.values())) / generations, calls.count(False) / len(calls)
+
+
+def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
+    """Put into each method's row what the fixed interval along its axis does with as many FULL passes.
+
+    That is PSNR in dB, skip and speed-up of the intervals with the next fewer and the next more FULL passes,
+    interpolated; ``gain_db`` is the method's PSNR less that. None where there is no such pair, or its PSNR is unknown.
+    """
+    controls = [row for row in rows if row["method"] == "fixed_interval" and row["psnr_db"] is not None]
+    for row in rows:
+        row["control"] = None
+        full = row["full_per_generation"]
+        same = [control for control in controls if control["over"] == row["over"]]
+        fewer = [control for control in same if control["full_per_generation"] <= full]
+        more = [control for control in same if control["full_per_generation"] >= full]
+        if row["method"] in ("never", "fixed_interval") or not (fewer and more):
+            continue
+        low = max(fewer, key=lambda control: control["full_per_generation"])
+        high = min(more, key=lambda control: control["full_per_generation"])
+        apart = high["full_per_generation"] - low["full_per_generation"]
+        share = (full - low["full_per_generation"]) / apart if apart else 0.0
+        mixed = {key: (1 - share) * low[key] + share * high[key] for key in ("psnr_db", "skip", "speedup")}
+        row["control"] = {
+            "every": sorted({low["every"], high["every"]}),
+            **mixed,
+            "gain_db": None if row["psnr_db"] is None else row["psnr_db"] - mixed["psnr_db"],
+        }
+
+
+def fronts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Per method (speed-up, PSNR in dB) of its settings, the fastest last; without those equal to full compute."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["psnr_db"] is not None:
+            control = row["method"] == "fixed_interval"
+            points[f"every N {row['over']}" if control else row["method"]].append((row["speedup"], row["psnr_db"]))
+    return {method: sorted(found) for method, found in points.items()}
+
+
+def _heats(chosen: Sequence[Setting]) -> list[Sequence[Setting]]:
+    return [chosen[first : first + HEAT] for first in range(0, len(chosen), HEAT)]
+
+
+def _shares(model: WorldModel, scenario: Scenario, loop: LoopConfig) -> dict[str, float]:
+    """Per level of slots, of the DiT time without a cache, what can be skipped: denoising passes, or their blocks."""
+    closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=loop, track=scenario.track)
+    with clock_blocks(model) as blocks, clock_blocks(model, whole=True) as passes:
+        total = sum(piece.dit_seconds for piece in closed.run(scenario.actions))
+    return {"block": blocks.seconds / total, "model": passes.seconds / total}
+
+
+def _speedup(full: Sequence[float], other: Sequence[float], cycle: int) -> float:
+    return speedup(cycles(np.array(full), cycle), cycles(np.array(other), cycle))

@@ -1,0 +1,154 @@
+"""The reaction bench: brake, steer and lane change in mid-cycle, in every scenario, at many moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress, TaskID
+
+import holdover
+from holdover.report.tables import decibels, markdown, ratio
+from holdover_world.loop.closed_loop import LoopConfig
+from holdover_world.loop.scenarios import KINDS, STEADY, Scenario, load_scenario
+from holdover_world.measure.fidelity import psnr
+from holdover_world.measure.lanes import Arm, Race
+from holdover_world.measure.measure import environment
+from holdover_world.measure.reaction import EVENTS, Reaction, drive, mean_late, mean_ratio, moments
+from holdover_world.model.transformer import WorldModel
+from lab.cards import Parts, about, write_card
+
+
+def run_reactions(
+    model: WorldModel,
+    out: Path,
+    *,
+    generations: int = 28,
+    count: int = 4,
+    seed: int = 0,
+    clips: Path | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure reactions in steady driving; writes ``reaction.md`` and ``reaction.json``.
+
+    A measurement that was cut off goes on with the scenario it was in.
+
+    Args:
+        generations: to drive in each scenario.
+        count: moments in each at which the events happen, in mid-cycle.
+        clips: where the scenarios start.
+
+    Raises:
+        ValueError: there are too few generations for a moment after the first cycle.
+    """
+    window = model.sizes.window
+    arms = [
+        Arm(name="xcache", policy=holdover.xcache()),
+        Arm(name="xcache_reactive", policy=holdover.xcache_reactive(), loop=LoopConfig(commit="last_full")),
+        Arm(name="fixed_interval", policy=holdover.fixed_interval(every=window)),
+    ]
+    found: dict[str, list[Reaction]] = {arm.name: [] for arm in arms}
+    parts = Parts(out, "reaction", model, clips=str(clips), generations=generations, count=count, seed=seed)
+    task = progress.add_task("reaction", total=len(KINDS) * generations)
+    for done, kind in enumerate(KINDS, 1):
+        scenario = load_scenario(kind + STEADY, model, clips=clips, generations=generations)
+        at = moments(scenario.actions, window, count)
+        if not at:
+            raise ValueError(
+                f"{scenario.name} has no moment in mid-cycle at which the car moves in {generations} generations"
+            )
+        progress.update(task, description=scenario.name)
+        measured = parts.get(scenario.name, partial(_measure, model, scenario, arms, at, seed, progress, task))
+        progress.update(task, completed=done * generations)
+        for name, reactions in measured.items():
+            found[name] += [Reaction(**{**fields, "ratios": tuple(fields["ratios"])}) for fields in reactions]
+    rows = [summary(name, event.name, measured) for name, measured in found.items() for event in EVENTS]
+    figures = {"rows": rows, "horizon": window, "environment": environment(model)}
+    write_card(out, "reaction", card(figures), figures)
+    parts.clear()
+    return figures
+
+
+def _measure(
+    model: WorldModel,
+    scenario: Scenario,
+    arms: Sequence[Arm],
+    at: Sequence[int],
+    seed: int,
+    progress: Progress,
+    task: TaskID,
+) -> dict[str, list[dict[str, Any]]]:
+    with Race(model, scenario, arms, seed=seed) as race:
+        horizon = model.sizes.window
+        found = drive(race, scenario.actions, at=at, horizon=horizon, advance=lambda: progress.advance(task))
+    return {name: [asdict(reaction) for reaction in reactions] for name, reactions in found.items()}
+
+
+def summary(policy: str, event: str, reactions: Sequence[Reaction]) -> dict[str, Any]:
+    """The figures of one policy and event over all moments."""
+    of_event = [r for r in reactions if r.event == event]
+    own = [r.ratios[0] for r in of_event if r.ratios[0] is not None]
+    by_generation = zip(*(r.ratios for r in of_event), strict=True)
+    error = psnr(np.array([r.error for r in of_event]))
+    return {
+        "policy": policy,
+        "event": event,
+        "cases": len(of_event),
+        "ratio": mean_ratio(reactions, event),
+        "lowest": min(own, default=None),
+        "highest": max(own, default=None),
+        "generations_late": mean_late(reactions, event),
+        "ratio_by_generation": [_mean([x for x in ratios if x is not None]) for ratios in by_generation],
+        "psnr_db": error if np.isfinite(error) else None,
+        "response": fmean(r.response for r in of_event),
+    }
+
+
+def card(figures: dict[str, Any]) -> str:
+    """The Markdown of a result."""
+    columns = [
+        "policy",
+        "event",
+        "ratio",
+        "lowest",
+        "highest",
+        "generations late",
+        "PSNR, dB",
+        "size, /255",
+    ]
+    columns += [f"after {i}" for i in range(1, figures["horizon"])]
+    rows = [
+        (
+            row["policy"],
+            row["event"].replace("_", " "),
+            ratio(row["ratio"]),
+            ratio(row["lowest"]),
+            ratio(row["highest"]),
+            "never" if row["generations_late"] is None else f"{row['generations_late']:.1f}",
+            decibels(row["psnr_db"]),
+            f"{row['response']:.2f}",
+            *(ratio(value) for value in row["ratio_by_generation"][1:]),
+        )
+        for row in figures["rows"]
+    ]
+    return f"""# Does a cached rollout still obey?
+
+Steady driving in three scenarios; in the middle of a cycle the car is told to brake to a fifth of its speed, to turn
+sharply, or to change lane. The ratio is the projection of what that changes in the cached rollout onto what it changes
+under full compute, in the event's own generation: 1 is right, 0 drives on as if nothing had been said. "Generations
+late" counts until the ratio first reaches 0.9, {figures["horizon"]} generations at most; PSNR is that of the event's
+own generation against full compute, which is high even where the car does not react, because the event itself is
+small: "size" is the root mean square of its change. {figures["rows"][0]["cases"]} cases a row.
+
+{markdown(columns, rows)}
+{about(figures["environment"])}
+"""
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

@@ -1,0 +1,54 @@
+"""Where the ego will be under actions that come as tensors: `holdover_world.scene.vehicles`, row by row.
+
+Shape suffixes: B batch, F latent frames, A dimensions of the action, of which the first two move the ego.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from holdover_world.codec.autoencoder import FRAMES
+from holdover_world.scene.vehicles import EgoState, denormalise_action
+from holdover_world.scene.vehicles import drive as drive_one
+
+
+def drive(motion_B2: Tensor | None, action_BFA: Tensor) -> tuple[Tensor, Tensor]:
+    """Drive on, a command per latent frame.
+
+    Args:
+        motion_B2: speed (m/s) and curvature (1/m) now; None: those that the first action commands.
+        action_BFA: normalised actions.
+
+    Returns:
+        The pose (x, y, yaw) at every video frame, in present coordinates, ``[B, 4*F, 3]``, and the motion in the end.
+    """
+    commands = zip(*(each.tolist() for each in denormalise_action(action_BFA[..., :2].double().cpu())), strict=True)
+    poses, motion = [], []
+    for row, (speeds, curvatures) in enumerate(commands):
+        speed, curvature = (speeds[0], curvatures[0]) if motion_B2 is None else motion_B2[row].tolist()
+        state, seen = EgoState(speed=speed, curvature=curvature), []
+        for command in zip(speeds, curvatures, strict=True):
+            for _ in range(FRAMES):
+                state = drive_one(state, *command)
+                seen.append((state.x, state.y, state.yaw))
+        poses.append(seen)
+        motion.append((state.speed, state.curvature))
+    return torch.tensor(poses, device=action_BFA.device), torch.tensor(motion, device=action_BFA.device)
+
+
+def placed(origin_B3: Tensor | None, poses_BK3: Tensor) -> Tensor:
+    """Poses (x, y, yaw) in coordinates of others, in those that these are given in; None: in their own."""
+    if origin_B3 is None:
+        return poses_BK3
+    x, y, yaw = (each[:, None] for each in origin_B3.unbind(-1))
+    cos, sin = yaw.cos(), yaw.sin()
+    ahead, left, turn = poses_BK3.unbind(-1)
+    return torch.stack([x + ahead * cos - left * sin, y + ahead * sin + left * cos, yaw + turn], -1)
+
+
+def seen_from(origin: Tensor, poses: Tensor) -> Tensor:
+    """The reverse of `placed`, ``[*, 3]`` each."""
+    x, y, turn = (poses - origin).unbind(-1)
+    cos, sin = origin[..., 2].cos(), origin[..., 2].sin()
+    return torch.stack([x * cos + y * sin, y * cos - x * sin, turn], -1)

@@ -1,0 +1,258 @@
+"""What the ego is about to see if the world stands still: its newest pictures, moved as it will have moved.
+
+An action says where the cameras will be, and depth where everything is; so most of the next pictures can be looked up
+in the newest ones, across cameras, before anything is generated (the 3D cache of Ren et al., GEN3C, arXiv 2503.03751,
+rendered at the cameras to come; here it is one latent frame deep, and looked up from there instead of splatted). A
+transformer would have to learn from examples how far a lane mark moves at which speed in every part of every camera.
+What moves by itself, what was hidden, and what was out of all cameras is left to it.
+
+Where there is a layout (`holdover_world.scene.layout`), distances are the layout's, cars are looked up where they were, and
+what is hidden now does not count as seen; what no camera sees has the layout's colours.
+
+Shape suffixes: B batch, F latent frames, K video frames, M points, N tokens of one latent frame, P values of one token,
+Z latent channels, Q values of a block of pixels, h, w squares of 8 by 8 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdover_world.codec.autoencoder import FRAMES, SCALE, Autoencoder
+from holdover_world.codec.latents import Codec, from_tokens, padded, to_tokens
+from holdover_world.conditioning.drawn import Around, Drawn, draw
+from holdover_world.conditioning.motion import seen_from
+from holdover_world.conditioning.views import Move, View, look
+from holdover_world.config import Plane, WorldConfig
+from holdover_world.scene.depth import FAR, NEAR, from_metres, to_metres
+from holdover_world.scene.layout import Site
+
+_STEPS = 2  # in which the depth that a camera will see is found
+_GROUND = 0.75  # what lies farther than this share of the way to the ground is the ground
+
+
+class LinearPath(nn.Module):
+    """An autoencoder's way through principal components alone, from normalised latents to pixels and back.
+
+    Until `take` gives it an autoencoder's, its directions are random ones.
+    """
+
+    def __init__(self, colours: int, latent_channels: int) -> None:
+        super().__init__()
+        values = FRAMES * colours * SCALE**2
+        self.basis_QZ: Tensor
+        self.centre_Q: Tensor
+        self.deviation_Z: Tensor
+        self.mean_Z: Tensor
+        self.std_Z: Tensor
+        self.register_buffer("basis_QZ", nn.init.orthogonal_(torch.empty(values, latent_channels)))
+        self.register_buffer("centre_Q", torch.zeros(values))
+        self.register_buffer("deviation_Z", torch.ones(latent_channels))
+        self.register_buffer("mean_Z", torch.zeros(latent_channels))
+        self.register_buffer("std_Z", torch.ones(latent_channels))
+
+    def take(self, autoencoder: Autoencoder) -> None:
+        """Use an autoencoder's."""
+        for name, buffer in self.named_buffers():
+            buffer.copy_(autoencoder.get_buffer(name))
+
+    def newest(self, z_Zhw: Tensor) -> Tensor:
+        """The last of the video frames of a latent frame, ``[colours, 8*h, 8*w]``."""
+        rows = slice(-len(self.basis_QZ) // FRAMES, None)
+        components = (z_Zhw.movedim(0, -1) * self.std_Z.float() + self.mean_Z.float()) * self.deviation_Z.float()
+        pixels = components @ self.basis_QZ[rows].float().T + self.centre_Q[rows].float()
+        return F.pixel_shuffle(pixels.movedim(-1, 0), SCALE)
+
+    def latents(self, video_KCHW: Tensor) -> Tensor:
+        """Of video, four frames each: ``[F, Z, h, w]``."""
+        blocks = F.pixel_unshuffle(video_KCHW.unflatten(0, (-1, FRAMES)).flatten(1, 2), SCALE).movedim(1, -1)
+        components = (blocks - self.centre_Q.float()) @ self.basis_QZ.float() / self.deviation_Z.float()
+        return ((components - self.mean_Z.float()) / self.std_Z.float()).movedim(-1, 1)
+
+
+class Reprojection(nn.Module):
+    """From the newest latent frame to what the next ones would be if the world stood still."""
+
+    def __init__(self, sizes: WorldConfig) -> None:
+        super().__init__()
+        self.sizes = sizes
+        channels = {"colour": (3, sizes.latent_channels), "depth": (1, sizes.depth_channels)}
+        self.paths = nn.ModuleDict({m: LinearPath(*channels[m]) for m in sizes.modalities})
+        self._views: dict[torch.device, tuple[View, ...]] = {}
+
+    def take(self, codec: Codec) -> None:
+        """Use a codec's autoencoders."""
+        for modality in self.sizes.modalities:
+            self._path(modality).take(codec.autoencoders[modality])
+
+    @torch.no_grad()
+    def forward(
+        self, last_BNP: Tensor, poses_BK3: Tensor, sites: Sequence[Site | None] | None = None, passed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Look the next latent frames up.
+
+        Args:
+            last_BNP: the newest latent frame.
+            poses_BK3: where the ego will be at each video frame to come, from `motion.drive`.
+            sites: where each row's ego is now, if it has a layout; None: none has.
+            passed: video frames between now and the first of the poses.
+
+        Returns:
+            The latents ``float32 [B, F, N, P]``; of each token the share that some camera sees now and the ego will
+            not have gone through, ``[B, F, N, 1]``, the rest of it is as it was, or as the layout has it; and the
+            layout alone ``[B, F, N, P]``, zero where there is none.
+        """
+        rows = [
+            self._row(last.float(), poses, site, passed)
+            for last, poses, site in zip(last_BNP, poses_BK3, sites or (None,) * len(last_BNP), strict=True)
+        ]
+        latents, seen, layouts = zip(*rows, strict=True)
+        return torch.stack(latents), torch.stack(seen), torch.stack(layouts)
+
+    def _row(self, last_NP: Tensor, poses_K3: Tensor, site: Site | None, passed: int) -> tuple[Tensor, Tensor, Tensor]:
+        views = self._views.get(last_NP.device)
+        if views is None:
+            ordered = [camera for group in self.sizes.groups for camera in group]
+            views = self._views[last_NP.device] = tuple(View.of(camera, last_NP.device) for camera in ordered)
+        pictures = [self._picture(last_NP, plane) for plane in self._planes("colour")]
+        move = Move.of(poses_K3)
+        if site is None:
+            colours, depths, seen = self._still(last_NP, pictures, views, move)
+            latents = self._tokens({"colour": colours, "depth": depths})
+            return latents, self._share(seen), torch.zeros_like(latents)
+        colours, depths, seen, drawn = _in_layout(pictures, views, move, site, poses_K3, passed)
+        latents = self._tokens({"colour": colours, "depth": depths})
+        layout = self._tokens({"colour": drawn, "depth": depths})
+        return latents, self._share(seen), layout
+
+    def _still(
+        self, last_NP: Tensor, pictures: Sequence[Tensor], views: Sequence[View], move: Move
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per camera colour ``[3, K, M]``, metres and what is seen ``[K, M]``, by the depth that the model draws."""
+        depths, passed = self._depths(last_NP, views, move)
+        points = [move.points(view, view.pixels[0], depth) for view, depth in zip(views, depths, strict=True)]
+        colours, seen = [], []
+        looked = look(views, pictures, points)
+        for picture, behind_KM, (values_CKM, met_KM) in zip(pictures, passed, looked, strict=True):
+            found_KM = met_KM & ~behind_KM
+            colours.append(torch.where(found_KM, values_CKM, picture.flatten(1)[:, None]))
+            seen.append(found_KM)
+        return colours, depths, seen
+
+    def _tokens(self, shown: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """What cameras show, colour ``[3, K, M]`` and metres ``[K, M]``, as latents ``[F, N, P]``."""
+        parts = []
+        for modality in self.sizes.modalities:
+            for plane, values in zip(self._planes(modality), shown[modality], strict=True):
+                video = values if modality == "colour" else from_metres(values)[None]
+                z = self._path(modality).latents(self._video(video, plane))
+                parts.append(to_tokens(z[None], plane, self.sizes)[0])
+        return torch.cat(parts, 1)
+
+    def _share(self, seen: Sequence[Tensor]) -> Tensor:
+        """Of each token the share that is seen, ``[F, N, 1]``."""
+        shares = []
+        for modality in self.sizes.modalities:
+            for plane, found_KM in zip(self._planes(modality), seen, strict=True):
+                video = self._video(found_KM.float()[None], plane)
+                share = F.avg_pool2d(video, SCALE * self.sizes.token_latents(modality))
+                shares.append(share.unflatten(0, (-1, FRAMES)).mean(1).flatten(1)[..., None])
+        return torch.cat(shares, 1)
+
+    def _path(self, modality: str) -> LinearPath:
+        path = self.paths[modality]
+        assert isinstance(path, LinearPath)
+        return path
+
+    def _planes(self, modality: str) -> list[Plane]:
+        return [plane for plane in self.sizes.planes if plane.modality == modality]
+
+    def _picture(self, last_NP: Tensor, plane: Plane) -> Tensor:
+        """What a plane shows in the end, ``[colours, height, width]``."""
+        z = from_tokens(last_NP[None, None], plane, self.sizes)[0, 0]
+        return self._path(plane.modality).newest(z)[:, : plane.camera.height, : plane.camera.width]
+
+    def _video(self, values_CKM: Tensor, plane: Plane) -> Tensor:
+        """As pictures that whole tokens cover, ``[K, C, height, width]``."""
+        return padded(values_CKM.movedim(1, 0).unflatten(-1, (plane.camera.height, -1)), plane, self.sizes)
+
+    def _depths(self, last_NP: Tensor, views: Sequence[View], move: Move) -> tuple[list[Tensor], list[Tensor]]:
+        """How far away what each camera will see is, per pixel ``[K, M]``, and where that would be behind the camera.
+
+        What the ego will have gone through cannot have stood there: the ground, or the sky, is taken to be there.
+        """
+        now = [view.squares[1] for view in views]
+        if "depth" in self.paths:
+            metres = [to_metres(self._picture(last_NP, plane)) for plane in self._planes("depth")]
+            nearness = [F.avg_pool2d(1 / m, SCALE).flatten() for m in metres]
+            now = [torch.minimum(1 / near, ground) for near, ground in zip(nearness, now, strict=True)]
+        # Points over their distances, and one over it, may be interpolated: planes stay planes.
+        maps = []
+        for view, depth in zip(views, now, strict=True):
+            over_3M = view.axes_33.T @ view.squares[0] + view.place_3[:, None] / depth
+            stands = (depth < _GROUND * view.squares[1]).float()
+            values_5M = torch.cat([over_3M, 1 / depth[None], stands[None]])
+            maps.append(values_5M.unflatten(1, (view.camera.height // SCALE, -1)))
+        guesses = [depth.expand(len(move.shift_K3), -1) for depth in now]
+        passed = [torch.zeros_like(guess, dtype=torch.bool) for guess in guesses]
+        for _ in range(_STEPS):
+            points = [move.points(view, view.squares[0], guess) for view, guess in zip(views, guesses, strict=True)]
+            for n, (met_5KM, found_KM) in enumerate(look(views, maps, points)):
+                depth = move.depth(views[n], met_5KM[:3] / met_5KM[3])
+                passed[n] = found_KM & (depth < NEAR) & (met_5KM[4] > 0.5)
+                depth = depth.masked_fill(passed[n], FAR).clamp(NEAR, FAR)
+                guesses[n] = torch.minimum(torch.where(found_KM, depth, guesses[n]), views[n].squares[1])
+        fine = [_fine(view, guess) for view, guess in zip(views, guesses, strict=True)]
+        return fine, [_repeated(view, where) for view, where in zip(views, passed, strict=True)]
+
+
+def _in_layout(
+    pictures: Sequence[Tensor], views: Sequence[View], move: Move, site: Site, poses_K3: Tensor, passed: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Per camera colour ``[3, K, M]``, metres and what is seen ``[K, M]``, and the layout's own colour."""
+    frames = [site.frame, *(site.frame + passed + k + 1 for k in range(len(poses_K3)))]
+    poses = torch.cat([site.pose_3[None], site.ahead(poses_K3)]).to(poses_K3)
+    around = Around.of(site.layout, poses, frames)
+    drawn = [draw(site.layout, view, around) for view in views]
+    cars = seen_from(poses[0], site.layout.cars(frames).to(poses))
+    marked, points = [], []
+    for picture, view, each in zip(pictures, views, drawn, strict=True):
+        marked.append(torch.cat([picture, each.what_KM[0].view(1, *picture.shape[1:]).float()]))
+        still_3KM = move.points(view, view.pixels[0], each.depth_KM[1:])
+        points.append(_where_cars_were(view, still_3KM, each, cars))
+    colours, seen = [], []
+    for each, (values_CKM, met_KM) in zip(drawn, look(views, marked, points, nearest=1), strict=True):
+        seen.append(met_KM & (values_CKM[-1] == each.what_KM[1:]))
+        colours.append(torch.where(seen[-1], values_CKM[:-1], each.colour_3KM[:, 1:]))
+    return colours, [each.depth_KM[1:] for each in drawn], seen, [each.colour_3KM[:, 1:] for each in drawn]
+
+
+def _where_cars_were(view: View, points_3KM: Tensor, drawn: Drawn, cars_KC3: Tensor) -> Tensor:
+    """Points of cars moved back with them to where they are now; ``cars_KC3``, in coordinates of now, begins there."""
+    on_3KM = points_3KM.clone()
+    k, m = (drawn.car_KM[1:] >= 0).nonzero(as_tuple=True)
+    car = drawn.car_KM[1:][k, m]
+    x, y, z = view.axes_33.T @ on_3KM[:, k, m] + view.place_3[:, None]
+    then, now = cars_KC3[1:][k, car].T, cars_KC3[0, car].T
+    turn = now[2] - then[2]
+    x, y = x - then[0], y - then[1]
+    back = torch.stack([x * turn.cos() - y * turn.sin() + now[0], x * turn.sin() + y * turn.cos() + now[1], z])
+    on_3KM[:, k, m] = view.axes_33 @ (back - view.place_3[:, None])
+    return on_3KM
+
+
+def _fine(view: View, depth_KM: Tensor) -> Tensor:
+    """Depth of squares as depth of pixels; what is about as far as the ground is the ground."""
+    rows, columns = view.camera.height, view.camera.width
+    near = (1 / depth_KM).unflatten(1, (rows // SCALE, -1))[:, None]
+    depth = 1 / F.interpolate(near, size=(rows, columns), mode="bilinear", align_corners=False).flatten(1)
+    return torch.where(depth > _GROUND * view.pixels[1], view.pixels[1], depth)
+
+
+def _repeated(view: View, where_KM: Tensor) -> Tensor:
+    """What holds of squares, of their pixels."""
+    rows = where_KM.unflatten(1, (view.camera.height // SCALE, -1))
+    return torch.repeat_interleave(rows.repeat_interleave(SCALE, 1), SCALE, 2).flatten(1)

@@ -1,0 +1,406 @@
+"""The closed loop: an action comes in, the next piece of video goes out.
+
+*Window cadence* (METHODS.md, section 1): a cycle generates one window once per piece, with the same noise; each
+generation takes the newest action and emits one more latent frame, and a clean pass then writes one of those windows
+into the KV cache. *Plain cadence*: every generation is a new chunk of one latent frame, committed each time.
+
+Shape suffixes as in `holdover_world.model.transformer`, and S for the denoising passes of a generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from holdover.engine.attach import Cache
+from holdover.engine.step import Step
+from holdover_world.codec.autoencoder import FRAMES
+from holdover_world.model.kv_cache import KVBatch, KVCache
+from holdover_world.model.sampler import Sampler, denoise, noise_levels
+from holdover_world.model.transformer import WorldModel
+from holdover_world.scene.layout import Track
+
+Cadence = Literal["window", "plain"]
+Commit = Literal["first", "last_full", "emitted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How generations follow each other.
+
+    Attributes:
+        cadence: ``window`` or ``plain``.
+        commit: which latents of a cycle the clean pass writes: the window of its ``first`` generation, of the
+            ``last_full`` generation that was computed in full, or the pieces as ``emitted``. A generation knows the
+            pieces before its own as they were emitted; under ``last_full``, if the first is protected, as the latest
+            generation in full has them, so that nothing shown from cache gets into what is committed.
+        protected: the generation of a cycle that is announced as committed, hence computed in full by policies with
+            KV protection: the ``first`` or the ``last``.
+        fresh_noise: draw new noise for every generation, not for every cycle.
+        sampler: what a pass starts from: new noise (``renoise``), or Euler's step from the pass before, for many steps.
+        guidance: classifier-free guidance (Ho & Salimans, arXiv 2207.12598) on the action: every pass is also made
+            without it, as branch "uncond", and its prediction moved away from that so many times; 1 for none.
+        steps: denoising passes per generation.
+        shift: timestep shift of their noise levels.
+    """
+
+    cadence: Cadence = "window"
+    commit: Commit = "first"
+    protected: Literal["first", "last"] = "first"
+    fresh_noise: bool = False
+    sampler: Sampler = "renoise"
+    guidance: float = 1.0
+    steps: int = 4
+    shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("cadence", self.cadence, get_args(Cadence)),
+            ("commit", self.commit, get_args(Commit)),
+            ("protected", self.protected, ("first", "last")),
+            ("sampler", self.sampler, get_args(Sampler)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        if not 1 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance={self.guidance} must be 1, for none, or more")
+        noise_levels(self.steps, self.shift)
+
+    @classmethod
+    def of_steps(cls, steps: int, cadence: Cadence = "window") -> LoopConfig:
+        """So many steps with the sampler that suits them: few with new noise at each, more along the flow."""
+        return cls(cadence=cadence, steps=steps, sampler="renoise" if steps <= cls.steps else "euler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one generation emits.
+
+    Attributes:
+        latents: ``float32 [B, 1, N, P]``.
+        before: the latent frame before it, ``[B, N, P]``: decoding needs both. A cycle's first piece goes on from what
+            was committed, as its window does: what was shown from cache does not get into its frames.
+        dit_seconds: time in the transformer, a KV update that followed included; that of the whole batch.
+        exact: whether every block of it was computed.
+    """
+
+    latents: Tensor
+    before: Tensor
+    dit_seconds: float
+    exact: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopState:
+    """Where a loop stands, but for what its cache holds over. Shares memory with the loop; nobody writes into it.
+
+    Attributes:
+        kv: the KV cache.
+        generation: the number of the next generation.
+        noise_source: the state of the generator that draws the noise.
+        noise: of the cycle ``[S, B, F, N, P]``; None at its beginning.
+        emitted, actions: of the cycle so far, per generation ``[B, 1, N, P]`` and ``[B, A]``.
+        committed: latents ``[B, F, N, P]`` and actions ``[B, F, A]`` that the KV update will write.
+    """
+
+    kv: KVCache
+    generation: int
+    noise_source: Tensor
+    noise: Tensor | None
+    emitted: tuple[Tensor, ...]
+    actions: tuple[Tensor, ...]
+    committed: tuple[Tensor, Tensor] | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, by name."""
+        named = {f"kv.{name}": tensor for name, tensor in self.kv.state_dict().items()}
+        named |= {"generation": torch.tensor(self.generation), "noise_source": self.noise_source}
+        named |= {"noise": self.noise} if self.noise is not None else {}
+        named |= {f"emitted.{n}": piece for n, piece in enumerate(self.emitted)}
+        named |= {f"actions.{n}": action for n, action in enumerate(self.actions)}
+        if self.committed is not None:
+            named["committed.latents"], named["committed.actions"] = self.committed
+        return named
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], *, capacity: int) -> LoopState:
+        """The reverse of `tensors`; ``capacity`` is that of the KV cache, in latent frames."""
+        kv = KVCache(capacity)
+        kv.load_state_dict({name[3:]: tensor for name, tensor in tensors.items() if name.startswith("kv.")})
+        count = sum(name.startswith("emitted.") for name in tensors)
+        committed = "committed.latents" in tensors
+        return cls(
+            kv=kv,
+            generation=int(tensors["generation"]),
+            noise_source=tensors["noise_source"],
+            noise=tensors.get("noise"),
+            emitted=tuple(tensors[f"emitted.{n}"] for n in range(count)),
+            actions=tuple(tensors[f"actions.{n}"] for n in range(count)),
+            committed=(tensors["committed.latents"], tensors["committed.actions"]) if committed else None,
+        )
+
+
+class ClosedLoop:
+    """One stream of a world model, driven action by action.
+
+    Args:
+        model: the world model, with or without a cache attached.
+        start: clean latents ``[B, F, N, P]`` the video begins with, whole windows; they fill the KV cache.
+        start_actions: their normalised actions ``[B, F, A]``.
+        config: the cadence.
+        seed: of the noise.
+        cache: what `holdover.attach` returned for this model, or None to compute everything.
+        stream: the name of this stream in the cache.
+        track: the layout that the start was recorded in, and how it went through it; `ClosedLoop` goes on in it.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        start: Tensor,
+        start_actions: Tensor,
+        *,
+        config: LoopConfig | None = None,
+        seed: int = 0,
+        cache: Cache | None = None,
+        stream: str = "default",
+        track: Track | None = None,
+    ) -> None:
+        window = model.sizes.window
+        if start.shape[1] == 0 or start.shape[1] % window:
+            raise ValueError(f"start has {start.shape[1]} latent frames; give a multiple of the window, {window}")
+        if start_actions.shape[:2] != start.shape[:2]:
+            raise ValueError(f"start_actions {tuple(start_actions.shape)} do not match start {tuple(start.shape)}")
+        self._set_up(model, config or LoopConfig(), cache, stream)
+        self.kv = model.new_cache()
+        self.generation = 0
+        self._noise_source = torch.Generator(start.device).manual_seed(seed)
+        self._committed: tuple[Tensor, Tensor] | None = None
+        self._begin_cycle()
+        chunk = 1 if self.config.cadence == "plain" else window
+        for first in range(0, start.shape[1], chunk):
+            _write_kv([self], [(start[:, first : first + chunk], start_actions[:, first : first + chunk])])
+            if track is not None:
+                track = track.to(start.device)
+                self.kv.stand([track] * len(start), [(first + chunk) * FRAMES - 1] * len(start))
+
+    @classmethod
+    def resume(
+        cls,
+        model: WorldModel,
+        state: LoopState,
+        *,
+        config: LoopConfig | None = None,
+        cache: Cache | None = None,
+        stream: str = "default",
+    ) -> ClosedLoop:
+        """A loop that goes on from a state; what was held over is the cache's to restore."""
+        loop = cls.__new__(cls)
+        loop._set_up(model, config or LoopConfig(), cache, stream)
+        loop._noise_source = torch.Generator(state.kv.last.device if state.kv.last is not None else "cpu")
+        loop.state = state
+        return loop
+
+    def _set_up(self, model: WorldModel, config: LoopConfig, cache: Cache | None, stream: str) -> None:
+        self.model, self.config, self.cache, self.stream = model, config, cache, stream
+        self.sigmas = noise_levels(config.steps, config.shift)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Latent frames denoised together."""
+        return 1 if self.config.cadence == "plain" else self.model.sizes.window
+
+    @property
+    def rows(self) -> int:
+        """B, videos that advance as one."""
+        return 0 if self.kv.last is None else self.kv.last.shape[0]
+
+    @property
+    def before(self) -> Tensor:
+        """The latent frame before the next piece, see `Piece`."""
+        before = self._emitted[-1][:, -1] if self._emitted else self.kv.last
+        assert before is not None
+        return before
+
+    @property
+    def state(self) -> LoopState:
+        """Where the loop stands; may be put back, into this loop or another, any number of times."""
+        return LoopState(
+            kv=self.kv.fork(),
+            generation=self.generation,
+            noise_source=self._noise_source.get_state(),
+            noise=self._noise,
+            emitted=tuple(self._emitted),
+            actions=tuple(self._actions),
+            committed=self._committed,
+        )
+
+    @state.setter
+    def state(self, state: LoopState) -> None:
+        self.kv, self.generation = state.kv.fork(), state.generation
+        self._noise_source.set_state(state.noise_source)
+        self._noise: Tensor | None = state.noise
+        self._emitted, self._actions, self._committed = list(state.emitted), list(state.actions), state.committed
+
+    def step(self, action: Tensor) -> Piece:
+        """Generate the next piece under ``action``, the newest normalised command, ``[B, A]`` or ``[A]``."""
+        return advance([self], [action])[0]
+
+    def run(self, actions: Tensor) -> Iterator[Piece]:
+        """Generate one piece per row of ``actions [T, A]`` (or ``[T, B, A]``)."""
+        for action in actions:
+            yield self.step(action)
+
+    def _begin_cycle(self) -> None:
+        self._emitted = []
+        self._actions = []
+        self._noise = None
+
+    def _begin(self, action: Tensor) -> _Generation:
+        """Take an action: what the next generation is made from."""
+        last_BNP = self.kv.last
+        assert last_BNP is not None
+        action_BA = action.to(last_BNP.device, torch.float32).expand(last_BNP.shape[0], -1)
+        if self._noise is None or self.config.fresh_noise:
+            draws = 1 if self.config.sampler == "euler" else self.config.steps
+            draw = draws, last_BNP.shape[0], self.chunk_frames, *last_BNP.shape[1:]
+            self._noise = torch.randn(draw, generator=self._noise_source, device=last_BNP.device)
+        position = len(self._emitted)
+        self._actions.append(action_BA)
+        ahead = [action_BA] * (self.chunk_frames - position - 1)
+        first_protected = self.config.protected == "first"
+        announced = 0 if first_protected else self.chunk_frames - 1
+        if self._committed is not None and self.config.commit == "last_full" and first_protected:
+            known = self._committed[0][:, :position]
+        else:
+            known = torch.cat([self._noise[0, :, :0], *self._emitted], 1)
+        return _Generation(
+            action=action_BA,
+            actions_BFA=torch.stack(self._actions + ahead, 1),
+            noise_SBFNP=self._noise,
+            known_BFNP=known,
+            commits=position == announced,
+        )
+
+    def _finish(self, made: _Generation, window: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Emit the next piece of a window, with the latent frame before it, and choose what will be committed."""
+        exact = self.cache is None or self.cache.exact(self.stream)
+        position = len(self._emitted)
+        before, piece = self.before, window[:, position : position + 1].clone()
+        self._emitted.append(piece)
+        if position == 0 or (self.config.commit == "last_full" and exact):
+            self._committed = window, made.actions_BFA
+        if len(self._emitted) == self.chunk_frames and self.config.commit == "emitted":
+            self._committed = torch.cat(self._emitted, 1), torch.stack(self._actions, 1)
+        return piece, before, exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generation:
+    """What one generation of one loop is made from."""
+
+    action: Tensor
+    actions_BFA: Tensor
+    noise_SBFNP: Tensor
+    known_BFNP: Tensor
+    commits: bool
+
+
+@torch.inference_mode()
+def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piece]:
+    """Generate the next piece of every loop, all in one batch.
+
+    Several loops share model, cache and cadence, are of one row each, and hold equally many latent frames in their KV
+    caches (`batches` sorts them so); wherever in its cycle each stands, it gets what it would get alone, but for
+    rounding. If this raises, loops are left in mid-generation: put back their `ClosedLoop.state`.
+
+    Args:
+        loops: the loops.
+        actions: for each the newest normalised command, ``[B, A]`` or ``[A]``.
+
+    Raises:
+        ValueError: the loops do not go together.
+    """
+    if len(batches(loops)) > 1 or (len(loops) > 1 and any(loop.rows != 1 for loop in loops)):
+        raise ValueError(
+            "loops of one batch share model, cache, cadence and KV length, one row each; sort by `batches`"
+        )
+    made = [loop._begin(action) for loop, action in zip(loops, actions, strict=True)]
+    actions_BFA = torch.cat([each.actions_BFA for each in made])
+    seconds = [0.0]
+
+    def predict(index: int, noisy: Tensor) -> Tensor:
+        sigma, config = loops[0].sigmas[index], loops[0].config
+        fields = [
+            {"index": index, "num_steps": config.steps, "sigma": sigma, "action": each.action, "commits": each.commits}
+            for each in made
+        ]
+        output, took = _forward(loops, fields, noisy, sigma=sigma, action_BFA=actions_BFA)
+        seconds.append(took)
+        if config.guidance == 1:
+            return output
+        free = [{**each, "branch": "uncond"} for each in fields]
+        unguided, took = _forward(loops, free, noisy, sigma=sigma, action_BFA=None)
+        seconds.append(took)
+        return unguided + config.guidance * (output - unguided)
+
+    noise = torch.cat([each.noise_SBFNP for each in made], 1)
+    known = [row for each in made for row in each.known_BFNP]
+    window = denoise(predict, noise, loops[0].sigmas, known, sampler=loops[0].config.sampler)
+    windows = window.split([len(each.action) for each in made])
+    if len(loops) > 1:  # a view would keep the whole batch in memory
+        windows = tuple(window.clone() for window in windows)
+    pieces = [loop._finish(each, window) for loop, each, window in zip(loops, made, windows, strict=True)]
+    full = [loop for loop in loops if len(loop._emitted) == loop.chunk_frames]
+    writing = _write_kv(full, [loop._committed for loop in full if loop._committed is not None]) if full else 0.0
+    for loop in full:
+        loop.kv.carried_out(torch.stack(loop._actions, 1))
+        loop._begin_cycle()
+    for loop in loops:
+        loop.generation += 1
+    return [
+        Piece(latents=latents, before=before, dit_seconds=sum(seconds) + writing * (loop in full), exact=exact)
+        for loop, (latents, before, exact) in zip(loops, pieces, strict=True)
+    ]
+
+
+def batches(loops: Sequence[ClosedLoop]) -> list[list[int]]:
+    """The positions of loops that can advance together, batch by batch."""
+    found: dict[object, list[int]] = {}
+    for n, loop in enumerate(loops):
+        found.setdefault((id(loop.model), id(loop.cache), loop.config, loop.kv.length), []).append(n)
+    return list(found.values())
+
+
+@torch.inference_mode()
+def _write_kv(loops: Sequence[ClosedLoop], committed: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The clean pass: returns its seconds."""
+    latents, actions = torch.cat([each for each, _ in committed]), torch.cat([each for _, each in committed])
+    fields: list[dict[str, Any]] = [{"role": "kv_update"} for _ in loops]
+    return _forward(loops, fields, latents, sigma=0.0, action_BFA=actions, write=True)[1]
+
+
+def _forward(
+    loops: Sequence[ClosedLoop], fields: Sequence[Mapping[str, Any]], latents: Tensor, **inputs: Any
+) -> tuple[Tensor, float]:
+    """One pass of the model over all loops, and its seconds."""
+    first, alone = loops[0], len(loops) == 1
+    steps = [
+        {"stream": loop.stream, "chunk": loop.generation, **each} for loop, each in zip(loops, fields, strict=True)
+    ]
+    within: AbstractContextManager[None] = nullcontext()
+    if first.cache is not None:
+        within = first.cache.step(**steps[0]) if alone else first.cache.step(rows=[Step(**step) for step in steps])
+    with within:
+        started = perf_counter()
+        kv = first.kv if alone else KVBatch([loop.kv for loop in loops])
+        output: Tensor = first.model(latents, cache=kv, **inputs)
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+        return output, perf_counter() - started

@@ -1,0 +1,162 @@
+"""What runs drive: clips to start from, scripted and steady actions, the simulator's truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdover_world.loop.closed_loop import LoopConfig
+from holdover_world.model.transformer import WorldModel
+from holdover_world.scene.clips import frame_count, list_clips, read_clip, read_track
+from holdover_world.scene.layout import Track
+
+KINDS = ("urban", "highway", "uturn")
+STEADY = "-steady"
+NAMES = tuple(kind + suffix for suffix in ("", STEADY) for kind in KINDS)
+#: Where a steady drive begins in clips of another kind than a scripted one, if there are any: on a road without bends.
+_STEADY_CLIPS = {"highway": "straight"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A start and the actions that follow.
+
+    Attributes:
+        name: the kind of clip, with "-steady" where the action is constant.
+        start: clean latents ``[1, F, N, P]`` of two windows.
+        start_actions: their normalised actions ``[1, F, A]``.
+        actions: one normalised action per generation ``[G, A]``.
+        truth: per camera what the simulator showed under these actions ``uint8 [T, height, width, 3]``; None where
+            it was never driven like that.
+        track: the layout that the start was recorded in, if it has one.
+    """
+
+    name: str
+    start: Tensor
+    start_actions: Tensor
+    actions: Tensor
+    truth: Mapping[str, NDArray[np.uint8]] | None
+    track: Track | None = None
+
+    @property
+    def steady(self) -> bool:
+        return self.truth is None
+
+    def first(self, generations: int, frames: int) -> Scenario:
+        """Its beginning: so many generations, of so many video frames each."""
+        truth = self.truth and {name: video[: generations * frames] for name, video in self.truth.items()}
+        return replace(self, actions=self.actions[:generations], truth=truth)
+
+
+def shipped_model(steps: int = LoopConfig.steps) -> Path:
+    """The checkpoint that comes with the package for so many steps: the student of a few, or its teacher.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    path = _assets() / "model"
+    if steps <= LoopConfig.steps:
+        path /= "student"
+    if not path.is_dir():
+        raise FileNotFoundError("this installation ships no world model; train one and pass it with --model")
+    return path
+
+
+def shipped_clips() -> Path:
+    """The folder of the clips that come with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    folder = _assets() / "clips"
+    if not folder.is_dir():
+        raise FileNotFoundError("this installation ships no clips; record some and pass them with --clips")
+    return folder
+
+
+def first_clip(folder: Path, kind: str, frames: int) -> Path:
+    """The first clip of a kind that has so many frames.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [clip for clip in list_clips(folder) if clip.name.startswith(f"{kind}-")]
+    if not found:
+        command = f"holdover world record --scenario {kind} --out {folder}"
+        raise ValueError(f"{folder} holds no {kind} clip; record one: {command}")
+    for clip in found:
+        if frame_count(clip) >= frames:
+            return clip
+    raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer generations")
+
+
+def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, generations: int = 60) -> Scenario:
+    """Load a scenario from the first clip of its kind.
+
+    Args:
+        name: one of `NAMES`.
+        model: that will be driven.
+        clips: a folder of recordings; by default the shipped ones.
+        generations: how many actions; a steady scenario needs no recording of that length, a scripted one does.
+
+    Raises:
+        ValueError: there is no such scenario, no clip of its kind, or none that is long enough.
+    """
+    if name not in NAMES:
+        raise ValueError(f"scenario {name!r} is not one of {', '.join(NAMES)}")
+    if generations < 1:
+        raise ValueError(f"generations={generations}: give at least 1")
+    folder = clips or shipped_clips()
+    kind, steady = name.removesuffix(STEADY), name.endswith(STEADY)
+    sizes = model.sizes
+    start, per = 2 * sizes.window, sizes.frames_per_latent
+    pieces = start if steady else start + generations
+    own = _STEADY_CLIPS.get(kind, kind) if steady else kind
+    found = own if any(clip.name.startswith(f"{own}-") for clip in list_clips(folder)) else kind
+    clip = first_clip(folder, found, pieces * per)
+    cameras = [camera.name for camera in sizes.cameras]
+    recording = read_clip(clip, cameras=cameras, frames=None if steady else pieces * per)
+    actions = _per_piece(recording.actions, per)
+    begun = read_clip(clip, cameras=cameras, frames=start * per, depth="depth" in sizes.modalities)
+    latents = model.codec.encode(begun.frames, begun.depth)
+    if steady:
+        action = _steady_action(kind, actions, start)
+        follow, truth = action.expand(generations, -1), None
+    else:
+        follow = actions[start:]
+        truth = {name: video[start * per :] for name, video in recording.frames.items()}
+    return Scenario(
+        name=name,
+        start=latents,
+        start_actions=actions[None, :start],
+        actions=follow,
+        truth=truth,
+        track=read_track(clip),
+    )
+
+
+def _assets() -> Path:
+    return Path(str(files("holdover_world_weights")))
+
+
+def _per_piece(actions: NDArray[Any], per: int) -> Tensor:
+    """The mean action of each latent frame ``[T / per, A]``."""
+    whole = len(actions) // per * per
+    return torch.from_numpy(actions[:whole]).float().view(whole // per, per, -1).mean(1)
+
+
+def _steady_action(kind: str, actions: Tensor, start: int) -> Tensor:
+    """A constant action that continues the clip's start: its speed, straight on; for a U-turn, the turn itself."""
+    if kind == "uturn":
+        turn = actions[:, 1].abs()
+        turning = actions[turn >= 0.9 * turn.max()]
+        return turning[len(turning) // 2]
+    return torch.stack([actions[:start, 0].mean(), torch.zeros(())])

@@ -1,0 +1,391 @@
+"""The reference world model: X-World in miniature, a block-causal diffusion transformer over a camera rig.
+
+A *latent frame* holds four video frames of every camera, in colour and in depth, as an autoencoder's latents; a few of
+them, side by side, make a token. A *window* is ``window`` latent frames that are denoised together, attending to each
+other and to the windows before them through a rolling KV cache. Blocks alternate between temporal attention (one
+camera, both modalities, over the window and the KV cache) and cross-view attention (everything at one instant); what
+the newest committed latent frame and the actions let expect of a world that stands still is shown to every token
+directly (`holdover_world.conditioning.reprojection`). Noise level and action enter by adaLN-Zero (Peebles & Xie, DiT, arXiv
+2212.09748; one shared projection with a learned offset per block, as in PixArt-alpha, arXiv 2310.00426), cameras by the
+ray through each token. The model predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
+
+Shape suffixes: B batch, F latent frames, N tokens of one latent frame (in the order modality, group, view, h, w),
+L = F*N, P values of one token, C channels, V views of a group, H heads, D channels of a head, S tokens of an attention
+sequence, A dimensions of the action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from holdover.engine.slots import Slot, ViewGroup
+from holdover_world.codec.checkpoints import DIFFERENCE, add_difference, read_network, write_network
+from holdover_world.codec.latents import Codec
+from holdover_world.conditioning.reprojection import Reprojection
+from holdover_world.config import WorldConfig
+from holdover_world.model.features import RAY_FEATURES, action_features, neighbourhoods, ray_features, sigma_features
+from holdover_world.model.kv_cache import Expected, KVBatch, KVCache
+from holdover_world.model.rotary import RotaryTables, Table, rotate
+from holdover_world.runtime import fast_dtype
+
+#: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
+#: channel to carry them past a norm, and X-Cache's deviation test, largest element over mean, needs none to be still.
+NORM_EPS = 1.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the blocks of one forward pass share.
+
+    ``rotary_temporal`` has a table per view group, ``[S, D]``, or ``[B, S, D]`` where rows stand at different times.
+    """
+
+    modulation_BF6C: Tensor
+    rotary_temporal: tuple[Table, ...]
+    rotary_cross: Table
+    cache: KVCache | KVBatch | None
+    write: bool
+
+    def rotary(self, group: int, views: int) -> Table:
+        """A group's temporal table for queries ``[B*V, H, S, D]``."""
+        cos, sin = self.rotary_temporal[group]
+        if cos.dim() == 2:
+            return cos, sin
+        return cos.repeat_interleave(views, 0)[:, None], sin.repeat_interleave(views, 0)[:, None]
+
+    def take(self, rows: Sequence[int]) -> Pass:
+        """The same for some rows of the batch."""
+        tables = tuple((cos, sin) if cos.dim() == 2 else (cos[rows], sin[rows]) for cos, sin in self.rotary_temporal)
+        cache = self.cache.take(rows) if self.cache else None
+        return replace(self, modulation_BF6C=self.modulation_BF6C[rows], rotary_temporal=tables, cache=cache)
+
+
+def take_rows(rows: Sequence[int], hidden_BLC: Tensor, shared: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments for some rows of the batch."""
+    return (hidden_BLC[rows], shared.take(rows)), {}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over ``[*, H, S, D]``; the queries come scaled.
+
+    On a CPU in bfloat16 plain matrix products are about three times as fast as PyTorch's fused kernel. Queries and keys
+    are normalised, so the scores are bounded and need no maximum taken from them before they are exponentiated.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, scale=1)
+    weights = (q @ k.transpose(-1, -2)).exp_()
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+class Block(nn.Module):
+    """Attention, over time or across views, and an MLP, both modulated per latent frame."""
+
+    def __init__(self, config: WorldConfig, index: int) -> None:
+        super().__init__()
+        c = config.channels
+        self.config, self.index, self.temporal = config, index, index % 2 == 0
+        self.table_6C = nn.Parameter(torch.zeros(6, c))
+        self.norm1 = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
+        self.qkv = nn.Linear(c, 3 * c, bias=False)
+        head = c // config.heads
+        self.norm_q = nn.RMSNorm(head, eps=1e-6)
+        self.norm_k = nn.RMSNorm(head, eps=1e-6)
+        nn.init.constant_(self.norm_q.weight, head**-0.5)  # the scale of the dot product, learned from there
+        self.out = nn.Linear(c, c, bias=False)
+        self.up = nn.Linear(c, config.mlp_ratio * c)
+        self.down = nn.Linear(config.mlp_ratio * c, c)
+        self._parts = group_tokens(config)
+
+    def forward(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
+        x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared)
+        attend = self.attend_temporal if self.temporal else self.attend_cross
+        x_BFNC = torch.addcmul(
+            x_BFNC, gate1, self.out(attend(torch.addcmul(shift1, self.norm1(x_BFNC), 1 + scale1), shared))
+        )
+        mlp = self.mlp(torch.addcmul(shift2, self.norm2(x_BFNC), 1 + scale2))
+        return torch.addcmul(x_BFNC, gate2, mlp).view(hidden_BLC.shape)
+
+    def modulation(self, shared: Pass) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of attention and of the MLP, each ``[B, F, 1, C]``."""
+        return (shared.modulation_BF6C + self.table_6C).unsqueeze(2).unbind(3)
+
+    def modulated(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
+        """What the attention sees, ``[B, L, C]``: the tap of methods such as TeaCache."""
+        shift, scale, *_ = self.modulation(shared)
+        x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
+        return torch.addcmul(shift, self.norm1(x_BFNC), 1 + scale).flatten(1, 2)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Each token ``[..., C]`` for itself."""
+        result: Tensor = self.down(F.gelu(self.up(x)))
+        return result
+
+    def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
+        """Each camera for itself, over the window and the windows held in the KV cache."""
+        b, f, _, c = x_BFNC.shape
+        qkv, heads = self.qkv(x_BFNC), self.config.heads
+        made: list[list[Tensor]] = [[] for _ in self.config.modalities]
+        for g, group in enumerate(self.config.groups):
+            views, parts = len(group), self._parts[g]
+            part = torch.cat([qkv[:, :, p].reshape(b, f, views, -1, 3, heads, c // heads) for p in parts], 3)
+            q, k, v = part.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, b * views, heads, -1, c // heads)
+            table = shared.rotary(g, views)
+            q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
+            held = shared.cache.get(self.index, g) if shared.cache else None
+            if shared.cache and shared.write:
+                shared.cache.stage(self.index, g, k, v)
+            if held:
+                k, v = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
+            out = attention(q, k, v).view(b, views, heads, f, -1, c // heads).permute(0, 3, 1, 4, 2, 5)
+            sizes = [(p.stop - p.start) // views for p in parts]
+            for outputs, tokens in zip(made, out.split(sizes, 3), strict=True):
+                outputs.append(tokens.reshape(b, f, -1, c))
+        return torch.cat([tokens for outputs in made for tokens in outputs], 2)
+
+    def attend_cross(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
+        """All cameras at one instant; positions are viewing directions, so that overlapping cameras meet."""
+        b, f, n, c = x_BFNC.shape
+        q, k, v = self.qkv(x_BFNC).view(b, f, n, 3, self.config.heads, -1).permute(3, 0, 1, 4, 2, 5)
+        q, k = rotate(self.norm_q(q), shared.rotary_cross), rotate(self.norm_k(k), shared.rotary_cross)
+        return attention(q, k, v).transpose(2, 3).reshape(b, f, n, c)
+
+
+class WorldModel(ModelMixin, ConfigMixin):
+    """Predicts the clean latents of a window from its noisy ones, the noise level, the actions and the KV cache.
+
+    The arguments are those of `WorldConfig`, cameras as dictionaries; `WorldModel.of` takes one whole. ``sizes`` is the
+    `WorldConfig`, ``config`` what diffusers keeps of it.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        cameras: Sequence[Mapping[str, Any]],
+        channels: int = 256,
+        layers: int = 30,
+        heads: int = 4,
+        mlp_ratio: int = 4,
+        latent_channels: int = 48,
+        patch: int = 2,
+        depth_channels: int = 12,
+        depth_patch: int = 4,
+        window: int = 4,
+        context: int = 4,
+        action_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        sizes = WorldConfig.from_dict({k: v for k, v in self.config.items() if not k.startswith("_")})
+        c, p = sizes.channels, sizes.patch_values
+        self.sizes = sizes
+        self._codec: Codec | None = None
+        self.embed = nn.ModuleList(nn.Linear(p, c) for _ in sizes.modalities)
+        self.last_embed = nn.ModuleList(nn.Linear(9 * p, c, bias=False) for _ in sizes.modalities)
+        self.seen_embed = nn.Linear(1, c, bias=False)
+        self.layout_embed = nn.ModuleList(nn.Linear(p, c, bias=False) for _ in sizes.modalities)
+        self.reprojection = Reprojection(sizes)
+        self.ray_mlp = nn.Sequential(nn.Linear(RAY_FEATURES, c), nn.SiLU(), nn.Linear(c, c))
+        self.sigma_mlp = nn.Sequential(nn.Linear(128, c), nn.SiLU(), nn.Linear(c, c))
+        self.action_mlp = nn.Sequential(nn.Linear(17 * sizes.action_dims, c), nn.SiLU(), nn.Linear(c, c))
+        self.no_action_C = nn.Parameter(torch.zeros(c))
+        self.modulation = nn.Linear(c, 6 * c)
+        self.blocks = nn.ModuleList(Block(sizes, i) for i in range(sizes.layers))
+        self.final_norm = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
+        self.final_modulation = nn.Linear(c, 2 * c)
+        self.head = nn.ModuleList(nn.Linear(c, p) for _ in sizes.modalities)
+        self.keep, self.keep_layout = nn.Linear(c, 1), nn.Linear(c, 1)
+        for layer in (
+            self.modulation,
+            self.final_modulation,
+            *self.head,
+            self.keep,
+            self.keep_layout,
+            self.seen_embed,
+            *self.layout_embed,
+        ):
+            nn.init.zeros_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        self.neighbours_N9: Tensor
+        self.rays_NR: Tensor
+        self.register_buffer("neighbours_N9", neighbourhoods(sizes), persistent=False)
+        self.register_buffer("rays_NR", ray_features(sizes), persistent=False)
+        ends = [
+            max(plane.tokens.stop for plane in sizes.planes if plane.modality == modality)
+            for modality in sizes.modalities
+        ]
+        self._modality_tokens = [slice(a, b) for a, b in pairwise([0, *ends])]
+        self._rotary = RotaryTables(sizes)
+
+    @property
+    def codec(self) -> Codec:
+        """From video to latents and back.
+
+        Raises:
+            ValueError: the model has none yet.
+        """
+        if self._codec is None:
+            raise ValueError("this model has no autoencoder; set model.codec, or read both with WorldModel.load")
+        return self._codec
+
+    @codec.setter
+    def codec(self, codec: Codec) -> None:
+        self._codec = codec
+        self.reprojection.take(codec)
+        self._move_codec()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WorldModel:
+        applied: WorldModel = super()._apply(fn, recurse)
+        self._move_codec()
+        return applied
+
+    def _move_codec(self) -> None:
+        """The autoencoders are not among the model's own parameters, but go where it goes."""
+        for autoencoder in self._codec.autoencoders.values() if self._codec else ():
+            nn.Module.to(autoencoder, self.device)
+
+    @classmethod
+    def of(cls, sizes: WorldConfig) -> WorldModel:
+        """A model of these sizes, with random weights."""
+        return cls(**sizes.to_dict())
+
+    def forward(
+        self,
+        x_BFNP: Tensor,
+        *,
+        sigma: float | Tensor,
+        action_BFA: Tensor | None,
+        cache: KVCache | KVBatch | None = None,
+        write: bool = False,
+    ) -> Tensor:
+        """Predict clean latents.
+
+        Args:
+            x_BFNP: noisy latents, `Codec.encode`'s layout.
+            sigma: noise level in [0, 1], a number or one per row ``[B]``.
+            action_BFA: the normalised action of each latent frame; frames not yet commanded hold the newest. None: any
+                (the other branch of classifier-free guidance).
+            cache: the KV cache of the stream, or those of a stream per row; its windows are attended to.
+            write: commit this pass's keys and values to the cache (the clean pass of the KV update).
+        """
+        b, f, n, _ = x_BFNP.shape
+        dtype = self.keep.weight.dtype
+        sigma_B = torch.as_tensor(sigma, dtype=torch.float32, device=x_BFNP.device).expand(b)
+        action = self.no_action_C.expand(b, f, -1)
+        if action_BFA is not None:
+            action = self.action_mlp(action_features(action_BFA.float()).to(dtype))
+        condition_BFC = F.silu(self.sigma_mlp(sigma_features(sigma_B).to(dtype))[:, None] + action)
+        shared = Pass(
+            modulation_BF6C=self.modulation(condition_BFC).unflatten(-1, (6, -1)),
+            rotary_temporal=self._rotary.temporal(cache.starts if cache else (0,), f, x_BFNP.device, dtype),
+            rotary_cross=self._rotary.cross(x_BFNP.device, dtype),
+            cache=cache,
+            write=write,
+        )
+        hidden_BFNC = self._each(self.embed, x_BFNP.to(dtype)) + self.ray_mlp(self.rays_NR.to(dtype))
+        expected = self._expected(cache, action_BFA, f) if cache is not None else None
+        if expected is not None:
+            # What stands still is looked up: attention alone takes long to learn where to look.
+            expected_BFNP, seen_BFN1, layout_BFNP = (x.to(dtype) for x in expected)
+            around_BFN9P = F.pad(expected_BFNP, (0, 0, 0, 1))[:, :, self.neighbours_N9]
+            hidden_BFNC = (
+                hidden_BFNC + self._each(self.last_embed, around_BFN9P.flatten(3)) + self.seen_embed(seen_BFN1)
+            ) + self._each(self.layout_embed, layout_BFNP)
+        hidden = hidden_BFNC.view(b, f * n, -1)
+        for block in self.blocks:
+            hidden = block(hidden, shared)
+        if cache is not None and write:
+            cache.commit(x_BFNP, action_BFA)
+        shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
+        final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
+        clean = self._each(self.head, final_BFNC)
+        if expected is not None:
+            # Much of a picture is as expected: the blocks need not carry it through.
+            clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), expected_BFNP)
+            clean = torch.addcmul(clean, self.keep_layout(final_BFNC), layout_BFNP)
+        return clean
+
+    def _expected(self, cache: KVCache | KVBatch, action_BFA: Tensor | None, frames: int) -> Expected | None:
+        """What the latent frames would be if the world stood still, of each token the share that is known from there,
+        and the layout; without an action, what they were, and nothing is known."""
+        if cache.last is None:
+            return None
+        if action_BFA is None:
+            last_BFNP = cache.last[:, None].expand(-1, frames, -1, -1)
+            nothing = last_BFNP.new_zeros(1)
+            return last_BFNP, nothing.expand(*last_BFNP.shape[:3], 1), nothing.expand_as(last_BFNP)
+        return cache.expect(action_BFA, self.reprojection)
+
+    def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
+        """Every modality's tokens ``[..., N, *]`` through its own layer."""
+        parts = zip(layers, self._modality_tokens, strict=True)
+        return torch.cat([layer(x[..., tokens, :]) for layer, tokens in parts], -2)
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.sizes.context)
+
+    def holdover_slots(self) -> list[Slot]:
+        """Where `holdover.attach` finds the blocks, and attention and MLP within them."""
+        slots = [Slot(block, taps={"modulated": Block.modulated}, rows=take_rows) for block in self.blocks]
+        for block in self.blocks:
+            if block.temporal:
+                slots.append(Slot(block, method="attend_temporal", kind="temporal"))
+            else:
+                slots.append(Slot(block, method="attend_cross", kind="spatial"))
+            slots.append(Slot(block, method="mlp", kind="mlp"))
+        return slots
+
+    def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
+        return self.sizes.view_groups
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: torch.dtype | None = None) -> WorldModel:
+        """Read a model and its codec, in evaluation mode.
+
+        A student may lie in its teacher's folder, as the difference from it (`write_difference`).
+
+        Args:
+            dtype: of the weights; by default what the CPU is fast in (`fast_dtype`).
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: the folder does not hold a world model, or not one of this version.
+        """
+        if (folder / DIFFERENCE).is_file():
+            model = cls.load(folder.parent, dtype=dtype)
+            add_difference(model, folder)
+            return model
+        if not (folder / cls.config_name).is_file():
+            raise FileNotFoundError(f"no world model in {folder}; train one with `holdover world train`")
+        model = read_network(cls, folder, dtype or fast_dtype())
+        model.codec = Codec.load(folder, model.sizes, dtype=dtype)
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Write weights (bfloat16), configuration and codec to a folder, each file whole or not at all."""
+        write_network(self, folder)
+        if self._codec:
+            self._codec.save(folder)
+
+
+def group_tokens(config: WorldConfig) -> list[list[slice]]:
+    """Per group of cameras, and modality, where its tokens lie."""
+    found = []
+    for group in config.groups:
+        planes = [plane for plane in config.planes if plane.camera in group]
+        by_modality = ([p.tokens for p in planes if p.modality == modality] for modality in config.modalities)
+        found.append([slice(tokens[0].start, tokens[-1].stop) for tokens in by_modality])
+    return found

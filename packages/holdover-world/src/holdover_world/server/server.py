@@ -1,0 +1,133 @@
+"""Running the server: where it listens, how it logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import ParamSpec, TypeVar
+
+import uvicorn
+
+from holdover_world.server.access import Access, is_loopback
+from holdover_world.server.app import create_app
+from holdover_world.server.hub import Hub
+from holdover_world.server.protocol import MAX_MESSAGE
+from holdover_world.server.seats import Limits
+from holdover_world.sessions.world import World
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ThisThread(Executor):
+    """Does its work on the thread that calls `run`, until it is shut down; what is submitted after that is refused."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+    def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        if self._closed:
+            raise RuntimeError("the server is shutting down")
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._work.put(work)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._closed = True
+        self._work.put(None)
+
+    def run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per line; what a record carries as ``fields`` stands beside its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def serve(
+    world: World,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tokens: list[str] | None = None,
+    limits: Limits | None = None,
+    folder: Path,
+    durable: bool = False,
+) -> None:
+    """Serve a world until SIGINT or SIGTERM: then finish the generation in flight and park the sessions.
+
+    The world runs on the calling thread, which must be the main one, and the server beside it: elsewhere the threads of
+    OpenMP sleep between operations, by which a generation took twice as long on two cores.
+
+    Args:
+        world: what is served.
+        host, port: where to listen.
+        tokens: who may use it; none are needed where only this machine reaches the server.
+        limits: what users may take.
+        folder: for parked sessions and snapshots; sessions found there are taken up again.
+        durable: write every session after each generation.
+
+    Raises:
+        ValueError: other machines reach the host and there are no tokens.
+    """
+    if not tokens and not is_loopback(host):
+        raise ValueError(f"host={host!r} is reached by others, and there are no tokens; give a file of tokens")
+    this = ThisThread()
+    app = create_app(Hub(world, limits=limits, folder=folder, durable=durable, thread=this), Access(tokens or ()))
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name in ("holdover_world.server", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, access_log=False, ws_max_size=MAX_MESSAGE, ws="websockets-sansio",
+        timeout_graceful_shutdown=30, server_header=False,
+    )  # fmt: skip
+    server, ended = uvicorn.Server(config), list[BaseException]()
+
+    def listen() -> None:
+        try:
+            server.run()
+        except BaseException as error:  # the exit of a server that could not start, too
+            ended.append(error)
+        finally:
+            this.shutdown()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
+    listening = Thread(target=listen, name="holdover-server")
+    listening.start()
+    this.run()
+    listening.join()
+    if ended:
+        raise ended[0]

@@ -1,0 +1,354 @@
+"""One closed loop that a user owns: reset, step, fork, snapshot, restore, close; and many in one pass. No network."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
+from holdover.engine.trace import Decision
+from holdover_world.loop import driver
+from holdover_world.loop.closed_loop import ClosedLoop, LoopState
+from holdover_world.scene.cameras import FPS
+from holdover_world.sessions.world import World
+
+FORMAT = "session 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSnapshot:
+    """Where a session stood: tensors, and everything else in JSON's terms. Restore it here or in another process."""
+
+    plain: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one ``.safetensors`` file, whole or not at all."""
+        write_tensors(Path(path), {"format": FORMAT, **self.plain}, self.tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SessionSnapshot:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not the snapshot of a session, or of another format.
+        """
+        plain, tensors = read_tensors(Path(path), "write one with session.snapshot().save(path)", format=FORMAT)
+        return cls(plain=plain, tensors=tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What a session made of one action.
+
+    Attributes:
+        index: the number of the generation, from 0 at the reset.
+        frames: per camera ``uint8 [T, height, width, 3]``.
+        decisions: of every block of its passes.
+        exact: whether every block was computed.
+        seconds: of the batch it was made in.
+        batch: sessions in that batch.
+        depth: per camera ``float32 [T, height, width]``, metres along the viewing axis, where the world gives any.
+    """
+
+    index: int
+    frames: Mapping[str, NDArray[np.uint8]]
+    decisions: Sequence[Decision]
+    exact: bool
+    seconds: float
+    batch: int
+    depth: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+
+class Kept(NamedTuple):
+    """What puts a session back to where it stood before a generation."""
+
+    state: LoopState
+    backup: str | None
+
+
+class WorldSession:
+    """One video of a world, driven action by action. It owns KV cache, held residuals, noise and clock.
+
+    Args:
+        world: the model it runs on.
+        policy: one of the world's; its first by default.
+
+    `reset` or `restore` begins the video. Every generation completes and is committed, or leaves the session as it was.
+    Use as a context manager, or `close` it.
+    """
+
+    def __init__(self, world: World, *, policy: str | None = None) -> None:
+        self.world, self.policy = world, policy or world.default_policy
+        world.lane(self.policy)
+        self.scenario: str | None = None
+        self.seed = 0
+        self._stream: str | None = world.stream()
+        self._loop: ClosedLoop | None = None
+        self._ran = False  # since when its cache holds something of this session
+
+    def __enter__(self) -> WorldSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def loop(self) -> ClosedLoop:
+        """The loop it drives.
+
+        Raises:
+            ValueError: the session was not begun, or is closed.
+        """
+        if self._loop is None:
+            raise ValueError("the session has no video; call reset(scenario, seed) or restore(snapshot)")
+        return self._loop
+
+    @property
+    def generation(self) -> int:
+        """The number of the next generation."""
+        return self.loop.generation
+
+    @property
+    def seconds(self) -> float:
+        """The clock: seconds of video since the reset."""
+        return self.generation * self.world.model.sizes.frames_per_latent / FPS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors; what forks share counts for each."""
+        held = self.world.lane(self.policy)[1].stats(self._name).bytes_held if self._ran else 0
+        return held + sum(tensor.nbytes for tensor in self.loop.state.tensors().values())
+
+    def reset(self, scenario: str, seed: int = 0) -> None:
+        """Begin a video anew.
+
+        Raises:
+            ValueError: the world has no such scenario, or the seed is not one.
+        """
+        if scenario not in self.world.starts:
+            raise ValueError(f"scenario {scenario!r} is not one of {', '.join(self.world.starts)}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2**63 - 1")
+        stream, start = self._name, self.world.starts[scenario]
+        model, cache = self.world.lane(self.policy)
+        loop = ClosedLoop(
+            model,
+            start.latents,
+            start.actions,
+            config=self.world.loop,
+            seed=seed,
+            cache=cache,
+            stream=stream,
+            track=start.track,
+        )
+        cache.trace.clear()
+        cache.reset(stream)
+        self._loop, self._ran, self.scenario, self.seed = loop, False, scenario, seed
+
+    def step(self, action: Sequence[float] | Tensor) -> Generation:
+        """Generate the next piece of video under ``action``, the newest normalised command ``[A]``.
+
+        Raises:
+            ValueError: the action is not the numbers the model takes; the session is as it was.
+        """
+        result = advance([self], [action])[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def fork(self) -> WorldSession:
+        """Another session that goes on from here; neither touches the other. They share memory until they diverge."""
+        twin = WorldSession(self.world, policy=self.policy)
+        model, cache = self.world.lane(self.policy)
+        twin._loop = ClosedLoop.resume(model, self.loop.state, config=self.loop.config, cache=cache, stream=twin._name)
+        if self._ran:
+            cache.fork(self._name, twin._name)
+        twin.scenario, twin.seed, twin._ran = self.scenario, self.seed, self._ran
+        return twin
+
+    def use(self, policy: str) -> None:
+        """Go on under another policy; what was held over is given up.
+
+        Raises:
+            ValueError: the world does not offer it.
+        """
+        model, cache = self.world.lane(policy)
+        if policy == self.policy:
+            return
+        loop = ClosedLoop.resume(model, self.loop.state, config=self.loop.config, cache=cache, stream=self._name)
+        self._forget()
+        self._loop, self.policy = loop, policy
+
+    def snapshot(self) -> SessionSnapshot:
+        """Where the session stands."""
+        tensors = {f"loop.{name}": tensor for name, tensor in self.loop.state.tensors().items()}
+        held = None
+        if self._ran:
+            snapshot = self.world.lane(self.policy)[1].snapshot(self._name)
+            held = {"policy": snapshot.policy, "model": snapshot.model, "stream": snapshot.stream}
+            tensors |= {f"held.{name}": tensor for name, tensor in snapshot.tensors.items()}
+        plain = {
+            "scenario": self.scenario,
+            "seed": self.seed,
+            "policy": self.policy,
+            "model": self.world.digest,
+            "loop": asdict(self.loop.config),
+            "held": held,
+        }
+        return SessionSnapshot(plain=plain, tensors=tensors)
+
+    def restore(self, snapshot: SessionSnapshot) -> None:
+        """Go on from a snapshot, bit by bit.
+
+        Raises:
+            ValueError: it was taken of another model, policy or cadence; the session is as it was.
+        """
+        plain, config = snapshot.plain, self.world.loop
+        if plain["model"] != self.world.digest:
+            raise ValueError("the snapshot was taken of another model; restore it where that model is served")
+        if plain["loop"] != asdict(config):
+            raise ValueError(f"the snapshot was taken under {plain['loop']}, this world runs {asdict(config)}")
+        model, cache = self.world.lane(plain["policy"])
+        own = {n[5:]: t.to(self.world.device) for n, t in snapshot.tensors.items() if n.startswith("loop.")}
+        own["noise_source"] = own["noise_source"].cpu()
+        state = LoopState.from_tensors(own, capacity=model.sizes.context)
+        loop = ClosedLoop.resume(model, state, config=config, cache=cache, stream=self._name)
+        if (held := plain["held"]) is not None:
+            if held["policy"] != repr(self.world.policies[plain["policy"]]):
+                raise ValueError(f"the snapshot was taken under {held['policy']}; offer it as {plain['policy']!r}")
+            tensors = {name[5:]: tensor for name, tensor in snapshot.tensors.items() if name.startswith("held.")}
+            self._forget()
+            cache.restore(self._name, Snapshot(**held, tensors=tensors))
+        else:
+            self._forget()
+        self._loop, self._ran, self.policy = loop, held is not None, plain["policy"]
+        self.scenario, self.seed = plain["scenario"], plain["seed"]
+
+    def close(self) -> None:
+        """Free what the session holds; closing again does nothing."""
+        if self._stream is None:
+            return
+        self._forget()
+        self.world.free(self._stream)
+        self._loop = self._stream = None
+
+    def command(self, action: Sequence[float] | Tensor) -> Tensor:
+        """An action as the model takes it, ``[A]``.
+
+        Raises:
+            ValueError: it is not that many finite numbers in [-1, 1].
+        """
+        dims = self.world.model.sizes.action_dims
+        try:
+            values = [float(value) for value in action]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"action={action!r} is not numbers; give {dims} in [-1, 1]") from error
+        if len(values) != dims or not all(math.isfinite(value) and -1 <= value <= 1 for value in values):
+            raise ValueError(f"action={values}: give {dims} finite numbers in [-1, 1]")
+        return torch.tensor(values)
+
+    def keep(self) -> Kept:
+        """Remember where the session stands, until `commit` or `put_back`."""
+        backup = f"{self._name} before" if self._ran else None
+        if backup is not None:
+            self.world.lane(self.policy)[1].fork(self._name, backup)
+        return Kept(self.loop.state, backup)
+
+    def put_back(self, kept: Kept) -> None:
+        """Back to where `keep` was called."""
+        cache = self.world.lane(self.policy)[1]
+        self.loop.state = kept.state
+        cache.reset(self._name)
+        if kept.backup is not None:
+            cache.fork(kept.backup, self._name)
+            cache.reset(kept.backup)
+
+    def commit(self) -> None:
+        """A generation completed: what `keep` remembered is let go."""
+        self.world.lane(self.policy)[1].reset(f"{self._name} before")
+        self._ran = True
+
+    @property
+    def _name(self) -> str:
+        if self._stream is None:
+            raise ValueError("the session is closed")
+        return self._stream
+
+    def _forget(self) -> None:
+        self.world.lane(self.policy)[1].reset(self._name)
+        self._ran = False
+
+
+def advance(
+    sessions: Sequence[WorldSession], actions: Sequence[Sequence[float] | Tensor]
+) -> list[Generation | Exception]:
+    """One generation of every session of a world, as many of them in one forward pass as go together.
+
+    Each completes, or leaves its session as it was and gives its error; one that fails does not stop the others.
+
+    Raises:
+        ValueError: an action is not the numbers the model takes; nothing has been generated then.
+    """
+    commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
+    results: dict[int, Generation | Exception] = {}
+    for members in driver.batches([session.loop for session in sessions]):
+        made = _advance([sessions[n] for n in members], [commands[n] for n in members])
+        results |= zip(members, made, strict=True)
+    return [results[n] for n in range(len(sessions))]
+
+
+def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[Generation | Exception]:
+    """The same, of sessions that go together."""
+    world, started = sessions[0].world, perf_counter()
+    cache = world.lane(sessions[0].policy)[1]
+    kept = [session.keep() for session in sessions]
+    try:
+        pieces = driver.advance([session.loop for session in sessions], commands)
+        shown = [(world.frames(piece), world.depth(piece)) for piece in pieces]
+    except BaseException as error:
+        for session, state in zip(sessions, kept, strict=True):
+            session.put_back(state)
+        cache.trace.clear()
+        if not isinstance(error, Exception):
+            raise
+        if len(sessions) == 1:
+            return [error]
+        # Whose fault it was is not known: each for itself.
+        return [_advance([one], [command])[0] for one, command in zip(sessions, commands, strict=True)]
+    decisions: dict[str, list[Decision]] = {}
+    for decision in cache.trace:
+        decisions.setdefault(decision.stream, []).append(decision)
+    cache.trace.clear()
+    seconds = perf_counter() - started
+    results: list[Generation | Exception] = []
+    for session, piece, (frames, depth) in zip(sessions, pieces, shown, strict=True):
+        session.commit()
+        results.append(
+            Generation(
+                index=session.generation - 1,
+                frames=frames,
+                depth=depth,
+                decisions=decisions.get(session.loop.stream, []),
+                exact=piece.exact,
+                seconds=seconds,
+                batch=len(sessions),
+            )
+        )
+    return results

@@ -1,0 +1,142 @@
+"""`holdover world`: recording clips, training and evaluating world models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from holdover.cli.common import Benchmarks, Model, Seed, keep_memory, load, plain_errors, show, typer
+
+if TYPE_CHECKING:
+    from holdover_world.training.trainer import Schedule
+
+S = TypeVar("S", bound="Schedule")
+
+world = typer.Typer(no_args_is_help=True, help="Record clips; train and evaluate world models.")
+
+
+@world.command()
+def record(
+    scenario: Annotated[str, typer.Option(help="urban, highway, uturn, or straight: a highway without bends.")],
+    out: Annotated[Path, typer.Option(help="The folder for the clips; finished ones are kept.")],
+    clips: Annotated[int, typer.Option(help="How many.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the first clip; the others count on.")] = 0,
+    frames: Annotated[int, typer.Option(help="Per clip, 12 a second.")] = 240,
+    depth: Annotated[bool, typer.Option(help="Record depth as well.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+) -> None:
+    """Record clips of the scripted driver in the simulator."""
+    with plain_errors():
+        from holdover_world.simulator.record import record as run
+
+        run(scenario, clips, out, seed=seed, frames=frames, depth=depth, workers=workers)
+        typer.echo(f"{clips} {scenario} clips in {out}")
+
+
+@world.command()
+def train_autoencoder(
+    data: Annotated[Path, typer.Option(help="A folder of clips.")],
+    out: Annotated[Path, typer.Option(help="The folder of the autoencoders; an interrupted run goes on.")],
+    modality: Annotated[str, typer.Option(help="colour or depth.")] = "colour",
+    heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the schedule's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Videos per camera and step. By default the schedule's.")] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+) -> None:
+    """Train the autoencoder of colour or of depth, or continue; each has a folder of its own in OUT, with a curve."""
+    with plain_errors():
+        keep_memory()
+        from holdover.report.plots import plot_training
+        from holdover_world.training.train_autoencoder import SCHEDULES
+        from holdover_world.training.train_autoencoder import train_autoencoder as run
+        from holdover_world.training.trainer import read_log
+
+        if modality not in SCHEDULES:
+            raise ValueError(f"modality {modality!r} is not one of {', '.join(SCHEDULES)}")
+        schedule = _with(SCHEDULES[modality], steps=steps, batch=batch)
+        weights = run(data, out / modality, schedule, heldout=heldout, depth=modality == "depth", device=device)
+        plot_training(weights / "curve.png", list(read_log(weights)))
+        typer.echo(f"weights: {weights}\ncurve: {weights / 'curve.png'}")
+
+
+@world.command()
+def train(
+    data: Annotated[Path, typer.Option(help="A folder of clips.")],
+    out: Annotated[Path, typer.Option(help="The folder for weights, log and curve; an interrupted run goes on.")],
+    autoencoders: Annotated[
+        Path | None, typer.Option(help="What train-autoencoder wrote. Default: the checkpoint's, or the shipped ones.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="tiny, small, base or xworld-5b.")] = "small",
+    camera: Annotated[list[str] | None, typer.Option(help="One to train on, again for more. Default: all.")] = None,
+    depth: Annotated[bool, typer.Option(help="Draw depth as well as colour.")] = True,
+    heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint to begin with. Default: the teacher, or none.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint to distil into one of four steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data, noise and weights. By default the recipe's.")] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+) -> None:
+    """Train a world model, or continue; writes the model, log.jsonl and curve.png."""
+    with plain_errors():
+        keep_memory()
+        from holdover.report.plots import plot_training
+        from holdover_world.codec.latents import Codec
+        from holdover_world.config import CONFIGS, config_for
+        from holdover_world.loop.scenarios import shipped_model
+        from holdover_world.training.recipe import STUDENT, Recipe
+        from holdover_world.training.train import train as run
+        from holdover_world.training.trainer import read_log
+
+        if size not in CONFIGS:
+            raise ValueError(f"size {size!r} is not one of {', '.join(CONFIGS)}")
+        sizes = config_for(size, data, cameras=camera, depth=depth)
+        codec = Codec.load(autoencoders or teacher or start_from or shipped_model(), sizes)
+        recipe = _with(STUDENT if teacher else Recipe(), steps=steps, batch=batch, seed=seed)
+        weights = run(
+            data, out, recipe, codec=codec, heldout=heldout, start_from=start_from, teacher=teacher, device=device
+        )
+        plot_training(out / "curve.png", list(read_log(out)))
+        typer.echo(f"weights: {weights}\ncurve: {out / 'curve.png'}")
+
+
+def _with(schedule: S, **given: int | None) -> S:
+    """A schedule with the numbers that were given."""
+    return replace(schedule, **{name: value for name, value in given.items() if value is not None})
+
+
+@world.command("eval")
+def evaluate(
+    clips: Annotated[Path, typer.Option(help="Held-out clips to drive.")],
+    data: Annotated[Path, typer.Option(help="Other clips, from which to learn to read motion back.")],
+    out: Benchmarks = Path("benchmarks"),
+    model: Model = None,
+    per_scenario: Annotated[int, typer.Option(help="Clips of every scenario.")] = 2,
+    generations: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 66,
+    steps: Annotated[int, typer.Option(help="Denoising passes of a generation.")] = 4,
+    guidance: Annotated[float, typer.Option(help="On the action: 1 for none.")] = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """The world model against the simulator: fidelity, drift, obedience, and whether its cameras agree."""
+    with plain_errors():
+        keep_memory()
+        from holdover.report.progress import bar
+        from holdover_world.measure.evaluate import card_name, run_evaluation
+
+        with bar() as progress:
+            figures = run_evaluation(
+                load(model, steps)[0],
+                out,
+                clips=clips,
+                data=data,
+                per_scenario=per_scenario,
+                generations=generations,
+                steps=steps,
+                guidance=guidance,
+                seed=seed,
+                progress=progress,
+            )
+        show(out / f"{card_name(steps, guidance)}.md", figures)

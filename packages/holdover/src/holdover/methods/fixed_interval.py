@@ -1,0 +1,52 @@
+"""A fixed schedule: the control that every adaptive method must beat at the same number of computed spans."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from holdover.methods.parts.gates import Open
+from holdover.methods.parts.guards import Anchors, AnyOf, Guard, Interval, KVProtection, Protection, WarmUp, one_of
+from holdover.methods.parts.predictors import Residual
+from holdover.methods.parts.spans import EachBlock, OneSpan
+from holdover.methods.policy import Policy
+
+
+def fixed_interval(
+    *,
+    every: int = 4,
+    over: Literal["steps", "generations"] = "generations",
+    span: Literal["block", "all"] = "block",
+    front_anchors: int = 1,
+    back_anchors: int = 0,
+    warmup: int = 1,
+    protection: Protection = "generation",
+) -> Policy:
+    """Compute at fixed intervals and hold residuals over in between.
+
+    Args:
+        every: over steps, passes 0, every, 2·every, ... of each generation are computed; over generations, a slot is
+            reused until it was computed ``every`` generations ago.
+        over: ``"steps"`` holds over within a generation, ``"generations"`` from one to the next at the same pass index.
+        span: hold the residual of each ``"block"``, or one of ``"all"`` blocks between the anchors.
+        front_anchors, back_anchors: first and last blocks that are always computed.
+        warmup: generations at a stream's start that are computed.
+        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    one_of("protection", protection, ("generation", "pass"))
+    one_of("span", span, ("block", "all"))
+    guards: list[Guard] = [WarmUp(warmup)]
+    if protection == "generation":
+        guards.append(KVProtection())
+    guards += [Anchors(front_anchors, back_anchors), Interval(every, over)]
+    return Policy(
+        name="fixed_interval",
+        spans=OneSpan(front_anchors=front_anchors, back_anchors=back_anchors) if span == "all" else EachBlock(),
+        guard=AnyOf(tuple(guards)),
+        gate=Open(),
+        predictor=Residual(),
+        per_index=over == "generations",
+        lifetime="stream" if over == "generations" else "generation",
+    )

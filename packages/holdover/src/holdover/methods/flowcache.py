@@ -1,0 +1,39 @@
+"""FlowCache (arXiv 2602.10825): of the chunks in flight, each at a noise level of its own, each is judged by itself."""
+
+from __future__ import annotations
+
+from holdover.methods.parts.gates import Accumulate
+from holdover.methods.parts.guards import Protection, for_steps
+from holdover.methods.parts.predictors import Residual
+from holdover.methods.parts.signals import RelativeChange
+from holdover.methods.parts.spans import ProbeAndTail
+from holdover.methods.policy import Policy
+
+
+def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: Protection = "pass") -> Policy:
+    """Reuse a chunk's residual of all blocks while what enters them has changed little since it was computed.
+
+    For loops in which a chunk begins before the one before it is done, so that chunks at staggered noise levels take
+    turns: every pass says which chunk it is of. From step to step of a chunk the relative change (L1) of the embedded
+    input is summed; the blocks are computed once the sum reaches the threshold, which resets it.
+
+    Left open and chosen here: the chunk's own last step is not forced, as it is not in the released code; the paper's
+    compression of the KV cache is no part of this.
+
+    Args:
+        threshold: ε, of the sum.
+        retain: first steps of a chunk that are computed, by number or, as a float, as a share of the steps.
+        protection: ``"generation"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    return Policy(
+        name="flowcache",
+        spans=ProbeAndTail(0),
+        guard=for_steps(retain=retain, last=False, protection=protection),
+        gate=Accumulate(metric="change", threshold=threshold),
+        signal=RelativeChange("input", follows=True),
+        predictor=Residual(),
+        lifetime="generation",
+    )

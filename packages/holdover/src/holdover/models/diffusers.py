@@ -1,0 +1,171 @@
+"""The video and world transformers of diffusers >= 0.40, known by name: nothing of diffusers is imported."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from holdover.models.host import Host
+
+
+def patches(model: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    """Latents ``[..., H, W]``, cut into patches."""
+    size = model.config.patch_size
+    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    return hidden_states.shape[-2] // height, hidden_states.shape[-1] // width
+
+
+def packed(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    """Latents packed into tokens, whose height and width the model is told."""
+    told = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return told["height"], told["width"]
+
+
+def modulated(block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *args: Any) -> Tensor:
+    """Wan and its kin: ``temb`` is ``[B, 6, C]``, or ``[B, L, 6, C]`` where tokens differ in noise."""
+    shift, scale = (block.scale_shift_table + temb.float()).unbind(-2)[:2]
+    if temb.dim() == 3:
+        shift, scale = shift[:, None], scale[:, None]
+    output: Tensor = block.norm1(hidden_states.float()) * (1 + scale) + shift
+    return output
+
+
+def modulated_ltx(block: Any, *, hidden_states: Tensor, temb: Tensor, **kwargs: Any) -> Tensor:
+    values = block.scale_shift_table + temb.unflatten(-1, (len(block.scale_shift_table), -1))
+    shift, scale = values.unbind(-2)[:2]
+    output: Tensor = block.norm1(hidden_states) * (1 + scale) + shift
+    return output
+
+
+def modulated_hunyuan(block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *a: Any) -> Any:
+    return block.norm1(hidden_states, emb=temb)[0]
+
+
+def modulated_cosmos(
+    block: Any, hidden_states: Tensor, encoder_hidden_states: Any, embedded_timestep: Tensor, temb: Tensor, *args: Any
+) -> Any:
+    return block.norm1(hidden_states, embedded_timestep, temb)[0]
+
+
+def first_three(
+    rows: Sequence[int], hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *shared: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hidden state, text and modulation have a row per video; what follows is shared."""
+    chosen = list(rows)
+    return (hidden_states[chosen], encoder_hidden_states[chosen], temb[chosen], *shared), {}
+
+
+def far_block_writes(block: nn.Module, *args: Any) -> bool:
+    flags = args[6] if len(args) > 6 else None
+    return bool(flags and flags["is_cache_step"])
+
+
+def far_writes(model: nn.Module, *args: Any, kv_cache_flag: dict[str, Any] | None = None, **kwargs: Any) -> bool:
+    return bool(kv_cache_flag and kv_cache_flag["is_cache_step"])
+
+
+def refiner_writes(module: nn.Module, *args: Any, kv_cache_mode: str | None = None, **kwargs: Any) -> bool:
+    """SANA-WM's refiner and its blocks: of the sink and of each chunk once it is refined."""
+    return kv_cache_mode in ("capture_pre_rope", "inject_and_capture_post_rope")
+
+
+def _wan(model: str, family: str, **more: Any) -> Host:
+    """A model of Wan's blocks: ``block(hidden_states, encoder_hidden_states, temb, ...)``."""
+    fields = {
+        "blocks": ("blocks",),
+        "taps": {"modulated": modulated},
+        "rows": first_three,
+        "grid": patches,
+        "condition": ("encoder_hidden_states", "encoder_hidden_states_image"),
+    }
+    return Host(model=model, family=family, **{**fields, **more})
+
+
+DIFFUSERS = (
+    _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", tested="pipeline"),
+    _wan("WanVACETransformer3DModel", "Wan VACE"),
+    # What is taken from the face enters between blocks.
+    _wan("WanAnimateTransformer3DModel", "Wan Animate"),
+    _wan("ChronoEditTransformer3DModel", "ChronoEdit"),
+    _wan("SkyReelsV2Transformer3DModel", "SkyReels-V2, diffusion forcing too"),
+    # Its tokens begin with a history of other sizes, and each video has a rotary embedding of its own.
+    _wan("HeliosTransformer3DModel", "Helios", grid=None, rows=None),
+    _wan("AnyFlowTransformer3DModel", "AnyFlow"),
+    _wan(
+        "AnyFlowFARTransformer3DModel",
+        "AnyFlow FAR, chunk-causal with a KV cache",
+        rows=None,  # the KV cache counts its batch on another axis
+        block_kv_update=far_block_writes,
+        kv_update=far_writes,
+        autoregressive=True,
+        tested="pipeline",
+    ),
+    Host(
+        model="CosmosTransformer3DModel",
+        family="Cosmos 1, 2 and 2.5",
+        taps={"modulated": modulated_cosmos},
+        grid=patches,
+    ),
+    Host(
+        model="Cosmos3OmniTransformer",
+        family="Cosmos 3",
+        blocks=("layers",),
+        hidden="gen_seq",
+        returns=1,
+        condition=("input_ids",),
+        action="action_tokens",
+    ),
+    Host(
+        model="HunyuanVideoTransformer3DModel",
+        family="HunyuanVideo",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        taps={"modulated": modulated_hunyuan},
+        grid=patches,
+        condition=("encoder_hidden_states", "pooled_projections"),
+    ),
+    Host(
+        model="HunyuanVideo15Transformer3DModel",
+        family="HunyuanVideo 1.5",
+        taps={"modulated": modulated_hunyuan},
+        grid=patches,
+        condition=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
+    ),
+    # Its tokens begin with a history of other sizes.
+    Host(
+        model="HunyuanVideoFramepackTransformer3DModel",
+        family="FramePack",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        taps={"modulated": modulated_hunyuan},
+        condition=("encoder_hidden_states", "pooled_projections", "image_embeds"),
+    ),
+    Host(model="LTXVideoTransformer3DModel", family="LTX-Video", taps={"modulated": modulated_ltx}, grid=packed),
+    Host(
+        model="LTX2VideoTransformer3DModel",
+        family="LTX-2, video with sound",
+        grid=packed,
+        condition=("encoder_hidden_states", "audio_encoder_hidden_states"),
+    ),
+    Host(model="CogVideoXTransformer3DModel", family="CogVideoX", grid=patches, tested="pipeline"),
+    Host(model="MochiTransformer3DModel", family="Mochi", grid=patches),
+    Host(model="AllegroTransformer3DModel", family="Allegro", grid=patches),
+    Host(model="SanaVideoTransformer3DModel", family="SANA-Video", grid=patches),
+    Host(
+        model="SanaWMTransformer3DModel",
+        family="SANA-WM, camera-controlled",
+        blocks=("blocks",),
+        hidden="x",
+        action="camera_conditions",
+    ),
+    Host(
+        model="SanaWMLTX2RefinerTransformer3DModel",
+        family="SANA-WM's refiner, chunk-causal with a KV cache",
+        taps={"modulated": modulated_ltx},
+        block_kv_update=refiner_writes,
+        kv_update=refiner_writes,
+        autoregressive=True,
+        tested="pipeline",
+    ),
+)

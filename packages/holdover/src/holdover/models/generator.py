@@ -1,0 +1,86 @@
+"""A chunk-causal generator, as the closed loop of `holdover_world.loop.closed_loop` drives it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Predict(Protocol):
+    def __call__(
+        self, latents: Tensor, *, sigma: float, kv: Any, start: int, actions: Tensor, write: bool
+    ) -> Tensor | None:
+        """Run the generator's transformer once.
+
+        Args:
+            latents: noisy or, where ``write``, clean latents ``[B, C, F, H, W]``.
+            sigma: their noise level, 0 to 1.
+            kv: what ``new_kv`` returned.
+            start: latent frames before them.
+            actions: ``[B, F, A]``, those of these frames alone.
+            write: this is the clean pass, which writes the KV cache.
+
+        Returns:
+            Predicted clean latents ``[B, C, F, H, W]``; of a clean pass whatever there is.
+        """
+        ...
+
+
+@dataclass
+class History:
+    """One video's past: its KV cache, and what the loop needs of it."""
+
+    kv: Any
+    frames: int = 0
+    last: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Latent frames so far."""
+        return self.frames
+
+    def carried_out(self, action_BFA: Tensor) -> None:
+        """What was obeyed in the frames committed last: generators look nothing up that moves with it."""
+
+    def fork(self) -> History:
+        """A copy that shares nothing: generators write in place."""
+        return copy.deepcopy(self)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the latents: frames that are denoised together, rows and columns."""
+
+    window: int
+    rows: int
+    columns: int
+
+
+class Generator:
+    """Runs someone else's generator in `holdover_world.loop.closed_loop.ClosedLoop`, with every step told to the cache.
+
+    Args:
+        shape: of its latents.
+        new_kv: makes the KV cache of a new video.
+        predict: one pass of its transformer, the one that the cache is attached to.
+    """
+
+    def __init__(self, shape: Shape, *, new_kv: Callable[[], Any], predict: Predict) -> None:
+        self.sizes, self._new_kv, self._predict = shape, new_kv, predict
+
+    def new_cache(self) -> History:
+        return History(self._new_kv())
+
+    def __call__(
+        self, latents_BFNP: Tensor, *, cache: History, sigma: float, action_BFA: Tensor, write: bool = False
+    ) -> Tensor:
+        latents = latents_BFNP.unflatten(2, (self.sizes.rows, self.sizes.columns)).permute(0, 4, 1, 2, 3)
+        output = self._predict(latents, sigma=sigma, kv=cache.kv, start=cache.frames, actions=action_BFA, write=write)
+        if write:
+            cache.frames += latents_BFNP.shape[1]
+            cache.last = latents_BFNP[:, -1].clone()
+        return latents_BFNP if write or output is None else output.permute(0, 2, 3, 4, 1).flatten(2, 3)

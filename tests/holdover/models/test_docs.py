@@ -1,0 +1,73 @@
+"""The examples of the README and of docs/own-model.md run as they are written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdover
+from tests.holdover.models import causal_wan, contracts, pipelines
+
+ROOT = Path(__file__).parents[2]
+
+
+def example(page: str, heading: str) -> str:
+    """The first block of Python under a heading."""
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    found = re.search(r"```python\n(.*?)```", text, re.S)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture
+def tiny_wan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A Wan pipeline whose weights need no download, and which makes small videos."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
+
+    class TinyWan(diffusers.WanPipeline):
+        def __call__(self, prompt: str) -> Any:
+            more = {"num_frames": 9, "num_inference_steps": 6, "max_sequence_length": 5, "output_type": "latent"}
+            generator = torch.Generator().manual_seed(0)
+            return super().__call__(prompt, height=64, width=96, generator=generator, **more)
+
+    pipe = pipelines.wan(kind=TinyWan)
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda name: pipe)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"), [("README.md", "A pipeline of diffusers"), ("docs/own-model.md", "Pipelines of diffusers")]
+)
+def test_the_example_with_a_pipeline(
+    page: str, heading: str, tiny_wan: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = tiny_wan("a car turns left").frames
+    names: dict[str, Any] = {"pipe": tiny_wan}
+    exec(example(page, heading), names)
+    assert names["video"].shape == expected.shape
+    assert names["enabled"].cache.stats().computed > 0
+    assert "skipped" in capsys.readouterr().out
+    names["enabled"].disable()
+    assert torch.equal(tiny_wan("a car turns left").frames, expected)
+
+
+def test_the_example_with_a_model_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
+    contract = contracts.CONTRACTS[0]
+    model, state = contract.model(), contract.state()
+    noise = torch.randn(1, causal_wan.CHANNELS, causal_wan.CHUNK, causal_wan.ROWS, causal_wan.COLUMNS)
+    names = {
+        "holdover": holdover,
+        "model": model,
+        "slots": [holdover.Slot(f"blocks.{n}", hidden="x", writes_kv=True) for n in range(4)],
+        "actions": [(0.5, 0.0)] * 8,
+        "sigmas": (1.0, 0.5),
+        "predict": lambda sigma, action: contract.run(model, noise, sigma, 0, state),
+        "write_kv": lambda: contract.run(model, noise, 0.0, 0, state, clean=True),
+    }
+    exec(example("docs/own-model.md", "3. Say where each pass stands"), names)
+    assert names["cache"].stats().reused == 2 * 3 * 3 * 2  # cycles, generations, blocks but the anchor, steps
+    assert "reasons" in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""TaylorSeer, slowly: all outputs are kept, and the differences taken anew for every forecast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.holdover.naive.steps import StepTwin
+
+
+class TaylorSeer(StepTwin):
+    """``memory[group]`` lists the computed steps of a group of blocks and what left its last block."""
+
+    def __init__(self, *, every: int = 5, order: int = 1, span: str = "all", retain: Any = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.every, self.order, self.span, self.retain = every, order, span, retain
+
+    def block(self, number: int, x: Any, compute: Any) -> Any:
+        first, last = (0, self.blocks - 1) if self.span == "all" else (number, number)
+        if number == first:
+            self.now["reason"] = self.due(first)
+        reason = self.now["reason"]
+        history = self.now["memory"].setdefault(first, [])
+        step = self.now["fields"]["index"]
+        if reason == "reuse":
+            return self.note(number, reason, forecast(history[-1 - self.order :], step) if number == first else x)
+        y = compute(x)
+        if number == last:
+            history.append((step, y.clone()))
+        return self.note(number, reason, y)
+
+    def due(self, first: int) -> str:
+        reason = self.forced()
+        if reason in ("kv cycle", "retained"):
+            return reason
+        if self.now["fields"]["index"] % self.every == 0:
+            return "interval"
+        if reason == "condition":
+            return reason
+        return "reuse" if self.now["memory"].get(first) else "first"
+
+
+def forecast(history: list[Any], step: int) -> Any:
+    """Newest last."""
+    s0, y0 = history[-1]
+    k = step - s0
+    y = y0.clone()
+    if len(history) > 1:
+        s1, y1 = history[-2]
+        slope = (y0 - y1) / (s0 - s1)
+        y = y + slope * k
+    if len(history) > 2:
+        s2, y2 = history[-3]
+        bend = (slope - (y1 - y2) / (s1 - s2)) / (s0 - s1)
+        y = y + bend * (k * k / 2)
+    return y

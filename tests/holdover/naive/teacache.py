@@ -1,0 +1,30 @@
+"""TeaCache, slowly: sum the mapped change of the modulated input from step to step; compute once it is enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.holdover.naive.steps import TailTwin, change
+
+
+class TeaCache(TailTwin):
+    retain, computes_last = 1, True
+
+    def __init__(self, *, threshold: float = 0.1, polynomial: Any = (), **options: Any) -> None:
+        super().__init__(**options)
+        self.threshold, self.polynomial = threshold, polynomial
+
+    def decide(self, x: Any, compute: Any) -> tuple[str, dict[str, float]]:
+        memory, modulated = self.now["memory"], compute.modulated(x).clone()
+        reason, scores = self.forced(), {}
+        if reason is None:
+            moved = change(modulated, memory["modulated"])
+            memory["drift"] += np.polyval(self.polynomial, moved) if len(self.polynomial) else moved
+            scores = {"change": moved, "drift": memory["drift"], "threshold": self.threshold}
+            reason = "reuse" if memory["drift"] < self.threshold else "drift"
+        memory["modulated"] = modulated
+        if reason != "reuse":
+            memory["drift"] = 0.0
+        return reason, scores

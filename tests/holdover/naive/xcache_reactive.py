@@ -1,0 +1,48 @@
+"""X-Cache with the reactive gate of METHODS.md section 1: a new action recomputes the whole generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.holdover.naive.xcache import XCache, cosine
+
+
+class XCacheReactive(XCache):
+    """``exact_action`` is the action, per branch, of the latest generation in which nothing was reused."""
+
+    def __init__(self, *, scale: Any = 0.05, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = scale
+        self.exact_action: dict[str, Any] = {}
+        self.current: dict[str, dict[str, Any]] = {}
+
+    def runner(self, fields: dict[str, Any], run: Any) -> Any:
+        if fields.get("role") == "kv_update":
+            return super().runner(fields, run)
+        branch = fields["branch"]
+        current = self.current.get(branch)
+        if current is None or current["chunk"] != fields["chunk"]:
+            if current is not None and current["exact"] and current["passes"] == current["num_steps"]:
+                self.exact_action[branch] = current["action"]
+            current = {"chunk": fields["chunk"], "exact": True, "passes": 0, "action": fields["action"]}
+            self.current[branch] = current
+        before = len(self.decisions)
+        output = super().runner(fields, run)
+        current["passes"], current["num_steps"] = current["passes"] + 1, fields["num_steps"]
+        current["exact"] &= all(decision["computed"] for decision in self.decisions[before:])
+        return output
+
+    def forced(self, slot: Any, fields: dict[str, Any]) -> str | None:
+        reason = super().forced(slot, fields)
+        if reason is not None and reason not in ("condition", "first"):
+            return reason
+        known = self.exact_action.get(slot[0])
+        scales = [self.scale] * len(fields["action"]) if isinstance(self.scale, float) else list(self.scale)
+        moved = known is None or any(
+            abs(a - b) / scale >= 1 for a, b, scale in zip(fields["action"], known, scales, strict=True)
+        )
+        return "action" if moved else reason
+
+    def entries_cosine(self, slot: Any, fields: dict[str, Any], spatial: Any, mean: Any) -> float:
+        cosines = [cosine(a, b) for a, b in zip(spatial, self.spatial[slot], strict=True)]
+        return min(cosines + [cosine(a, b) for a, b in zip(mean, self.mean[slot], strict=True)])

@@ -1,0 +1,299 @@
+"""Layouts: what is known of a scene, how cameras see it, and where a stream is in it."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from holdover_world.codec.autoencoder import FRAMES
+from holdover_world.conditioning.drawn import GROUND, SKY, Around, draw
+from holdover_world.conditioning.motion import drive
+from holdover_world.conditioning.reprojection import _in_layout
+from holdover_world.conditioning.views import Move, View
+from holdover_world.config import camera_axes, camera_rays
+from holdover_world.loop.closed_loop import ClosedLoop, LoopState
+from holdover_world.loop.scenarios import shipped_clips
+from holdover_world.model.kv_cache import KVBatch, KVCache
+from holdover_world.scene.cameras import RIG, Camera
+from holdover_world.scene.clips import list_clips, read_clip, read_track
+from holdover_world.scene.depth import FAR
+from holdover_world.scene.layout import FILE, GROUNDS, METRES, Layout, Site, Track
+from holdover_world.simulator.scenes import build_scene
+from holdover_world.simulator.simulation import Simulation
+
+from .small import latents, small_layout, small_model
+
+CPU = torch.device("cpu")
+
+
+def ground_at(layout: Layout, x: float, y: float) -> str:
+    column, row = ((torch.tensor([x, y]) - layout.corner_2) / METRES).floor().long().tolist()
+    return list(GROUNDS)[int(layout.ground_GH[row, column])]
+
+
+def test_a_town_is_drawn_as_it_was_built() -> None:
+    """Places worked out by hand from the sizes in `holdover_world.simulator.town`."""
+    simulation = Simulation("urban", 4)
+    layout = simulation.layout()
+    assert ground_at(layout, 83.0, 83.0) == "asphalt"  # the middle of a junction
+    assert ground_at(layout, 83 + 15.0, 83.0) == "paint"  # the first dash of a street, from 14 to 18 metres
+    assert ground_at(layout, 83 + 20.0, 83.0) == "asphalt"
+    assert ground_at(layout, 83 + 30.0, 83 + 7.5) == "slabs"
+    assert ground_at(layout, 83 + 30.0, 83 + 5.95) == "kerb"
+    assert ground_at(layout, 83 + 41.5, 83 + 41.5) == "grass"  # behind the houses
+    # A zebra crossing: stripes along the street, 0.8 metres wide, as many bright as dark.
+    across = [ground_at(layout, 83 + 7.3, 83 + y) for y in np.arange(-5.7, 5.7, 0.2)]
+    assert 0.4 < across.count("paint") / len(across) < 0.6
+    assert sum(a != b for a, b in pairwise(across)) in range(12, 17)
+    kinds = layout.boxes_M10[:, 6] - layout.boxes_M10[:, 5]
+    assert int((kinds > 6).sum()) > 300  # houses without their shops
+    assert layout.poses_TC3.shape == (1, len(simulation.traffic.cars), 3)
+
+
+def test_a_layout_logs_where_the_cars_are() -> None:
+    simulation = Simulation("highway", 3)
+    for _ in range(5):
+        simulation.step(20.0, 0.0)
+    cars = [(car.x, car.y, car.yaw) for car in simulation.traffic.cars]
+    layout = simulation.layout()
+    torch.testing.assert_close(layout.cars([5])[0], torch.tensor(cars))
+    assert len(layout.poses_TC3) == 6
+    step = layout.poses_TC3[5] - layout.poses_TC3[4]
+    beyond = layout.cars([9])[0]
+    torch.testing.assert_close(beyond[:, :2], layout.poses_TC3[5, :, :2] + 4 * step[:, :2])
+    assert torch.equal(beyond[:, 2], layout.poses_TC3[5, :, 2])
+
+
+def test_the_road_without_bends_has_none() -> None:
+    for lane in build_scene("straight", 2).lanes:
+        assert np.ptp(lane.points[:, 1]) < 1e-9
+    assert np.ptp(build_scene("highway", 2).lanes[0].points[:, 1]) > 5
+
+
+def test_layouts_are_written_and_read(tmp_path: Path) -> None:
+    layout = small_layout()
+    assert Layout.load(tmp_path) is None
+    layout.save(tmp_path)
+    again = Layout.load(tmp_path)
+    assert again is not None
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    for name in ("ground_GH", "corner_2", "boxes_M10", "parts_J10", "poses_TC3"):
+        assert torch.equal(getattr(again, name), getattr(layout, name))
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"layout\.npz is damaged .* record the clip again"):
+        Layout.load(tmp_path)
+
+
+def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ray by ray, box by box, in double precision: how far away, and whether a box is hit."""
+    rows = [(box.tolist(), None) for box in layout.boxes_M10]
+    for part in layout.parts_J10.tolist():
+        x, y, yaw = layout.poses_TC3[frame, int(part[0])].tolist()
+        rows.append(([x + part[1] * math.cos(yaw), y + part[1] * math.sin(yaw), yaw, *part[3:]], part[0]))
+    x, y, yaw = pose.tolist()
+    turn = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
+    place = turn @ np.array(camera.position) + [x, y, 0]
+    rays = camera_rays(camera, every=2) @ turn.T
+    depth = np.where(rays[..., 2] < -1e-3, place[2] / np.maximum(-rays[..., 2], 1e-3), FAR).clip(max=FAR)
+    # The layout's ground is found per pixel, its boxes per two by two of them.
+    hit = np.zeros(depth.shape, dtype=bool)
+    for i, j in np.ndindex(depth.shape):
+        nearest = FAR
+        for (bx, by, heading, half_length, half_width, bottom, top, *_), _ in rows:
+            back = np.array([[math.cos(heading), math.sin(heading)], [-math.sin(heading), math.cos(heading)]])
+            low, high = -math.inf, math.inf
+            origin = [*(back @ (place[:2] - [bx, by])), place[2] - (bottom + top) / 2]
+            along = [*(back @ rays[i, j, :2]), rays[i, j, 2]]
+            for o, d, half in zip(origin, along, (half_length, half_width, (top - bottom) / 2), strict=True):
+                ends = sorted(((-half - o) / d, (half - o) / d)) if abs(d) > 1e-9 else None
+                if ends is not None:
+                    low, high = max(low, ends[0]), min(high, ends[1])
+                elif abs(o) > half:
+                    low = math.inf
+            if low < high and low > 0.2:
+                nearest = min(nearest, low)
+        if nearest < FAR:
+            depth[i, j], hit[i, j] = nearest, True
+    return depth, hit
+
+
+def test_boxes_are_where_rays_meet_them() -> None:
+    """Against a ray caster of loops: boxes ahead, beside, behind, overlapping, and one around the camera."""
+    rng = np.random.default_rng(0)
+    boxes = torch.tensor(
+        [
+            [*rng.uniform(-25, 25, 2), rng.uniform(-3, 3), *rng.uniform(0.3, 4, 2), *sorted(rng.uniform(0, 5, 2)), *c]
+            for c in rng.uniform(0, 1, (14, 3))
+        ],
+        dtype=torch.float32,
+    )
+    boxes = torch.cat([boxes, torch.tensor([[0, 0, 0.3, 9, 9, 0, 6, 0.5, 0.5, 0.5]])])
+    layout = small_layout(boxes, cars=2)
+    poses, frames = torch.tensor([[0.0, 0.0, 0.0], [3.0, -2.0, 1.1]]), [2, 30]
+    around = Around.of(layout, poses, frames)
+    checked = 0
+    for camera in (RIG[0], RIG[4], RIG[6]):
+        drawn = draw(layout, View.of(camera, CPU), around)
+        for k in range(2):
+            depth, hit = naive_draw(layout, camera, poses[k], frames[k])
+            made = drawn.depth_KM[k].view(camera.height, camera.width)[::2, ::2].numpy()
+            found = (drawn.what_KM[k] > GROUND).view(camera.height, camera.width)[::2, ::2].numpy()
+            assert (found == hit).mean() > 0.997  # what grazes an edge may round either way
+            both = found & hit
+            checked += int(both.sum())
+            assert (np.abs(made[both] / depth[both] - 1) > 1e-3).sum() <= 0.01 * both.sum()
+    assert checked > 600
+
+
+def test_of_faces_in_one_plane_the_last_is_seen() -> None:
+    """However many threads draw: streams of the same layout must expect the same."""
+    walls = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, n / 10, 0.9, 0.2] for n in range(10)])
+    layout, view = small_layout(walls), View.of(RIG[0], CPU)
+    around = Around.of(layout, torch.zeros(3, 3), [2] * 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(10):
+            what = draw(layout, view, around).what_KM
+            walls_seen = what[(what > GROUND) & (what < 2 + 6 * len(walls))]
+            assert set(((walls_seen - 2) // 6).tolist()) == {9}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_drawn_layouts_are_what_the_renderer_saw() -> None:
+    """The shipped recordings, of another renderer: depth nearer than 100 metres and colour, in every camera."""
+    for path in list_clips(shipped_clips()):
+        clip, track = read_clip(path, depth=True, frames=24), read_track(path)
+        assert track is not None
+        assert clip.depth is not None
+        frames = [0, 11, 23]
+        around = Around.of(track.layout, track.poses_T3[frames].float(), frames)
+        for camera in RIG:
+            drawn = draw(track.layout, View.of(camera, CPU), around)
+            made, true = drawn.depth_KM.numpy(), clip.depth[camera.name][frames].reshape(3, -1)
+            near = true < 100
+            assert (np.maximum(made / true, true / made)[near] < 1.25).mean() > 0.9, (path.name, camera.name)
+            colour = (drawn.colour_3KM.numpy() + 1) * 127.5
+            error = np.abs(colour - clip.frames[camera.name][frames].reshape(3, -1, 3).transpose(2, 0, 1)).mean()
+            assert error < 30, (path.name, camera.name)
+            sky = (drawn.what_KM == SKY).numpy()
+            assert (sky == (true > 600)).mean() > 0.93, (path.name, camera.name)
+
+
+def test_cars_are_looked_up_where_they_were_and_what_is_hidden_is_not_seen() -> None:
+    """One camera of an ego that stands; a car drives past a wall. Pictures that say of every point of the car where on
+    it it is must be found there again, wherever it has gone to."""
+    wall = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, 0.2, 0.9, 0.2]])
+    layout = small_layout(wall)
+    camera = RIG[0]
+    view = View.of(camera, CPU)
+    site = Site(layout, torch.zeros(3, dtype=torch.float64), 2)
+    poses = torch.zeros(20, 3)
+    now = Around.of(layout, torch.zeros(1, 3), [2])
+    drawn = draw(layout, view, now)
+    axes = torch.from_numpy(camera_axes(camera)).float()
+    points = axes.T @ (view.pixels[0] * drawn.depth_KM[0]) + view.place_3[:, None]
+
+    def on_the_car(points_3M: Tensor, frame: int) -> Tensor:
+        x, y, yaw = layout.poses_TC3[frame, 0]
+        dx, dy = points_3M[0] - x, points_3M[1] - y
+        return torch.stack([dx * yaw.cos() + dy * yaw.sin(), dy * yaw.cos() - dx * yaw.sin(), points_3M[2]])
+
+    picture = on_the_car(points, 2).view(3, camera.height, camera.width)
+    colours, depths, seen, own = _in_layout([picture], [view], Move.of(poses), site, poses, 0)
+    later = draw(layout, view, Around.of(layout, poses, list(range(3, 23))))
+    torch.testing.assert_close(depths[0], later.depth_KM)
+    torch.testing.assert_close(own[0], later.colour_3KM)
+    checked = 0
+    for k in (3, 8):
+        car = (later.car_KM[k] == 0) & seen[0][k]
+        body = on_the_car(axes.T @ (view.pixels[0] * later.depth_KM[k]) + view.place_3[:, None], 3 + k)
+        assert (colours[0][:, k, car] - body[:, car]).abs().median() < 0.15
+        checked += int(car.sum())
+        uncovered = (drawn.car_KM[0] == 0) & (later.car_KM[k] < 0)
+        assert not seen[0][k][uncovered].any()  # the wall behind it was hidden
+        assert torch.equal(colours[0][:, k, uncovered], later.colour_3KM[:, k, uncovered])
+    assert checked > 100
+
+
+def test_a_stream_moves_through_its_layout() -> None:
+    """Row by row, as the ego does; a fork, some rows and a file keep the place; without layouts there is none."""
+    model, layout = small_model(), small_layout()
+    track = Track(layout, torch.arange(60).view(20, 3).double() / 10, torch.tensor([[8.0, 0.02]]).repeat(20, 1))
+    kv = model.new_cache()
+    action = torch.tensor([[[0.4, 0.3], [0.1, -0.2]], [[0.2, 0.0], [0.2, 0.1]]])
+    window = latents(model, 2, batch=2)
+    model(window, sigma=0.0, action_BFA=action, cache=kv, write=True)
+    assert kv.sites == ()
+    kv.stand([track, None], [7, 0])
+    place = kv.sites[0]
+    assert place is not None
+    assert kv.sites[1] is None
+    assert (place.frame, place.pose_3.tolist()) == (7, track.poses_T3[7].tolist())
+    before = kv.motion
+    assert before is not None
+    model(window, sigma=0.0, action_BFA=action, cache=kv, write=True)
+    x, y, yaw = drive(before, action)[0][0, -1].double()
+    expected = torch.stack(
+        [
+            place.pose_3[0] + x * place.pose_3[2].cos() - y * place.pose_3[2].sin(),
+            place.pose_3[1] + x * place.pose_3[2].sin() + y * place.pose_3[2].cos(),
+            place.pose_3[2] + yaw,
+        ]
+    )
+    moved = kv.sites[0]
+    assert moved is not None
+    torch.testing.assert_close(moved.pose_3, expected)
+    assert moved.frame == 7 + 2 * FRAMES
+    again = KVCache(kv.capacity)
+    again.load_state_dict(kv.state_dict())
+    for twin in (kv.fork(), again, kv.take([0, 1])):
+        assert twin.sites[1] is None
+        assert twin.sites[0] is not None
+        assert twin.sites[0].frame == moved.frame
+        assert torch.equal(twin.sites[0].pose_3, moved.pose_3)
+        assert torch.equal(twin.sites[0].layout.ground_GH, layout.ground_GH)
+    kv.stand([track, track], [7, 9])
+    assert torch.equal(kv.motion, track.motion_T2[[7, 9]]) if kv.motion is not None else False
+    from_file = load(save({name: tensor.contiguous() for name, tensor in kv.state_dict().items()}))
+    assert torch.equal(from_file["site.1.boxes_M10"], layout.boxes_M10)
+
+
+def test_a_loop_goes_on_where_its_start_was_recorded() -> None:
+    """What is drawn depends on the layout; rows of a batch, and a loop from a file, get what one alone gets."""
+    model, layout = small_model(), small_layout(torch.tensor([[9.0, 1.0, 0.2, 1.0, 2.0, 0.0, 3.0, 0.9, 0.2, 0.2]]))
+    still = torch.zeros(32, 3, dtype=torch.float64)
+    track = Track(layout, still, torch.zeros(32, 2))
+    start, told = latents(model, 4), torch.zeros(1, 4, 2)
+    actions = [torch.tensor([0.3, 0.1]), torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.0])]
+
+    def loop(track: Track | None) -> ClosedLoop:
+        return ClosedLoop(model, start, told, seed=1, track=track)
+
+    alone = loop(track)
+    made = [alone.step(action).latents for action in actions]
+    assert not torch.allclose(made[0], loop(None).step(actions[0]).latents, atol=1e-3)
+    resumed = loop(track)
+    resumed.step(actions[0])
+    tensors = resumed.state.tensors()
+    resumed = ClosedLoop.resume(model, LoopState.from_tensors(tensors, capacity=resumed.kv.capacity))
+    for action, piece in zip(actions[1:], made[1:], strict=True):
+        torch.testing.assert_close(resumed.step(action).latents, piece)
+    site = alone.kv.sites[0]
+    assert site is not None
+    assert site.frame == 15 + 2 * FRAMES
+    batch = KVBatch([alone.kv, loop(None).kv])
+    told_both = torch.zeros(2, 2, 2)
+    expected, _, drawn = batch.expect(told_both, model.reprojection)
+    own = alone.kv.fork().expect(told_both[:1], model.reprojection)
+    torch.testing.assert_close(expected[:1], own[0])
+    torch.testing.assert_close(drawn[:1], own[2])
+    assert not drawn[1].any()

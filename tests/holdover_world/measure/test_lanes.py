@@ -1,0 +1,184 @@
+"""Races: references that are what they say, forks that leave their loop alone."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import holdover
+from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.scenarios import Scenario, load_scenario
+from holdover_world.measure.lanes import Arm, Lane, Race, fork
+from holdover_world.model.transformer import WorldModel
+
+
+@pytest.fixture
+def scenario(model: WorldModel, clips: Path) -> Scenario:
+    return load_scenario("urban", model, clips=clips, generations=10)
+
+
+def alone(model: WorldModel, scenario: Scenario, **changes: str) -> Tensor:
+    """Full compute, by the driver alone."""
+    loop = ClosedLoop(model, scenario.start, scenario.start_actions, config=LoopConfig(**changes), seed=0)  # type: ignore[arg-type]
+    return torch.cat([piece.latents for piece in loop.run(scenario.actions)], 1)
+
+
+class Shown:
+    """Everything that the lanes of a race show."""
+
+    def __init__(self, race: Race) -> None:
+        self.race, self.pieces = race, list[dict[str, Tensor]]()
+
+    def step(self, action: Tensor) -> None:
+        self.race.step(action)
+        runs = dict(self.race.lanes)
+        runs |= {f"reference of {name}": self.race.reference(name) for name in self.race.arms}
+        runs |= {f"base of {name}": self.race.base(name) for name in self.race.arms}
+        self.pieces.append({name: lane.pieces[-1].latents for name, lane in runs.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.cat([pieces[name] for pieces in self.pieces], 1)
+
+
+def test_a_race_gives_what_each_run_gives_alone(model: WorldModel, scenario: Scenario) -> None:
+    arms = [
+        Arm(name="never", policy=holdover.never()),
+        Arm(name="emitted", policy=holdover.never(), loop=LoopConfig(commit="emitted")),
+        Arm(name="plain", loop=LoopConfig(cadence="plain")),
+    ]
+    with Race(model, scenario, arms) as race:
+        shown = Shown(race)
+        for action in scenario.actions:
+            shown.step(action)
+    assert torch.equal(shown["never"], alone(model, scenario))
+    assert torch.equal(shown["reference of never"], alone(model, scenario))
+    assert torch.equal(shown["reference of emitted"], alone(model, scenario, commit="emitted"))
+    assert torch.equal(shown["base of plain"], alone(model, scenario, cadence="plain"))
+    assert "plain" not in race.lanes
+    frames = race.lanes["emitted"].video()
+    decoded = model.codec.decode(shown["emitted"], scenario.start[:, -1])
+    assert all((frames[name] == decoded[name][0]).all() for name in decoded)
+    assert not any(module.__dict__.get("forward") for module in model.modules())  # the model itself was left alone
+
+
+def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: Scenario) -> None:
+    """A cache that computes everything commits its cycle's last window, so its reference must as well."""
+    closed = holdover.xcache_reactive(tau_floor=2.0)
+    with Race(model, scenario, [Arm(name="closed", policy=closed, loop=LoopConfig(commit="last_full"))]) as race:
+        shown = Shown(race)
+        for action in scenario.actions:
+            shown.step(action)
+        assert all(race.lanes["closed"].exact)
+    expected = alone(model, scenario, commit="last_full")
+    assert torch.equal(shown["reference of closed"], expected)
+    assert torch.equal(shown["closed"], expected)
+    assert not torch.equal(shown["base of closed"], expected)
+
+
+def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_window(
+    model: WorldModel, clips: Path
+) -> None:
+    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
+        for action in steady.actions:
+            race.step(action)
+        assert race.reference("eager").loop is race.base("eager").loop
+        jump = steady.actions[0] + torch.tensor([0.3, 0.0])
+        race.step(jump)  # generation 9, in mid-cycle: the gate makes it a full one
+        assert race.reference("eager").loop is not race.base("eager").loop
+        assert race.lanes["eager"].exact[-1]
+
+
+def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldModel, clips: Path) -> None:
+    """A generation in full may follow others from cache: arm and reference still write the same, bit for bit."""
+    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
+        shown, action = Shown(race), steady.actions[0]
+        for n in range(12):
+            action = action + torch.tensor([0.3, 0.0]) * (n in (6, 11))  # third and fourth of a cycle
+            shown.step(action)
+        lane, reference = race.lanes["eager"], race.reference("eager")
+        assert lane.exact == [n in (0, 4, 6, 8, 11) for n in range(12)]
+        own, expected = lane.loop.kv.state_dict(), reference.loop.kv.state_dict()
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+    same = [torch.equal(a, b) for a, b in zip(shown["eager"][0], shown["reference of eager"][0], strict=True)]
+    assert same == lane.exact
+
+
+def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldModel, clips: Path) -> None:
+    """Against a loop that computes every generation itself and is told which ones its leader computed in full."""
+    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    actions = [steady.actions[0] + torch.tensor([0.3, 0.0]) * sum(n >= at for at in (1, 6, 7, 11)) for n in range(12)]
+    with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
+        shown, computed = Shown(race), list[int]()
+        for n, action in enumerate(actions):
+            reference = race.reference("eager")
+            with patch.object(ClosedLoop, "step", autospec=True, side_effect=ClosedLoop.step) as step:
+                shown.step(action)
+            ran = [call.args[0] for call in step.call_args_list]
+            if reference.loop is not race.base("eager").loop and any(loop is reference.loop for loop in ran):
+                computed.append(n)
+        exact, frames = race.lanes["eager"].exact, race.reference("eager").video()
+
+    class Told:
+        generation = -1
+
+        def step(self, **_: object) -> nullcontext[None]:
+            return nullcontext()
+
+        def exact(self, _: str) -> bool:
+            return exact[loop.generation]
+
+    config = LoopConfig(commit="last_full")
+    loop = ClosedLoop(
+        model, steady.start, steady.start_actions, config=config, cache=cast(Any, Told()), track=steady.track
+    )
+    pieces = list(loop.run(torch.stack(actions)))
+    assert torch.equal(shown["reference of eager"], torch.cat([piece.latents for piece in pieces], 1))
+    decoded = [model.codec.decode(piece.latents, piece.before) for piece in pieces]
+    assert all((np.concatenate([each[name][0] for each in decoded]) == video).all() for name, video in frames.items())
+    assert exact == [n in (0, 1, 4, 6, 7, 8, 11) for n in range(12)]
+    assert computed == [1, 2, 3, 5, 9, 10]  # at 1 it parts from the base; from then on what its leader took from cache
+
+
+def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
+    lane = Lane.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
+    for action in scenario.actions[:5]:
+        lane.step(action)
+    twin = fork(lane.loop, "twin")
+    forked = [twin.step(action).latents for action in scenario.actions[5:]]
+    own = [lane.step(action).latents for action in scenario.actions[5:]]
+    assert torch.equal(torch.cat(forked, 1), torch.cat(own, 1))
+    assert len(lane.commit_errors()) == 2  # the fork's KV updates are not the lane's
+    stats = lane.stats()
+    assert stats is not None
+    assert len(lane.decisions()) == stats.computed + stats.reused
+    lane.close()
+
+
+def test_commit_errors_compare_what_was_committed_with_what_was_shown(model: WorldModel, scenario: Scenario) -> None:
+    arms = [
+        Arm(name="first", policy=holdover.never()),
+        Arm(name="emitted", policy=holdover.never(), loop=LoopConfig(commit="emitted")),
+    ]
+    with Race(model, scenario, arms) as race:
+        for action in scenario.actions[:8]:
+            race.step(action)
+    assert race.lanes["emitted"].commit_errors() == [0.0, 0.0]
+    assert len(race.lanes["first"].commit_errors()) == 2
+    assert min(race.lanes["first"].commit_errors()) > 0
+
+
+def test_arms_need_names_of_their_own(model: WorldModel, scenario: Scenario) -> None:
+    with pytest.raises(ValueError, match="two arms are called 'x'"):
+        Race(model, scenario, [Arm(name="x"), Arm(name="x")])

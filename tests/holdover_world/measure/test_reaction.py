@@ -1,0 +1,224 @@
+"""Reactions of loops whose response is known, and of a real cache that cannot react."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import holdover
+from holdover.report.progress import bar
+from holdover_world.loop.closed_loop import ClosedLoop, Commit, LoopConfig
+from holdover_world.loop.scenarios import load_scenario
+from holdover_world.measure.lanes import Arm, Race
+from holdover_world.measure.reaction import (
+    EVENTS,
+    Reaction,
+    can_react,
+    drive,
+    mean_late,
+    mean_ratio,
+    measure,
+    moments,
+    response_ratio,
+)
+from holdover_world.model.transformer import WorldModel
+from holdover_world.scene.vehicles import denormalise_action, normalise_action
+from lab import reactions
+from lab.reactions import run_reactions, summary
+
+DRIVING = torch.from_numpy(normalise_action(10.0, 0.0))
+
+
+def _pictures(_modality: str, latents: Tensor, _before: Tensor | None) -> dict[str, Tensor]:
+    return {"front": latents}
+
+
+@dataclass
+class FakeLoop:
+    """Shows ``gain`` times the action of ``delay`` generations ago; its latents are its pictures."""
+
+    gain: float
+    delay: int = 0
+    generation: int = 5
+    chunk_frames: int = 4
+    model: Any = field(default_factory=lambda: SimpleNamespace(codec=SimpleNamespace(pictures=_pictures)))
+    cache: Any = None
+    stream: str = "default"
+
+    def __post_init__(self) -> None:
+        self.actions = [DRIVING]
+
+    def step(self, action: Tensor) -> SimpleNamespace:
+        self.actions.append(action)
+        self.generation += 1
+        shown = self.actions[max(0, len(self.actions) - 1 - self.delay)]
+        return SimpleNamespace(latents=0.5 * self.gain * shown.repeat(3), before=None)
+
+
+def fake(gain: float, delay: int = 0) -> ClosedLoop:
+    return cast(ClosedLoop, FakeLoop(gain, delay))
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0, 1.25])
+def test_a_known_response_gives_its_ratio(gain: float) -> None:
+    for reaction in measure(fake(gain), fake(1.0), DRIVING):
+        assert reaction.ratios == (pytest.approx(gain),)
+        assert reaction.position == 1
+        assert reaction.late == (0 if gain >= 0.9 else None)
+
+
+def test_a_late_response_is_as_late_as_it_is() -> None:
+    for reaction in measure(fake(1.0, delay=2), fake(1.0), DRIVING, horizon=4):
+        if reaction.event == "lane_change":  # other actions follow each other: only a held one shows how late
+            continue
+        assert reaction.ratios == (0.0, 0.0, pytest.approx(1.0), pytest.approx(1.0))
+        assert reaction.late == 2
+
+
+def test_measuring_moves_neither_loop() -> None:
+    cached, full = fake(0.5), fake(1.0)
+    measure(cached, full, DRIVING, horizon=3)
+    assert cached.generation == full.generation == 5
+    assert len(cast(FakeLoop, cached).actions) == 1
+
+
+def test_loops_at_different_generations_are_refused() -> None:
+    ahead = fake(1.0)
+    ahead.generation += 1
+    with pytest.raises(ValueError, match="generation"):
+        measure(fake(1.0), ahead, DRIVING)
+
+
+def test_response_ratio_is_a_projection() -> None:
+    full = torch.tensor([3.0, 4.0])
+    assert response_ratio(torch.tensor([4.0, -3.0]), full) == 0
+    assert response_ratio(2 * full + torch.tensor([4.0, -3.0]), full) == pytest.approx(2)
+    assert response_ratio(full, torch.zeros(2)) is None
+
+
+def test_events_mean_what_they_say() -> None:
+    actions = {event.name: [denormalise_action(a.numpy()) for a in event.actions(DRIVING)] for event in EVENTS}
+    ((speed, curvature),) = actions["brake"]
+    assert (speed, curvature) == (pytest.approx(2.0), pytest.approx(0.0))
+    ((speed, curvature),) = actions["steer"]
+    assert speed == pytest.approx(10.0)
+    assert speed**2 * curvature == pytest.approx(4.0, rel=1e-4)  # m/s^2
+    left, right, straight = (float(curvature) for _, curvature in actions["lane_change"])
+    assert (left, right, straight) == (pytest.approx(0.025, rel=1e-4), pytest.approx(-0.025, rel=1e-4), 0.0)
+
+
+def test_a_car_at_full_lock_is_steered_the_other_way() -> None:
+    turning = torch.from_numpy(normalise_action(4.0, 0.2))
+    _, curvature = denormalise_action(next(e for e in EVENTS if e.name == "steer").actions(turning)[0].numpy())
+    assert float(curvature) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_moments_are_in_mid_cycle_and_in_motion() -> None:
+    actions = DRIVING.expand(40, -1).clone()
+    chosen = moments(actions, 4, 2)
+    assert [g % 4 for g in chosen] == [1, 2]
+    assert min(chosen) >= 4
+    actions[:20, 0] = 0.0  # standing
+    assert not can_react(actions[0])
+    assert min(moments(actions, 4, 3)) >= 20
+    assert moments(actions[:20], 4, 2) == []
+
+
+def test_moments_wait_for_the_script_to_hold_still() -> None:
+    actions = DRIVING.expand(40, -1).clone()
+    actions[:, 0] += torch.linspace(0, 0.8, 40)  # speeding up all the time: 0.02 a generation
+    actions[24:32, 0] = actions[24, 0]
+    assert moments(actions, 4, 2) == [25, 30]
+    assert [g for g in moments(actions, 4, 6) if not 24 <= g < 32] == [5, 9]  # the least unrest, where there is no calm
+
+
+def test_means_leave_out_what_could_not_be_measured() -> None:
+    def brake(*ratios: float | None) -> Reaction:
+        return Reaction(event="brake", position=1, ratios=ratios, response=1.0, error=0.0)
+
+    assert mean_ratio([brake(0.5), brake(None), brake(1.0)], "brake") == 0.75
+    assert mean_ratio([brake(None)], "brake") is None
+    assert mean_late([brake(0.1, 1.0), brake(1.0, 1.0)], "brake") == 0.5
+    assert mean_late([brake(0.1, 1.0), brake(0.1, 0.2)], "brake") is None
+    row = summary("some", "brake", [brake(0.5, 1.0), brake(None, 0.8)])
+    assert (row["cases"], row["lowest"], row["ratio_by_generation"]) == (2, 0.5, [0.5, 0.9])
+    assert row["psnr_db"] is None
+
+
+@pytest.mark.parametrize("commit", ["first", "last_full", "emitted"])
+def test_a_cache_that_computes_everything_reacts_as_full_compute_does(
+    model: WorldModel, clips: Any, commit: Commit
+) -> None:
+    """Past the end of the cycle too, where the window that was committed begins to show."""
+    scenario = load_scenario("urban-steady", model, clips=clips, generations=8)
+    arms = [
+        Arm(name="closed", policy=holdover.xcache_reactive(tau_floor=2.0), loop=LoopConfig(commit=commit)),
+        Arm(name="other", policy=holdover.never()),  # with a rule, and so a reference, of its own
+    ]
+    with Race(model, scenario, arms) as race:
+        found = drive(race, scenario.actions, at=[6], horizon=4, advance=lambda: None)
+    for reaction in found["closed"] + found["other"]:
+        # None: a lane change that is over, under a rule that commits what came before it
+        assert all(ratio is None or ratio == pytest.approx(1.0) for ratio in reaction.ratios)
+        assert reaction.error == 0
+
+
+def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, clips: Any) -> None:
+    """With every block held over nothing of an action reaches the tokens; the cache that reacts shows all of it."""
+    model = copy.deepcopy(model)
+    torch.nn.init.zeros_(model.final_modulation.weight)  # the ways for an action past the blocks: this, and
+    for part in (model.keep, *model.last_embed, model.seen_embed):  # what is expected
+        torch.nn.init.zeros_(part.weight)
+    torch.nn.init.constant_(model.keep.bias, -200.0)
+    scenario = load_scenario("urban-steady", model, clips=clips, generations=8)
+    deaf = holdover.xcache(front_anchors=0, tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    arms = [Arm(name="deaf", policy=deaf), Arm(name="reactive", policy=holdover.xcache_reactive())]
+    with Race(model, scenario, arms) as race:
+        measured = drive(race, scenario.actions, at=[5], horizon=2, advance=lambda: None)
+        assert race.lanes["deaf"].loop.generation == 8
+        streams = {d.stream for d in race.lanes["deaf"].loop.cache.trace}  # type: ignore[union-attr]
+    assert "reaction brake" in streams  # the events ran in streams of their own
+    assert mean_ratio(measured["deaf"], "brake") == 0
+    assert mean_ratio(measured["reactive"], "brake") == pytest.approx(1.0, abs=0.02)
+    assert mean_ratio(measured["reactive"], "steer") == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_bench_writes_a_card(model: WorldModel, clips: Any, tmp_path: Any) -> None:
+    with bar() as progress:
+        figures = run_reactions(model, tmp_path, generations=8, count=1, clips=clips, progress=progress)
+    assert {row["policy"] for row in figures["rows"]} == {"xcache", "xcache_reactive", "fixed_interval"}
+    assert all(row["cases"] == 3 for row in figures["rows"])
+    text = (tmp_path / "reaction.md").read_text()
+    assert "| xcache_reactive | lane change |" in text
+    with bar() as progress, pytest.raises(ValueError, match="no moment"):
+        run_reactions(model, tmp_path, generations=4, count=1, clips=clips, progress=progress)
+
+
+def test_a_bench_that_was_cut_off_goes_on(
+    model: WorldModel, clips: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driven, cut_off = [], 2
+
+    def counted(race: Race, *args: Any, **options: Any) -> dict[str, list[Reaction]]:
+        driven.append(race)
+        if len(driven) == cut_off:
+            raise KeyboardInterrupt
+        return drive(race, *args, **options)
+
+    def run(out: Any) -> dict[str, Any]:
+        with bar() as progress:
+            return run_reactions(model, out, generations=8, count=1, clips=clips, progress=progress)
+
+    monkeypatch.setattr(reactions, "KINDS", ("urban", "highway"))
+    monkeypatch.setattr(reactions, "drive", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    figures = run(tmp_path / "cut")
+    assert len(driven) == 3  # two scenarios, one of them twice
+    assert run(tmp_path / "whole") == figures

@@ -1,0 +1,375 @@
+"""The server over a real socket: what comes back is what a session alone would give, whatever others do."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgpack
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from holdover_world.sessions.session import WorldSession
+from tests.holdover_world.server.live import Live, Stream, running
+from tests.holdover_world.server.small import action, small_world
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with running(tmp_path_factory.mktemp("live"), sessions_per_owner=64) as server:
+        yield server
+
+
+def solo(seed: int, count: int, scenario: str = "town") -> list[dict[str, NDArray[np.uint8]]]:
+    with WorldSession(small_world()) as session:
+        session.reset(scenario, seed)
+        return [dict(session.step(action(n, seed)).frames) for n in range(count)]
+
+
+def pixels(made: dict[str, Any]) -> dict[str, NDArray[np.uint8]]:
+    return {
+        camera: np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in frames])
+        for camera, frames in made["frames"].items()
+    }
+
+
+def near(made: dict[str, Any], expected: dict[str, NDArray[np.uint8]]) -> bool:
+    """Equal but for rounding; another session's frames are 25 and more apart."""
+    shown = pixels(made)
+    return all(np.abs(shown[camera].astype(int) - expected[camera]).mean() < 0.05 for camera in expected)
+
+
+def drive(stream: Stream, seed: int, first: int, count: int) -> list[dict[str, Any]]:
+    return [stream.step(n, action(n, seed)) for n in range(first, first + count)]
+
+
+def test_a_stream_gives_what_a_session_gives(live: Live) -> None:
+    id = live.create(scenario="coast", seed=5)
+    with live.stream(id) as stream:
+        assert stream.hello["resumes_at"] == 0
+        assert stream.hello["cameras"] == {"front_wide": [48, 32], "front_narrow": [48, 32], "rear": [16, 16]}
+        made = drive(stream, 5, 0, 5)
+    assert [each["index"] for each in made] == [each["seq"] for each in made] == list(range(5))
+    assert all(near(*pair) for pair in zip(made, solo(5, 5, "coast"), strict=True))
+    grid = made[1]["decisions"]
+    assert np.array(grid["grid"]).shape == (4, 4)
+    assert made[0]["latency_ms"] > 0
+    info = live.info(id)
+    assert (info["generation"], info["seconds"]) == (5, pytest.approx(5 * 4 / 12))
+    assert live.http.delete(f"/v1/sessions/{id}").status_code == 204
+    assert live.http.get(f"/v1/sessions/{id}").status_code == 404
+
+
+def test_late_and_duplicate_actions_are_ignored(live: Live) -> None:
+    with live.stream(live.create()) as stream:
+        stream.step(5, [0.5, 0.0])
+        for seq in (5, 3):
+            stream.send(type="action", seq=seq, action=[0.9, 0.9])
+            refused = stream.receive()
+            assert (refused["type"], refused["code"]) == ("error", "stale")
+            assert f"action {seq} came late or twice" in refused["detail"]
+        assert stream.step(6, [0.5, 0.0])["index"] == 1
+
+
+def test_a_slow_reader_piles_nothing_up_and_the_newest_action_wins(live: Live) -> None:
+    with live.stream(live.create()) as stream:
+        made = [stream.step(n, [0.1, 0.0], ack=False) for n in range(4)]
+        for seq in range(4, 12):  # nothing was acknowledged: these wait, and each replaces the one before
+            stream.send(type="action", seq=seq, action=[0.2, 0.0])
+        with pytest.raises(TimeoutError):
+            stream.receive(timeout=0.5)
+        stream.send(type="ack", generation=made[-1]["index"])
+        newest = stream.receive()
+        assert (newest["index"], newest["seq"]) == (4, 11)
+
+
+def test_a_broken_connection_resumes_with_nothing_lost_or_repeated(live: Live) -> None:
+    id = live.create(seed=2)
+    with live.stream(id) as stream:
+        stream.step(0, action(0, 2))
+        missed = [stream.step(n, action(n, 2), ack=False) for n in (1, 2)]
+    with live.stream(id, "?after=0") as stream:
+        assert (stream.hello["resumes_at"], stream.hello["seq"]) == (1, 2)
+        assert [stream.receive(), stream.receive()] == missed
+        rest = drive(stream, 2, 3, 2)
+    assert all(near(*pair) for pair in zip(rest, solo(2, 5)[3:], strict=True))
+    with pytest.raises(InvalidStatus, match="422"), live.stream(id, "?after=99"):
+        pass
+
+
+def test_a_new_connection_takes_over(live: Live) -> None:
+    id = live.create()
+    with live.stream(id) as old, live.stream(id) as new:
+        with pytest.raises(ConnectionClosed) as closed:
+            old.receive()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4409
+        assert new.step(0, [0.0, 0.0])["index"] == 0
+
+
+def test_a_deleted_session_ends_its_connection(live: Live) -> None:
+    id = live.create()
+    with live.stream(id) as stream:
+        assert live.http.delete(f"/v1/sessions/{id}").status_code == 204
+        with pytest.raises(ConnectionClosed) as closed:
+            stream.receive()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4404
+
+
+def test_a_session_whose_file_is_gone_harms_nobody(tmp_path: Path) -> None:
+    with running(tmp_path, park_after=0.1) as live:
+        lost, other = live.create(), live.create(seed=3)
+        deadline = time.monotonic() + 30
+        while any(seat.session is not None for seat in live.hub.keeper.seats.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (tmp_path / f"session-{lost}.safetensors").unlink()
+        with live.stream(lost) as stream, live.stream(other) as bystander:
+            stream.send(type="action", seq=0, action=[0.0, 0.0])
+            assert stream.receive()["code"] == "failed"
+            assert all(near(*pair) for pair in zip(drive(bystander, 3, 0, 3), solo(3, 3), strict=True))
+
+
+def test_many_sessions_share_passes_and_nothing_else(live: Live) -> None:
+    results: dict[int, list[dict[str, Any]]] = {}
+
+    def client(seed: int) -> None:
+        id, made = live.create(seed=seed), []
+        with live.stream(id) as stream:
+            made += drive(stream, seed, 0, 3)
+        if seed % 2:  # others lose their connection half-way
+            time.sleep(0.05)
+        with live.stream(id, "?after=2") as stream:
+            made += drive(stream, seed, 3, 3)
+        results[seed] = made
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(6):
+        assert [each["index"] for each in results[seed]] == list(range(6))
+        assert all(near(*pair) for pair in zip(results[seed], solo(seed, 6), strict=True))
+    assert max(each["batch"] for made in results.values() for each in made) > 1
+
+
+def test_forks_and_snapshots_go_on_from_where_they_were_made(live: Live) -> None:
+    id = live.create(seed=3)
+    with live.stream(id) as stream:
+        drive(stream, 3, 0, 3)
+    fork = live.http.post(f"/v1/sessions/{id}/fork").json()["id"]
+    shelved = live.http.post(f"/v1/sessions/{id}/snapshots").json()
+    assert shelved["generation"] == 3
+    with live.stream(id) as stream:
+        expected = [pixels(each) for each in drive(stream, 3, 3, 3)]
+    restored = live.http.post(f"/v1/snapshots/{shelved['id']}/restore").json()["id"]
+    for other in (fork, restored):
+        with live.stream(other) as stream:
+            assert stream.hello["resumes_at"] == 3
+            assert all(near(*pair) for pair in zip(drive(stream, 3, 3, 3), expected, strict=True))
+    assert [each["id"] for each in live.http.get("/v1/snapshots").json()] == [shelved["id"]]
+    assert live.http.delete(f"/v1/snapshots/{shelved['id']}").status_code == 204
+    assert live.http.post(f"/v1/snapshots/{shelved['id']}/restore").status_code == 404
+
+
+def test_the_policy_is_switched_live(live: Live) -> None:
+    with live.stream(live.create()) as stream:
+        made = [stream.step(n, [0.5, 0.0]) for n in range(2)]
+        assert "reuse" in made[1]["decisions"]["reasons"]
+        stream.send(type="policy", policy="never")
+        made = [stream.step(n, [0.5, 0.0]) for n in range(2, 4)]
+        assert [each["policy"] for each in made] == ["never"] * 2
+        assert made[1]["decisions"]["reasons"] == ["never"]
+        stream.send(type="policy", policy="turbo")
+        assert "'turbo' is not one of eager, never" in stream.receive()["detail"]
+
+
+def test_real_time_goes_on_under_the_newest_action(live: Live) -> None:
+    with live.stream(live.create(mode="realtime")) as stream:
+        made = [stream.step(7, [0.5, 0.0])]
+        for _ in range(3):
+            made.append(stream.receive())
+            stream.send(type="ack", generation=made[-1]["index"])
+        assert [each["index"] for each in made] == [0, 1, 2, 3]
+        assert {each["seq"] for each in made} == {7}
+
+
+def test_a_generation_that_fails_is_said_and_leaves_the_session_as_it_was(live: Live) -> None:
+    block = live.hub.world.lane("never")[0].blocks[2]
+    with live.stream(live.create(seed=1, policy="never")) as stream:
+        made = drive(stream, 1, 0, 3)
+        inner, block.norm2.forward = block.norm2.forward, lambda _: 1 / 0
+        stream.send(type="action", seq=3, action=action(3, 1))
+        failed = stream.receive()
+        block.norm2.forward = inner
+        assert (failed["code"], "as it was" in failed["detail"]) == ("failed", True)
+        made += [stream.step(n + 1, action(n, 1)) for n in (3, 4)]
+        assert [each["index"] for each in made] == list(range(5))
+    with WorldSession(small_world(), policy="never") as session:
+        session.reset("town", 1)
+        assert all(near(each, dict(session.step(action(n, 1)).frames)) for n, each in enumerate(made))
+
+
+def test_hostile_messages_get_an_error_and_harm_nobody(live: Live) -> None:
+    hostile = [
+        b"", b"\xc1", b"\x93", msgpack.packb([1, 2]), msgpack.packb({1: 2}), b"\x81" * 3000, b"\xdf\xff\xff\xff\xff",
+        msgpack.packb({"type": "action", "seq": 0, "action": [float("nan"), 0.0]}),
+        msgpack.packb({"type": "action", "seq": 0, "action": [float("inf"), 0.0]}),
+        msgpack.packb({"type": "action", "seq": 0, "action": [1e300, 0.0]}),
+        msgpack.packb({"type": "action", "seq": 0, "action": [0.0]}),
+        msgpack.packb({"type": "action", "seq": -1, "action": [0.0, 0.0]}),
+        msgpack.packb({"type": "action", "seq": 2**60, "action": [0.0, 0.0]}),
+        msgpack.packb({"type": "action", "seq": True, "action": [0.0, 0.0]}),
+        msgpack.packb({"type": "ack", "generation": 10**6}),
+        msgpack.packb({"type": "../../etc/passwd"}),
+        msgpack.packb({"type": "policy", "policy": "x" * 60}),
+    ]  # fmt: skip
+    with live.stream(live.create(seed=1)) as bystander, live.stream(live.create()) as stream:
+        made = drive(bystander, 1, 0, 2)
+        for message in hostile:
+            stream.ws.send(message)
+            assert stream.receive()["code"] == "invalid", message
+        stream.ws.send("text")
+        assert "binary" in stream.receive()["detail"]
+        assert stream.step(0, [0.0, 0.0])["index"] == 0
+        stream.ws.send(b"x" * 20_000)
+        with pytest.raises(ConnectionClosed):
+            stream.receive()
+        made += drive(bystander, 1, 2, 2)
+    assert all(near(*pair) for pair in zip(made, solo(1, 4), strict=True))
+
+
+def test_hostile_requests_get_an_error(live: Live) -> None:
+    post = live.http.post
+    for content, status in (
+        (b"{", 422),
+        (b'{"seed": NaN}', 422),
+        (b'{"seed": 1e400}', 422),
+        (b'{"scenario": "\\ud800"}', 422),
+        (b'{"\\ud800": 1}', 422),
+        (b'{"scenario": "../../etc/passwd"}', 422),
+        (b'{"policy": "turbo"}', 422),
+        (b" " * 100_000, 413),
+        (b"[" * 30_000, 400),
+    ):
+        done = post("/v1/sessions", content=content, headers={"content-type": "application/json"})
+        assert done.status_code == status, (content[:40], done.status_code, done.text)
+        assert "Traceback" not in done.text
+    for path in ("/v1/sessions/..%2f..%2fetc%2fpasswd", "/v1/sessions/x", "/page/..%2fapp.py", "/page/app.py"):
+        assert live.http.get(path).status_code in (404, 422)
+    assert live.http.get("/", headers={"origin": "http://evil.example"}).status_code == 200
+    assert live.http.get("/v1/sessions", headers={"origin": "http://evil.example"}).status_code == 403
+    assert live.http.get("/v1/sessions", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_the_documents(live: Live) -> None:
+    assert live.http.get("/healthz").json() == {"status": "ok"}
+    spec = live.http.get("/openapi.json").json()
+    stream = spec["paths"]["/v1/sessions/{id}/stream"]["get"]
+    assert "ActionMessage" in json.dumps(stream["x-websocket"])
+    assert live.http.get(f"/v1/sessions/{live.create()}/stream").status_code == 426
+    metrics = dict(
+        line.rsplit(" ", 1) for line in live.http.get("/metrics").text.splitlines() if not line.startswith("#")
+    )
+    assert float(metrics["holdover_action_to_frame_seconds_count"]) > 0
+    assert float(metrics['holdover_block_calls_total{outcome="reused"}']) > 0
+    assert float(metrics["holdover_bytes"]) > 0
+    assert live.http.get("/v1/scenarios").json() == {"scenarios": ["town", "coast"], "policies": ["eager", "never"]}
+
+
+def test_everyone_sees_only_their_own(tmp_path: Path) -> None:
+    tokens = ("alice-0123456789abcdef", "bob-0123456789abcdef")
+    with running(tmp_path, tokens=tokens, sessions_per_owner=2, snapshots_per_owner=1, sessions=3) as live:
+        bob = httpx.Client(base_url=f"http://{live.address}", headers={"authorization": f"Bearer {tokens[1]}"})
+        nobody = httpx.Client(base_url=f"http://{live.address}")
+        id = live.create()
+        assert nobody.get("/v1/sessions").status_code == 401
+        assert nobody.get("/v1/sessions", headers={"authorization": "Bearer wrong"}).status_code == 401
+        assert bob.get("/v1/sessions").json() == []
+        shelved = live.http.post(f"/v1/sessions/{id}/snapshots").json()["id"]
+        for call in (
+            bob.get(f"/v1/sessions/{id}"), bob.delete(f"/v1/sessions/{id}"), bob.post(f"/v1/sessions/{id}/fork"),
+            bob.post(f"/v1/sessions/{id}/snapshots"), bob.post(f"/v1/snapshots/{shelved}/restore"),
+            bob.delete(f"/v1/snapshots/{shelved}"),
+        ):  # fmt: skip
+            assert call.status_code == 404
+        for token, status in ((tokens[1], "404"), ("wrong", "401")):
+            live.token = token
+            with pytest.raises(InvalidStatus, match=status), live.stream(id):
+                pass
+        # Limits: of one, and of all.
+        assert live.http.post(f"/v1/sessions/{id}/snapshots").status_code == 429
+        live.create()
+        full = live.http.post("/v1/sessions", json={})
+        assert (full.status_code, full.headers["retry-after"]) == (429, "5")
+        assert bob.post("/v1/sessions", json={}).status_code == 201
+        assert bob.post("/v1/sessions", json={}).status_code == 503
+        bob.close(), nobody.close()
+
+
+def test_idle_sessions_go_to_disk_and_come_back(tmp_path: Path) -> None:
+    with running(tmp_path, park_after=0.1) as live:
+        id = live.create(seed=4)
+        with live.stream(id) as stream:
+            made = drive(stream, 4, 0, 3)
+        deadline = time.monotonic() + 30
+        while live.hub.keeper.seats[id].session is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert (tmp_path / f"session-{id}.safetensors").is_file()
+        with live.stream(id) as stream:
+            made += drive(stream, 4, 3, 3)
+        assert all(near(*pair) for pair in zip(made, solo(4, 6), strict=True))
+
+
+def test_idle_sessions_expire_and_leave_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, park_after=0.1, expire_after=0.5) as live:
+        live.create(seed=4)
+        deadline = time.monotonic() + 30
+        while live.hub.keeper.seats:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert list(tmp_path.iterdir()) == []
+        assert live.hub.keeper.nbytes == 0
+
+
+def test_memory_has_a_limit(tmp_path: Path) -> None:
+    with running(tmp_path, max_bytes=1) as live:
+        with live.stream(live.create()) as watched:  # the first is let in: what a session takes is not known yet
+            watched.step(0, [0.0, 0.0])
+            refused = live.http.post("/v1/sessions", json={})
+            assert (refused.status_code, "memory is full" in refused.text) == (503, True)
+        deadline = time.monotonic() + 30
+        while any(seat.reader for seat in live.hub.keeper.seats.values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        live.http.post("/v1/sessions", json={})
+        assert all(seat.session is None for seat in live.hub.keeper.seats.values())  # nobody watched: it is on disk
+
+
+def test_a_drained_server_goes_on_after_a_restart(tmp_path: Path) -> None:
+    with running(tmp_path) as live:
+        id = live.create(seed=6)
+        with live.stream(id) as stream:
+            drive(stream, 6, 0, 2)
+            unread = stream.step(2, action(2, 6), ack=False)
+        shelved = live.http.post(f"/v1/sessions/{id}/snapshots").json()["id"]
+    with running(tmp_path) as live:
+        assert live.info(id)["parked"]
+        with live.stream(id, "?after=1") as stream:
+            assert stream.receive() == unread
+            stream.send(type="ack", generation=2)
+            made = drive(stream, 6, 3, 2)
+        assert all(near(*pair) for pair in zip(made, solo(6, 5)[3:], strict=True))
+        assert live.http.post(f"/v1/snapshots/{shelved}/restore").json()["generation"] == 3

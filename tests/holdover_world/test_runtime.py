@@ -1,0 +1,37 @@
+"""What a machine computes fast, by what its kernel says of it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from holdover_world.loop.scenarios import shipped_model
+from holdover_world.model.transformer import WorldModel
+from holdover_world.runtime import fast_dtype
+
+_CPU = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not _CPU.is_file(), reason="reads the flags of an x86 CPU")
+def test_bfloat16_needs_instructions_for_it() -> None:
+    flags = set(_CPU.read_text().partition("flags")[2].partition("\n")[0].split())
+    wide = {"avx512bw", "avx512vl", "avx512dq"} <= flags
+    if not wide and {"avx_ne_convert", "avx10"} & flags:
+        pytest.skip("PyTorch may use these for bfloat16, depending on its version")
+    assert fast_dtype() == (torch.bfloat16 if wide else torch.float32)
+
+
+def test_elsewhere_it_is_taken_for_granted() -> None:
+    assert fast_dtype("cuda:1") == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_models_are_read_in_it(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    for module in ("transformer", "latents"):
+        monkeypatch.setattr(f"holdover.world.{module}.fast_dtype", lambda: dtype)
+    model = WorldModel.load(shipped_model())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert {p.dtype for a in model.codec.autoencoders.values() for p in a.parameters()} == {dtype}
