@@ -16,8 +16,8 @@ from holdover.methods.registry import policy
 from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.loop.scenarios import KINDS, Scenario, load_scenario
 from holdover_world.measure.fidelity import psnr
-from holdover_world.measure.lanes import Arm, Race
 from holdover_world.measure.measure import Metrics, describe, describe_full, environment, finite
+from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import drive, moments
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import cadence_block_share
@@ -27,7 +27,7 @@ from lab.cards import Parts, write_card
 
 #: One scripted and one steady scenario; the published ablation used a highway clip.
 SCENARIOS = ("highway", "urban-steady")
-GENERATIONS = 60  # 20 seconds
+CHUNKS = 60  # 20 seconds
 MOMENTS = 2
 
 WINDOW, PLAIN, FRESH = LoopConfig(), LoopConfig(cadence="plain"), LoopConfig(fresh_noise=True)
@@ -80,7 +80,7 @@ def run_ablation(
     model: WorldModel,
     out: Path,
     *,
-    generations: int = GENERATIONS,
+    chunks: int = CHUNKS,
     scenarios: Sequence[str] = SCENARIOS,
     seed: int = 0,
     every: int = 12,
@@ -93,19 +93,19 @@ def run_ablation(
     goes on with the scenario it was in.
 
     Args:
-        generations: per scenario.
+        chunks: per scenario.
         scenarios: of the ablation; the control runs the scripted ones.
         every: SSIM and ST-LPIPS look at every so-manieth frame.
         clips: where the scenarios start.
 
     Raises:
-        ValueError: ``generations`` is too short for a cycle after the warm-up, or a clip for the generations.
+        ValueError: ``chunks`` is too short for a cycle after the warm-up, or a clip for the chunks.
     """
-    if generations < 2 * model.sizes.window:
-        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.sizes.window}")
+    if chunks < 2 * model.sizes.window:
+        raise ValueError(f"chunks={chunks} has no cycle after the warm-up; give {2 * model.sizes.window}")
     distance = StLpips()
-    load = {name: load_scenario(name, model, clips=clips, generations=generations) for name in {*scenarios, *KINDS}}
-    settings = {"generations": generations, "seed": seed, "every": every}
+    load = {name: load_scenario(name, model, clips=clips, chunks=chunks) for name in {*scenarios, *KINDS}}
+    settings = {"chunks": chunks, "seed": seed, "every": every}
     parts = Parts(out, "ablation", model, clips=str(clips), **settings)
     first = load[scenarios[0]]
     shares: dict[str, float] = parts.get(
@@ -113,7 +113,7 @@ def run_ablation(
         lambda: {loop.cadence: cadence_block_share(model, first, loop)[0] for loop in (WINDOW, PLAIN)},
     )
     metrics = Metrics(every=every, distance=distance, block_shares=shares)
-    task = progress.add_task("ablation", total=(len(scenarios) + len(KINDS)) * generations)
+    task = progress.add_task("ablation", total=(len(scenarios) + len(KINDS)) * chunks)
 
     plan = [("ablation", name, ablation_arms()) for name in scenarios]
     plan += [("control", name, control_arms()) for name in KINDS]
@@ -122,7 +122,7 @@ def run_ablation(
         progress.update(task, description=f"{title}: {name}")
         measure = partial(_run, model, load[name], arms, metrics, seed, progress, task)
         found[title].append(parts.get(f"{title}: {name}", measure))
-        progress.update(task, completed=done * generations)
+        progress.update(task, completed=done * chunks)
         gc.collect()  # a lane and the hook on its model hold each other, and with them its memory
     figures = {
         **found,

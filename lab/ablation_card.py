@@ -46,28 +46,28 @@ def card(figures: dict[str, Any]) -> str:
 
 
 def _head(figures: dict[str, Any]) -> str:
-    seconds = figures["generations"] / 3
+    seconds = figures["chunks"] / 3
     return f"""# X-Cache, part by part
 
-The shipped world model, {figures["generations"]} generations ({seconds:.0f} seconds), all runs interleaved. PSNR, SSIM
+The shipped world model, {figures["chunks"]} chunks ({seconds:.0f} seconds), all runs interleaved. PSNR, SSIM
 and ST-LPIPS are of the stitched view against full compute *of the same cadence that commits the same windows*; SSIM and
 ST-LPIPS look at every {figures["every"]}th frame. "Committed as shown" is the PSNR of what entered the KV cache against
 what had been shown. First and last are the PSNR of the windows of at least five seconds at either end. Brake, steer and
-lane change are response ratios in the event's own generation (1 is right).
-`default` is X-Cache with the paper's settings: floor 0.97, first generation of a cycle protected and committed.
+lane change are response ratios in the event's own chunk (1 is right).
+`default` is X-Cache with the paper's settings: floor 0.97, first chunk of a cycle protected and committed.
 """
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     if row["policy"] is None:
-        return (row["name"], "reference", "", "", "", f"{row['dit_ms_per_generation']:.0f}", *[""] * 8)
+        return (row["name"], "reference", "", "", "", f"{row['dit_ms_per_chunk']:.0f}", *[""] * 8)
     return (
         row["name"],
         decibels(row["stitched"]["psnr_db"]),
         f"{row['stitched']['ssim']:.4f}",
         scientific(row["stitched"]["lpips"]),
         percent(row["skip"]),
-        f"{row['dit_ms_per_generation']:.0f}",
+        f"{row['dit_ms_per_chunk']:.0f}",
         f"{row['speedup']:.2f}×",
         f"{row['speedup_bound']:.2f}×",
         decibels(row["psnr_db_first"]),
@@ -107,8 +107,8 @@ def _control(scenario: dict[str, Any]) -> str:
         rows.append(
             (
                 row["name"],
-                f"{row['dit_ms_per_generation']:.0f}",
-                f"{row['end_to_end_ms_per_generation']:.0f}",
+                f"{row['dit_ms_per_chunk']:.0f}",
+                f"{row['end_to_end_ms_per_chunk']:.0f}",
                 *(decibels(horizons[str(s)]) if str(s) in horizons else "–" for s in HORIZONS),
                 f"{truth['ssim']:.3f}",
                 ratio(row["reaction"]["brake"]),

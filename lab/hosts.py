@@ -128,7 +128,7 @@ def _holdover(model: Any, threshold: float) -> Around:
 
 
 def _holdover_timed(model: Any, threshold: float) -> Around:
-    """As above, all passes in one generation: FBCache would compute the first of each."""
+    """As above, all passes in one chunk: FBCache would compute the first of each."""
     cache = holdover.attach(model, fbcache(threshold=threshold))
     return lambda index, role: cache.step(chunk=0, index=index, num_steps=1_000_000)
 

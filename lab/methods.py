@@ -25,8 +25,8 @@ from holdover.tune.calibrate import fit
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.measure.fidelity import compare, depth_errors
-from holdover_world.measure.lanes import Arm, Race
 from holdover_world.measure.measure import environment
+from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import amdahl_bound, clock_blocks, cycles, speedup
 from holdover_world.model.transformer import WorldModel
@@ -47,7 +47,7 @@ def run_methods(
     out: Path,
     *,
     steps: int = FEW,
-    generations: int | None = None,
+    chunks: int | None = None,
     seed: int = 0,
     every: int = 12,
     clips: Path | None = None,
@@ -58,27 +58,27 @@ def run_methods(
     A measurement that was cut off goes on with the runs that it was at.
 
     Args:
-        steps: denoising passes of a generation: 4, or many.
-        generations: to drive, the first cycle of warm-up included; None for 12 at four steps, 8 at many.
+        steps: denoising passes of a chunk: 4, or many.
+        chunks: to drive, the first cycle of warm-up included; None for 12 at four steps, 8 at many.
         seed: of the noise; the calibration has the next one.
         every: SSIM and ST-LPIPS look at every so-manieth frame.
         clips: where the scenarios start.
 
     Raises:
-        ValueError: there are no settings for ``steps``, or ``generations`` are too few for a cycle after the warm-up.
+        ValueError: there are no settings for ``steps``, or ``chunks`` are too few for a cycle after the warm-up.
     """
     left_out = settings(steps)[1]
-    generations = generations or (12 if steps == FEW else 8)
-    if generations < 2 * model.sizes.window:
-        raise ValueError(f"generations={generations} has no cycle after the warm-up; give {2 * model.sizes.window}")
-    scenario = load_scenario(SCENARIO, model, clips=clips, generations=generations)
-    elsewhere = load_scenario(CALIBRATION, model, clips=clips, generations=model.sizes.window)
+    chunks = chunks or (12 if steps == FEW else 8)
+    if chunks < 2 * model.sizes.window:
+        raise ValueError(f"chunks={chunks} has no cycle after the warm-up; give {2 * model.sizes.window}")
+    scenario = load_scenario(SCENARIO, model, clips=clips, chunks=chunks)
+    elsewhere = load_scenario(CALIBRATION, model, clips=clips, chunks=model.sizes.window)
     distance = StLpips()
     cadences = by_cadence(steps)
     heats = {cadence: _heats(some) for cadence, some in cadences.items()}
     name = f"methods-{steps}"
-    parts = Parts(out, name, model, clips=str(clips), generations=generations, seed=seed, every=every)
-    total = sum(map(len, heats.values())) * generations
+    parts = Parts(out, name, model, clips=str(clips), chunks=chunks, seed=seed, every=every)
+    total = sum(map(len, heats.values())) * chunks
     task = progress.add_task(f"methods at {steps} steps", total=total)
     results: dict[str, dict[str, Any]] = {}
     calibrations: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def run_methods(
         for heat in heats[cadence]:
             measure = partial(run, heat, advance=lambda: progress.advance(task))
             found.append(parts.get(f"{cadence}: {', '.join(setting.name for setting in heat)}", measure))
-            done += generations
+            done += chunks
             progress.update(task, completed=done)
         rows = [row for heat in found for row in heat["rows"]]
         beside_controls(rows)
@@ -106,7 +106,7 @@ def run_methods(
         results[cadence] = {"rows": rows, "full_dit_ms": full_ms, "block_shares": shares}
     figures = {
         "steps": steps,
-        "generations": generations,
+        "chunks": chunks,
         "seed": seed,
         "every": every,
         "cadences": results,
@@ -143,7 +143,7 @@ def _run(
             advance()
         rows = [describe(race, setting, shares, every=every, distance=distance) for setting in heat]
         base = race.base(heat[0].name)
-        full_ms = 1e3 * float(np.median(cycles(np.array(base.dit_seconds), base.loop.chunk_frames)))
+        full_ms = 1e3 * float(np.median(cycles(np.array(base.dit_seconds), base.loop.window_frames)))
     return {"rows": rows, "full_dit_ms": full_ms}
 
 
@@ -171,8 +171,8 @@ def describe(
     lane, base = race.lanes[setting.name], race.base(setting.name)
     fidelity = compare(lane.video(), base.video(), every=every, distance=distance).fidelity()
     draws_depth = "depth" in base.loop.model.sizes.modalities
-    cycle = lane.loop.chunk_frames
-    full, skip = count(lane.decisions(), first=cycle, generations=len(lane.exact) - cycle)
+    cycle = lane.loop.window_frames
+    full, skip = count(lane.decisions(), first=cycle, chunks=len(lane.exact) - cycle)
     stats, level = lane.stats(), lane.arm.policy.level if lane.arm.policy else "block"
     assert stats is not None
     return {
@@ -183,7 +183,7 @@ def describe(
         "policy": repr(lane.arm.policy),
         **fidelity.to_json(),
         "depth": depth_errors(_flat(lane.depth()), _flat(base.depth())) if draws_depth else None,
-        "full_per_generation": full,
+        "full_per_chunk": full,
         "skip": skip,
         "speedup": _speedup(base.dit_seconds, lane.dit_seconds, cycle),
         # Attention and MLPs differ in what they cost, so the share of their calls bounds nothing.
@@ -197,20 +197,20 @@ def _flat(video: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.concatenate([frames.ravel() for frames in video.values()])
 
 
-def count(decisions: Iterable[Decision], *, first: int, generations: int) -> tuple[float, float]:
-    """FULL passes per generation, those of which every call was computed, and the share of calls that was not.
+def count(decisions: Iterable[Decision], *, first: int, chunks: int) -> tuple[float, float]:
+    """FULL passes per chunk, those of which every call was computed, and the share of calls that was not.
 
     Args:
         decisions: of one run.
         first: chunk from which on denoising passes count.
-        generations: how many these are.
+        chunks: how many these are.
     """
     passes: dict[tuple[int, int], list[bool]] = defaultdict(list)
     for decision in decisions:
         if decision.role == "denoise" and decision.chunk >= first:
             passes[decision.chunk, decision.index].append(decision.computed)
     calls = [computed for each in passes.values() for computed in each]
-    return sum(map(all, passes.values())) / generations, calls.count(False) / len(calls)
+    return sum(map(all, passes.values())) / chunks, calls.count(False) / len(calls)
 
 
 def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
@@ -222,16 +222,16 @@ def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
     controls = [row for row in rows if row["method"] == "fixed_interval" and row["psnr_db"] is not None]
     for row in rows:
         row["control"] = None
-        full = row["full_per_generation"]
+        full = row["full_per_chunk"]
         same = [control for control in controls if control["over"] == row["over"]]
-        fewer = [control for control in same if control["full_per_generation"] <= full]
-        more = [control for control in same if control["full_per_generation"] >= full]
+        fewer = [control for control in same if control["full_per_chunk"] <= full]
+        more = [control for control in same if control["full_per_chunk"] >= full]
         if row["method"] in ("never", "fixed_interval") or not (fewer and more):
             continue
-        low = max(fewer, key=lambda control: control["full_per_generation"])
-        high = min(more, key=lambda control: control["full_per_generation"])
-        apart = high["full_per_generation"] - low["full_per_generation"]
-        share = (full - low["full_per_generation"]) / apart if apart else 0.0
+        low = max(fewer, key=lambda control: control["full_per_chunk"])
+        high = min(more, key=lambda control: control["full_per_chunk"])
+        apart = high["full_per_chunk"] - low["full_per_chunk"]
+        share = (full - low["full_per_chunk"]) / apart if apart else 0.0
         mixed = {key: (1 - share) * low[key] + share * high[key] for key in ("psnr_db", "skip", "speedup")}
         row["control"] = {
             "every": sorted({low["every"], high["every"]}),

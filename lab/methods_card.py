@@ -27,12 +27,12 @@ _COLUMNS = (
 )
 
 _FEW = """Both cadences are driven: `window` generates a
-window of four pieces once per piece with the same noise, and every method computes the generation whose window is
+window of four pieces once per piece with the same noise, and every method computes the chunk whose window is
 committed; `plain` generates and commits each piece once, so that what a method gets wrong enters the KV cache."""
 
 _MANY = """Methods that hold over from step to step run in the plain cadence, which commits
-every piece, so that what they get wrong enters the KV cache; those that hold over from generation to generation run in
-the window cadence, in which they compute the generation whose window is committed."""
+every piece, so that what they get wrong enters the KV cache; those that hold over from chunk to chunk run in
+the window cadence, in which they compute the chunk whose window is committed."""
 
 _NOISE = """The sampler draws new noise at every step, so that far more changes from step to step than in samplers
 without noise, for which thresholds are published; only looser ones are tried here."""
@@ -42,21 +42,21 @@ _FLOW = """The sampler takes Euler's steps, without new noise. Published thresho
 
 def card(figures: dict[str, Any]) -> str:
     """The Markdown of a result."""
-    steps, seconds = figures["steps"], figures["generations"] / 3
+    steps, seconds = figures["steps"], figures["chunks"] / 3
     parts = [
         f"""# Every method, {steps} steps
 
-The shipped world model on urban driving, {figures["generations"]} generations ({seconds:.1f} seconds).
+The shipped world model on urban driving, {figures["chunks"]} chunks ({seconds:.1f} seconds).
 {_FEW if steps == 4 else _MANY}
 
 PSNR, SSIM and ST-LPIPS are of the stitched view against the uncached output of the same seed and cadence, over all
-generations; SSIM and ST-LPIPS look at every {figures["every"]}th frame; depth is its mean relative error, of what is
+chunks; SSIM and ST-LPIPS look at every {figures["every"]}th frame; depth is its mean relative error, of what is
 nearer than {FAR:g} m. The rest is of what follows the first cycle.
-FULL counts the passes per generation, of {steps}, in which everything was computed; skip is the share of calls that
+FULL counts the passes per chunk, of {steps}, in which everything was computed; skip is the share of calls that
 were not: of blocks, of attention modules and MLPs, or of the model. DiT and end to end are speed-ups, medians of whole
 cycles against full compute in the same race; the bound is what Amdahl's law allows the DiT for that skip. Of ToCa,
 calls in which only a share of the tokens was computed count as skipped. Beside each method stands the fixed interval
-along its own axis, over steps or over generations, with as many FULL passes, interpolated between the intervals with
+along its own axis, over steps or over chunks, with as many FULL passes, interpolated between the intervals with
 the next fewer and the next more; gain is the method's PSNR less its.
 
 {_NOISE if steps == 4 else _FLOW} `calibrated` settings were measured on another clip
@@ -68,7 +68,7 @@ with another seed.
     for cadence, result in figures["cadences"].items():
         parts += [
             f"## {cadence} cadence\n",
-            f"Full compute takes {result['full_dit_ms']:.0f} ms in the DiT per generation.\n",
+            f"Full compute takes {result['full_dit_ms']:.0f} ms in the DiT per chunk.\n",
             markdown(_COLUMNS, [_row(row) for row in result["rows"]]),
             _verdict(result["rows"]),
         ]
@@ -92,7 +92,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['ssim']:.4f}",
         scientific(row["lpips"]),
         percent(row["depth"]["abs_rel"]) if row["depth"] else "",
-        f"{row['full_per_generation']:.2f}",
+        f"{row['full_per_chunk']:.2f}",
         percent(row["skip"]),
         f"{row['speedup']:.2f}×",
         "–" if row["speedup_bound"] is None else f"{row['speedup_bound']:.2f}×",

@@ -44,13 +44,13 @@ class Setting:
         """Along which axis it holds over, hence which fixed interval is its control."""
         if self.method == "fixed_interval":
             return str(self.options["over"])
-        return "generations" if self.method.startswith("xcache") else "steps"
+        return "chunks" if self.method.startswith("xcache") else "steps"
 
     def policy(self, cadence: Cadence, calibration: Mapping[str, Mapping[str, Any]]) -> Policy:
-        """In the window cadence committed generations are protected; in the plain one, where all are, no method could
+        """In the window cadence committed chunks are protected; in the plain one, where all are, no method could
         do anything then, and the clean pass alone is."""
         measured = calibration[self.method] if self.calibrated else {}
-        protected = {} if self.method == "never" else {"protection": "generation" if cadence == "window" else "pass"}
+        protected = {} if self.method == "never" else {"protection": "chunk" if cadence == "window" else "pass"}
         made = policy(self.method, **self.options, **measured, **protected)
         return with_trigger(made, self.trigger) if self.trigger else made
 
@@ -63,8 +63,8 @@ def _every(*intervals: int) -> list[Setting]:
     return _each("fixed_interval", *({"every": every, "over": "steps", **_CONTROL} for every in intervals))
 
 
-_OVER_GENERATIONS = [
-    *_each("fixed_interval", {"every": 2, "over": "generations"}, {"every": 4, "over": "generations"}),
+_OVER_CHUNKS = [
+    *_each("fixed_interval", {"every": 2, "over": "chunks"}, {"every": 4, "over": "chunks"}),
     *_each("xcache", {}, {"tau_floor": 0.9}),
     *_each("xcache_reactive", {}),
 ]
@@ -74,7 +74,7 @@ _OVER_GENERATIONS = [
 FEW_STEPS = [
     *_each("never", {}),
     *_every(2, 4),
-    *_OVER_GENERATIONS,
+    *_OVER_CHUNKS,
     *_each("teacache", {"threshold": 1.0}, {"threshold": 2.0}),
     *_each("teacache", {"threshold": 0.25}, {"threshold": 0.5}, calibrated=True),
     *_each("fbcache", {"threshold": 0.95}, {"threshold": 1.5}),
@@ -101,7 +101,7 @@ _TRIGGERS = [("", 1.0), ("every 3", 1.0), ("difference", 0.01), ("norm", 0.003),
 MANY_STEPS = [
     *_each("never", {}),
     *_every(2, 3, 4, 5, 7, 12),
-    *_OVER_GENERATIONS,
+    *_OVER_CHUNKS,
     *_each("teacache", {"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}),
     *_each("teacache", {"threshold": 0.1}, {"threshold": 0.2}, calibrated=True),
     *_each("fbcache", {"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}),
@@ -147,5 +147,5 @@ def by_cadence(steps: int) -> dict[Cadence, list[Setting]]:
     chosen, _ = settings(steps)
     if steps == FEW:
         return {"window": chosen, "plain": chosen}
-    over_generations = [setting for setting in chosen if setting.over == "generations"]
-    return {"window": over_generations, "plain": [setting for setting in chosen if setting not in over_generations]}
+    over_chunks = [setting for setting in chosen if setting.over == "chunks"]
+    return {"window": over_chunks, "plain": [setting for setting in chosen if setting not in over_chunks]}

@@ -14,12 +14,12 @@ import holdover
 from holdover.engine.contract import Policy
 from holdover.report.tables import markdown, percent
 from holdover_world.loop.scenarios import load_scenario
-from holdover_world.measure.lanes import Arm, Race
 from holdover_world.measure.measure import environment
+from holdover_world.measure.race import Arm, Race
 from holdover_world.model.transformer import WorldModel
 from lab.cards import about, write_card
 
-#: Generations left out: they warm up the process, and the policies.
+#: Chunks left out: they warm up the process, and the policies.
 WARM_UP = 4
 
 
@@ -39,22 +39,22 @@ def arms() -> Mapping[str, tuple[Policy, str]]:
 
 
 def run_overhead(
-    model: WorldModel, out: Path, *, generations: int = 44, seed: int = 0, clips: Path | None = None, progress: Progress
+    model: WorldModel, out: Path, *, chunks: int = 44, seed: int = 0, clips: Path | None = None, progress: Progress
 ) -> dict[str, Any]:
     """Time a rollout unattached and under each of `arms`, interleaved; writes ``overhead.md`` and ``overhead.json``.
 
     Args:
-        generations: to drive; the first `WARM_UP` are not counted.
+        chunks: to drive; the first `WARM_UP` are not counted.
         clips: where the "urban-steady" scenario starts.
 
     Raises:
-        ValueError: there are too few generations.
+        ValueError: there are too few chunks.
     """
-    if generations <= WARM_UP:
-        raise ValueError(f"generations={generations}: give more than the {WARM_UP} of warm-up")
-    scenario = load_scenario("urban-steady", model, clips=clips, generations=generations)
+    if chunks <= WARM_UP:
+        raise ValueError(f"chunks={chunks}: give more than the {WARM_UP} of warm-up")
+    scenario = load_scenario("urban-steady", model, clips=clips, chunks=chunks)
     policies = arms()
-    task = progress.add_task("overhead", total=generations)
+    task = progress.add_task("overhead", total=chunks)
     different: set[str] = set()
     with Race(model, scenario, [Arm(name=n, policy=p) for n, (p, _) in policies.items()], seed=seed) as race:
         base = race.base("never")
@@ -64,7 +64,7 @@ def run_overhead(
             different |= {n for n, lane in race.lanes.items() if not torch.equal(lane.pieces[-1].latents, made)}
             progress.advance(task)
         full = np.array(base.dit_seconds[WARM_UP:])
-        rows = [{"name": "unattached", "dit_ms_per_generation": 1e3 * float(np.median(full)), "ratio": 1.0}]
+        rows = [{"name": "unattached", "dit_ms_per_chunk": 1e3 * float(np.median(full)), "ratio": 1.0}]
         for name, (_, meaning) in policies.items():
             lane = race.lanes[name]
             seconds = np.array(lane.dit_seconds[WARM_UP:])
@@ -73,14 +73,14 @@ def run_overhead(
             row: dict[str, Any] = {
                 "name": name,
                 "meaning": meaning,
-                "dit_ms_per_generation": 1e3 * float(np.median(seconds)),
+                "dit_ms_per_chunk": 1e3 * float(np.median(seconds)),
                 "ratio": float(np.median(seconds / full)),
                 "skip": stats.skip,
                 "bytes_held": stats.bytes_held,
                 "identical": name not in different,
             }
             rows.append(row)
-    figures = {"generations": generations - WARM_UP, "rows": rows, "environment": environment(model)}
+    figures = {"chunks": chunks - WARM_UP, "rows": rows, "environment": environment(model)}
     write_card(out, "overhead", card(figures), figures)
     return figures
 
@@ -93,19 +93,19 @@ def card(figures: dict[str, Any]) -> str:
         rows.append(
             (
                 row["name"],
-                f"{row['dit_ms_per_generation']:.1f}",
+                f"{row['dit_ms_per_chunk']:.1f}",
                 f"{100 * (row['ratio'] - 1):+.1f} %",
                 percent(row["skip"]) if attached else "",
                 f"{row['bytes_held'] / 2**20:.1f}" if attached else "",
                 ("yes" if row["identical"] else "no") if attached else "",
             )
         )
-    columns = "what", "DiT ms per generation", "against unattached", "skip", "MiB held", "same bits"
+    columns = "what", "DiT ms per chunk", "against unattached", "skip", "MiB held", "same bits"
     meanings = "\n".join(f"- *{row['name']}*: {row['meaning']}." for row in figures["rows"] if "meaning" in row)
     return f"""# What attaching costs
 
-The shipped world model on steady urban driving, {figures["generations"]} generations after the warm-up, all runs
-interleaved generation by generation in one process. Times are medians, KV updates included; "against unattached" is
+The shipped world model on steady urban driving, {figures["chunks"]} chunks after the warm-up, all runs
+interleaved chunk by chunk in one process. Times are medians, KV updates included; "against unattached" is
 the median of the paired ratios.
 
 {markdown(columns, rows)}

@@ -84,14 +84,14 @@ def train(
 
     Returns:
         ``episodes``, per episode the steps of all cars when it ended, its return, and whether the lane was kept; block
-        calls ``reused`` and ``computed`` of denoising passes; ``seconds`` in the model and ``generations``.
+        calls ``reused`` and ``computed`` of denoising passes; ``seconds`` in the model and ``chunks``.
 
     Raises:
         ValueError: the agent in the folder was trained on another task.
     """
     cars = DummyVecEnv([make] * CARS)
     agent_file, log_file = folder / "agent.zip", folder / "log.json"
-    log: dict[str, Any] = {"task": task, "episodes": [], "reused": 0, "computed": 0, "seconds": 0.0, "generations": 0}
+    log: dict[str, Any] = {"task": task, "episodes": [], "reused": 0, "computed": 0, "seconds": 0.0, "chunks": 0}
     if agent_file.is_file():
         log = json.loads(log_file.read_text(encoding="utf-8"))
         if log["task"] != task:
@@ -114,7 +114,7 @@ def train(
                 log["computed"] += sum(denoising)
                 log["reused"] += len(denoising) - sum(denoising)
                 log["seconds"] += made.seconds
-                log["generations"] += 1
+                log["chunks"] += 1
         return True
 
     while agent.num_timesteps < steps:
@@ -145,7 +145,7 @@ def summary(log: dict[str, Any]) -> dict[str, float | None]:
         "kept_first": mean(episodes[:OVER], 2),
         "kept_last": mean(episodes[-OVER:], 2),
         "skip": log["reused"] / calls if calls else None,
-        "ms_per_generation": 1e3 * log["seconds"] / log["generations"] if log["generations"] else None,
+        "ms_per_chunk": 1e3 * log["seconds"] / log["chunks"] if log["chunks"] else None,
     }
 
 
@@ -173,7 +173,7 @@ def run(
 
 def card(figures: dict[str, Any]) -> str:
     forms = {"return_first": ".2f", "return_last": ".2f", "kept_first": ".0%", "kept_last": ".0%", "skip": ".1%"}
-    forms["ms_per_generation"] = ".0f"
+    forms["ms_per_chunk"] = ".0f"
     rows = ""
     for policy, row in figures["policies"].items():
         shown = {name: "–" if row[name] is None else format(row[name], form) for name, form in forms.items()}
@@ -185,7 +185,7 @@ def card(figures: dict[str, Any]) -> str:
         f"the car's own motion and its place in the lane. First and last {OVER} "
         "episodes; an episode keeps the lane if it lasts to its end, 60 steps.\n\n![returns](ppo.png)\n\n"
         "| policy of the world | episodes | return, first | last | kept the lane, first | last | skip | "
-        f"ms per generation |\n| :-- | --: | --: | --: | --: | --: | --: | --: |\n{rows}\n{about(figures['on'])}\n"
+        f"ms per chunk |\n| :-- | --: | --: | --: | --: | --: | --: | --: |\n{rows}\n{about(figures['on'])}\n"
     )
 
 

@@ -17,8 +17,8 @@ from holdover.report.tables import decibels, markdown, ratio
 from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.loop.scenarios import KINDS, STEADY, Scenario, load_scenario
 from holdover_world.measure.fidelity import psnr
-from holdover_world.measure.lanes import Arm, Race
 from holdover_world.measure.measure import environment
+from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import EVENTS, Reaction, drive, mean_late, mean_ratio, moments
 from holdover_world.model.transformer import WorldModel
 from lab.cards import Parts, about, write_card
@@ -28,7 +28,7 @@ def run_reactions(
     model: WorldModel,
     out: Path,
     *,
-    generations: int = 28,
+    chunks: int = 28,
     count: int = 4,
     seed: int = 0,
     clips: Path | None = None,
@@ -39,12 +39,12 @@ def run_reactions(
     A measurement that was cut off goes on with the scenario it was in.
 
     Args:
-        generations: to drive in each scenario.
+        chunks: to drive in each scenario.
         count: moments in each at which the events happen, in mid-cycle.
         clips: where the scenarios start.
 
     Raises:
-        ValueError: there are too few generations for a moment after the first cycle.
+        ValueError: there are too few chunks for a moment after the first cycle.
     """
     window = model.sizes.window
     arms = [
@@ -53,18 +53,16 @@ def run_reactions(
         Arm(name="fixed_interval", policy=holdover.fixed_interval(every=window)),
     ]
     found: dict[str, list[Reaction]] = {arm.name: [] for arm in arms}
-    parts = Parts(out, "reaction", model, clips=str(clips), generations=generations, count=count, seed=seed)
-    task = progress.add_task("reaction", total=len(KINDS) * generations)
+    parts = Parts(out, "reaction", model, clips=str(clips), chunks=chunks, count=count, seed=seed)
+    task = progress.add_task("reaction", total=len(KINDS) * chunks)
     for done, kind in enumerate(KINDS, 1):
-        scenario = load_scenario(kind + STEADY, model, clips=clips, generations=generations)
+        scenario = load_scenario(kind + STEADY, model, clips=clips, chunks=chunks)
         at = moments(scenario.actions, window, count)
         if not at:
-            raise ValueError(
-                f"{scenario.name} has no moment in mid-cycle at which the car moves in {generations} generations"
-            )
+            raise ValueError(f"{scenario.name} has no moment in mid-cycle at which the car moves in {chunks} chunks")
         progress.update(task, description=scenario.name)
         measured = parts.get(scenario.name, partial(_measure, model, scenario, arms, at, seed, progress, task))
-        progress.update(task, completed=done * generations)
+        progress.update(task, completed=done * chunks)
         for name, reactions in measured.items():
             found[name] += [Reaction(**{**fields, "ratios": tuple(fields["ratios"])}) for fields in reactions]
     rows = [summary(name, event.name, measured) for name, measured in found.items() for event in EVENTS]
@@ -93,7 +91,7 @@ def summary(policy: str, event: str, reactions: Sequence[Reaction]) -> dict[str,
     """The figures of one policy and event over all moments."""
     of_event = [r for r in reactions if r.event == event]
     own = [r.ratios[0] for r in of_event if r.ratios[0] is not None]
-    by_generation = zip(*(r.ratios for r in of_event), strict=True)
+    by_chunk = zip(*(r.ratios for r in of_event), strict=True)
     error = psnr(np.array([r.error for r in of_event]))
     return {
         "policy": policy,
@@ -102,8 +100,8 @@ def summary(policy: str, event: str, reactions: Sequence[Reaction]) -> dict[str,
         "ratio": mean_ratio(reactions, event),
         "lowest": min(own, default=None),
         "highest": max(own, default=None),
-        "generations_late": mean_late(reactions, event),
-        "ratio_by_generation": [_mean([x for x in ratios if x is not None]) for ratios in by_generation],
+        "chunks_late": mean_late(reactions, event),
+        "ratio_by_chunk": [_mean([x for x in ratios if x is not None]) for ratios in by_chunk],
         "psnr_db": error if np.isfinite(error) else None,
         "response": fmean(r.response for r in of_event),
     }
@@ -117,7 +115,7 @@ def card(figures: dict[str, Any]) -> str:
         "ratio",
         "lowest",
         "highest",
-        "generations late",
+        "chunks late",
         "PSNR, dB",
         "size, /255",
     ]
@@ -129,10 +127,10 @@ def card(figures: dict[str, Any]) -> str:
             ratio(row["ratio"]),
             ratio(row["lowest"]),
             ratio(row["highest"]),
-            "never" if row["generations_late"] is None else f"{row['generations_late']:.1f}",
+            "never" if row["chunks_late"] is None else f"{row['chunks_late']:.1f}",
             decibels(row["psnr_db"]),
             f"{row['response']:.2f}",
-            *(ratio(value) for value in row["ratio_by_generation"][1:]),
+            *(ratio(value) for value in row["ratio_by_chunk"][1:]),
         )
         for row in figures["rows"]
     ]
@@ -140,9 +138,9 @@ def card(figures: dict[str, Any]) -> str:
 
 Steady driving in three scenarios; in the middle of a cycle the car is told to brake to a fifth of its speed, to turn
 sharply, or to change lane. The ratio is the projection of what that changes in the cached rollout onto what it changes
-under full compute, in the event's own generation: 1 is right, 0 drives on as if nothing had been said. "Generations
-late" counts until the ratio first reaches 0.9, {figures["horizon"]} generations at most; PSNR is that of the event's
-own generation against full compute, which is high even where the car does not react, because the event itself is
+under full compute, in the event's own chunk: 1 is right, 0 drives on as if nothing had been said. "Chunks
+late" counts until the ratio first reaches 0.9, {figures["horizon"]} chunks at most; PSNR is that of the event's
+own chunk against full compute, which is high even where the car does not react, because the event itself is
 small: "size" is the root mean square of its change. {figures["rows"][0]["cases"]} cases a row.
 
 {markdown(columns, rows)}

@@ -52,7 +52,7 @@ def replay(pattern: NDArray[np.bool_], *, fingerprint: bool) -> Policy:
 def decision_pattern(
     share: float, steps: int, blocks: int, arrangement: Arrangement, *, seed: int = 0
 ) -> NDArray[np.bool_]:
-    """Which block calls of a generation are reused, ``[steps, blocks]``, the first block never.
+    """Which block calls of a chunk are reused, ``[steps, blocks]``, the first block never.
 
     Args:
         share: of all block calls; rounded to whole ones.
@@ -138,7 +138,7 @@ def run_scale(
         rows.append(
             {
                 "name": name,
-                "dit_ms_per_generation": 1e3 * float(np.median(times)),
+                "dit_ms_per_chunk": 1e3 * float(np.median(times)),
                 "speedup": faster,
                 "speedup_bound": bound,
                 "share_of_bound": faster / bound,
@@ -190,16 +190,16 @@ class _Bench:
         return ClosedLoop(self.model, self.start, self.actions, **options)
 
     def cycle(self, policy: Policy | None, *, profiled: bool) -> tuple[float, dict[str, Any]]:
-        """Seconds of a generation, the mean of the cycle after a first generation, and what else is counted of it."""
+        """Seconds of a chunk, the mean of the cycle after a first chunk, and what else is counted of it."""
         cache = attach(self.model, policy) if policy else None
         try:
             loop = self.loop(cache=cache)
             loop.step(self.action)
-            generations = loop.chunk_frames
-            total = sum(loop.step(self.action).dit_seconds for _ in range(generations))
+            chunks = loop.window_frames
+            total = sum(loop.step(self.action).dit_seconds for _ in range(chunks))
             rest: dict[str, Any] = {"skip": 0.0, "bytes_held": 0}
             if cache:
-                # After the first generation, which fills what is held.
+                # After the first chunk, which fills what is held.
                 decisions = [d for d in cache.trace if d.role == "denoise" and d.chunk > 0]
                 rest["skip"] = sum(not d.computed for d in decisions) / len(decisions)
                 rest["bytes_held"] = cache.stats().bytes_held
@@ -208,11 +208,11 @@ class _Bench:
         finally:
             if cache:
                 cache.detach()
-        return total / generations, rest
+        return total / chunks, rest
 
 
 def _cuda_calls(loop: ClosedLoop, action: torch.Tensor) -> dict[str, int]:
-    """Kernel launches and waits of the host for the device, in one generation without a KV update."""
+    """Kernel launches and waits of the host for the device, in one chunk without a KV update."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         loop.step(action)
     counts = {event.key: event.count for event in profiler.key_averages()}
@@ -226,7 +226,7 @@ def _cuda_calls(loop: ClosedLoop, action: torch.Tensor) -> dict[str, int]:
 
 def card(figures: dict[str, Any]) -> str:
     """The Markdown of a result."""
-    columns = ["decisions", "skip", "DiT ms per generation", "speed-up", "bound", "of bound", "MiB held"]
+    columns = ["decisions", "skip", "DiT ms per chunk", "speed-up", "bound", "of bound", "MiB held"]
     counted = "kernel_launches" in figures["rows"][0]
     if counted:
         columns += ["kernel launches", "host waits"]
@@ -235,7 +235,7 @@ def card(figures: dict[str, Any]) -> str:
         cells = [
             row["name"],
             percent(row["skip"]),
-            f"{row['dit_ms_per_generation']:.1f}",
+            f"{row['dit_ms_per_chunk']:.1f}",
             f"{row['speedup']:.2f}x",
             f"{row['speedup_bound']:.2f}x",
             percent(row["share_of_bound"]),
@@ -249,7 +249,7 @@ def card(figures: dict[str, Any]) -> str:
 The world model with {figures["weights"] / 1e6:,.0f} million random weights, {figures["tokens_per_pass"]:,}
 tokens a pass. Block calls are skipped by a pattern given beforehand, in one run of blocks a pass or scattered; "scored"
 takes and compares X-Cache's fingerprint of every block as well, so the difference is what gate and fingerprint cost.
-Medians of {figures["repeats"]} interleaved cycles of four generations, KV update included; blocks take
+Medians of {figures["repeats"]} interleaved cycles of four chunks, KV update included; blocks take
 {percent(figures["block_share"])} of the time without a cache, from which the bound follows.
 
 {markdown(tuple(columns), rows)}

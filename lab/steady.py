@@ -26,8 +26,8 @@ from holdover.report.progress import bar
 from holdover.report.tables import markdown
 from holdover_world.loop.scenarios import load_scenario, shipped_model
 from holdover_world.measure.fidelity import compare
-from holdover_world.measure.lanes import Arm, Race
 from holdover_world.measure.measure import environment
+from holdover_world.measure.race import Arm, Race
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.scene.clips import list_clips
@@ -37,18 +37,18 @@ from lab.cards import Parts, about, write_card
 KINDS = {"highway-steady": "straight", "urban-steady": "urban", "uturn-steady": "uturn"}
 
 
-def drive(model: WorldModel, name: str, clip: Path, generations: int) -> dict[str, Any]:
+def drive(model: WorldModel, name: str, clip: Path, chunks: int) -> dict[str, Any]:
     """One drive, in full and under X-Cache: PSNR of the windows of at least five seconds at either end, and of each."""
     with tempfile.TemporaryDirectory() as folder:  # a scenario begins in the first clip of a folder
         for path in (clip, clip.parent / "dataset.json"):
             Path(folder, path.name).symlink_to(path.resolve())
-        scenario = load_scenario(name, model, clips=Path(folder), generations=generations)
+        scenario = load_scenario(name, model, clips=Path(folder), chunks=chunks)
     with Race(model, scenario, [Arm(name="xcache", policy=policy("xcache"))]) as race:
         for action in scenario.actions:
             race.step(action)
         made, true = race.lanes["xcache"], race.reference("xcache")
         stats = made.stats()
-        comparison = compare(made.video(), true.video(), every=generations * model.sizes.frames_per_latent)
+        comparison = compare(made.video(), true.video(), every=chunks * model.sizes.frames_per_latent)
     gc.collect()  # a lane and the hook on its model hold each other
     assert stats is not None
     window = model.sizes.window * model.sizes.frames_per_latent
@@ -76,11 +76,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, default=Path("data/steady"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
-    parser.add_argument("--generations", type=int, default=60, help="per drive, a third of a second each")
+    parser.add_argument("--chunks", type=int, default=60, help="per drive, a third of a second each")
     options = parser.parse_args()
     model = WorldModel.load(shipped_model())
-    if options.generations < 2 * model.sizes.window:
-        parser.error(f"--generations {options.generations} are fewer than two windows; give {2 * model.sizes.window}")
+    if options.chunks < 2 * model.sizes.window:
+        parser.error(f"--chunks {options.chunks} are fewer than two windows; give {2 * model.sizes.window}")
     clips = {
         name: [clip for clip in list_clips(options.clips) if clip.name.startswith(f"{kind}-")]
         for name, kind in KINDS.items()
@@ -88,14 +88,14 @@ def main() -> None:
     few = [KINDS[name] for name, found in clips.items() if len(found) < 2]
     if few:
         parser.error(f"{options.clips} holds fewer than two {few[0]} clips; record some, see above")
-    parts = Parts(options.out, "steady", model, clips=str(options.clips), generations=options.generations)
+    parts = Parts(options.out, "steady", model, clips=str(options.clips), chunks=options.chunks)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
     with bar() as progress:
         task = progress.add_task("steady", total=sum(map(len, clips.values())))
         for name, paths in clips.items():
             for clip in paths:
                 progress.update(task, description=clip.name)
-                found[name].append(parts.get(clip.name, partial(drive, model, name, clip, options.generations)))
+                found[name].append(parts.get(clip.name, partial(drive, model, name, clip, options.chunks)))
                 progress.advance(task)
 
     summaries = {name: summary(drives) for name, drives in found.items()}
@@ -125,7 +125,7 @@ def main() -> None:
     surroundings = environment(model, shipped_model())
     text = (
         "# Steady driving, from many recordings\n\n"
-        f"`python benchmarks/steady.py`: `xcache` against full compute, {options.generations} generations at one\n"
+        f"`python benchmarks/steady.py`: `xcache` against full compute, {options.chunks} chunks at one\n"
         "action, from each of the recordings named. PSNR in dB, stitched: of the windows of at least five seconds at\n"
         "either end, the mean change between them with its standard error, and how much a drive's windows scatter.\n\n"
         + markdown(("scenario", "drives", "first", "last", "change", "scatter"), means)
@@ -133,7 +133,7 @@ def main() -> None:
         + markdown(("recording", "skip", "first", "last", "change", "by window"), rows)
         + f"\n{about(surroundings)}\n"
     )
-    figures = {"generations": options.generations, "summary": summaries, "drives": found, "on": surroundings}
+    figures = {"chunks": options.chunks, "summary": summaries, "drives": found, "on": surroundings}
     write_card(options.out, "steady", text, figures)
     parts.clear()
     print(text)

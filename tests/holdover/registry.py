@@ -56,13 +56,13 @@ class Case:
         return self.twin(**self.known, **self.options)
 
     @property
-    def generations(self) -> int:
+    def chunks(self) -> int:
         """Enough for it to show all it does, in a golden trace that can be read."""
         return 20 if self.sigmas is FEW else 6
 
     def protected(self) -> Case:
         """The same under KV protection, which methods from the world without a KV cache have off."""
-        return replace(self, options={**self.options, "protection": "generation"}) if self.sigmas is MANY else self
+        return replace(self, options={**self.options, "protection": "chunk"}) if self.sigmas is MANY else self
 
     @property
     def id(self) -> str:
@@ -171,34 +171,34 @@ VARIED = [
     xcache(max_staleness=1),
     reactive(scale=(2.0, 0.3)),
     reactive(scale=0.012, protection="pass"),
-    many("teacache", TeaCache, threshold=0.3, protection="generation", polynomial=(2.0, 0.5, 0.001)),
-    many("fbcache", FBCache, threshold=0.2, protection="generation"),
-    many("dicache", DiCache, threshold=0.3, probe=2, retain=1, protection="generation"),
+    many("teacache", TeaCache, threshold=0.3, protection="chunk", polynomial=(2.0, 0.5, 0.001)),
+    many("fbcache", FBCache, threshold=0.2, protection="chunk"),
+    many("dicache", DiCache, threshold=0.3, probe=2, retain=1, protection="chunk"),
     pcd(threshold=0.2, probe=1, beta_s=0.5, alpha=0.5, beta_d="code", gamma=(0.2, 1.8), retain=1, last=True),
-    pcd(threshold=0.3, swd=False, ats=False, retain=0.1, protection="generation"),
+    pcd(threshold=0.3, swd=False, ats=False, retain=0.1, protection="chunk"),
     pcd(probe=1, swd=False, cfc=False, ats=False, ofa=False),
     pcd(cfc=False, ofa=False),
     many("worldcache_htc", WorldCacheHTC, chaotic=0.7, n_max=6, eta=3.33, retain=5),
-    many("worldcache_htc", WorldCacheHTC, drift_reduction="all", retain=0, stable=0.2, protection="generation"),
+    many("worldcache_htc", WorldCacheHTC, drift_reduction="all", retain=0, stable=0.2, protection="chunk"),
     many("worldcache_htc", WorldCacheHTC, n_max=5, retain=0.2, relative_epsilon=0.1, pinned=48, modalities=(96, 96)),
     many("worldcache_htc", WorldCacheHTC, eta=0.02, pinned=(0, 7, 100)),
-    many("taylorseer", TaylorSeer, every=3, order=2, span="block", retain=0.15, protection="generation"),
+    many("taylorseer", TaylorSeer, every=3, order=2, span="block", retain=0.15, protection="chunk"),
     many("taylorseer", TaylorSeer, every=4, order=0, retain=2),
     many("taylorseer", TaylorSeer, every=4, order=2),
-    many("delta_dit", DeltaDiT, every=3, early=0.3, retain=2, protection="generation"),
-    many("easycache", EasyCache, threshold=0.1, retain=2, protection="generation"),
+    many("delta_dit", DeltaDiT, every=3, early=0.3, retain=2, protection="chunk"),
+    many("easycache", EasyCache, threshold=0.1, retain=2, protection="chunk"),
     many("easycache", EasyCache, retain=0),
-    many("bwcache", BWCache, threshold=0.035, run=3, retain=0.2, protection="generation"),
+    many("bwcache", BWCache, threshold=0.035, run=3, retain=0.2, protection="chunk"),
     many("bwcache", BWCache, run=0.2),
-    many("magcache", MagCache, ratios=RATIOS, threshold=0.2, max_skips=2, retain=1, protection="generation"),
+    many("magcache", MagCache, ratios=RATIOS, threshold=0.2, max_skips=2, retain=1, protection="chunk"),
     many("magcache", MagCache, ratios=(1.02,) * 24, max_skips=9),
-    flow(threshold=0.3, retain=0.2, protection="generation"),
+    flow(threshold=0.3, retain=0.2, protection="chunk"),
     replace(flow(threshold=0.2, retain=3), loops=ToyLoop),
-    faster(every=3, low=0.8, high=1.5, switch=0.7, retain=2, protection="generation"),
+    faster(every=3, low=0.8, high=1.5, switch=0.7, retain=2, protection="chunk"),
     replace(faster(every=2, branch="a", guide="b"), branches=("b", "a")),
-    many("pab", PAB, spatial=1, temporal=3, cross=2, start=0.3, stop=1.0, protection="generation"),
+    many("pab", PAB, spatial=1, temporal=3, cross=2, start=0.3, stop=1.0, protection="chunk"),
     many("pab", PAB, start=0.0),
-    toca(every=3, fresh=0.3, age=2.0, retain=0.2, protection="generation"),
+    toca(every=3, fresh=0.3, age=2.0, retain=0.2, protection="chunk"),
     toca(every=6, fresh=0.02, age=0.0),
-    many("deepcache", DeepCache, every=2, shallow=0, retain=3, protection="generation"),
+    many("deepcache", DeepCache, every=2, shallow=0, retain=3, protection="chunk"),
 ]

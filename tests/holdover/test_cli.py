@@ -180,7 +180,7 @@ def test_clips_of_one_camera_without_depth_train_a_world_model(tmp_path: Path) -
     colour = tmp_path / "autoencoders" / "colour"
     assert "heldout_psnr_db" in list(read_log(colour))[-1]
     assert (colour / "curve.png").is_file()
-    scenario = load_scenario("urban", model, clips=tmp_path / "clips", generations=1)
+    scenario = load_scenario("urban", model, clips=tmp_path / "clips", chunks=1)
     piece = ClosedLoop(model, scenario.start, scenario.start_actions).step(scenario.actions[0])
     assert model.codec.decode(piece.latents, piece.before)["front_wide"].shape == (1, 4, 16, 32, 3)
 
@@ -190,15 +190,15 @@ def test_demo_and_benches_run_on_a_model_and_clips_of_one_s_own(tmp_path: Path) 
     world_model().save(tmp_path / "model")
     own = ["--model", str(tmp_path / "model"), "--clips", str(clips)]
     out = str(tmp_path / "demo")
-    result = run("demo", *own, "--out", out, "--generations", "8", "--scenario", "urban", "--every", "16")
+    result = run("demo", *own, "--out", out, "--chunks", "8", "--scenario", "urban", "--every", "16")
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == f"page: {tmp_path / 'demo' / 'index.html'}"
     assert "3682 → 1392" in result.output
     assert json.loads((tmp_path / "demo" / "report.json").read_text())["environment"]["model"] == "model"
-    result = run("bench", "overhead", *own, "--out", str(tmp_path / "benchmarks"), "--generations", "8")
+    result = run("bench", "overhead", *own, "--out", str(tmp_path / "benchmarks"), "--chunks", "8")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["generations"] == 4
-    assert "no urban clip" in refused("demo", *own, "--out", out, "--generations", "99", "--scenario", "urban")
+    assert json.loads(result.stdout.splitlines()[-1])["chunks"] == 4
+    assert "no urban clip" in refused("demo", *own, "--out", out, "--chunks", "99", "--scenario", "urban")
 
 
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path) -> None:
@@ -214,5 +214,5 @@ def test_clips_of_other_cameras_are_one_line(tmp_path: Path) -> None:
     world_model().save(tmp_path / "model")
     other = tuple(replace(camera, width=camera.width + 16) for camera in CAMERAS)
     clips = write_clips(tmp_path / "clips", 4 * 16, cameras=other)
-    own = "--model", str(tmp_path / "model"), "--clips", str(clips), "--generations", "8", "--scenario", "urban"
+    own = "--model", str(tmp_path / "model"), "--clips", str(clips), "--chunks", "8", "--scenario", "urban"
     assert "colour of front_wide is 64x32, the model's 48x32" in refused("demo", *own, "--out", str(tmp_path))

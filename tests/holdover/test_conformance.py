@@ -18,7 +18,7 @@ import holdover
 from tests.holdover.registry import CLOSED, DEFAULTS, VARIED, Case
 from tests.holdover.toy import Runner, StaggeredLoop, ToyLoop, ToyModel, cached, chunks_apart, drive, one_thread, plain
 
-GENERATIONS = 20
+CHUNKS = 20
 
 each = pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: case.id)
 #: A schedule has no gate to ask, and where it leaves nothing to reuse the engine says so.
@@ -36,16 +36,14 @@ def model() -> ToyModel:
     return ToyModel()
 
 
-def condition(generation: int) -> float:
+def condition(chunk: int) -> float:
     """Changes in the middle of a cycle."""
-    return 0.0 if generation < 17 else 0.3
+    return 0.0 if chunk < 17 else 0.3
 
 
-def play(model: ToyModel, loop: ToyLoop, runner: Any, generations: int = GENERATIONS) -> list[Tensor]:
-    start = loop.generation
-    return [
-        loop.step(model, action, runner, condition(start + n)) for n, action in enumerate(drive(generations, start))
-    ]
+def play(model: ToyModel, loop: ToyLoop, runner: Any, chunks: int = CHUNKS) -> list[Tensor]:
+    start = loop.chunk
+    return [loop.step(model, action, runner, condition(start + n)) for n, action in enumerate(drive(chunks, start))]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -120,13 +118,13 @@ def test_interleaved_streams_do_not_touch_each_other(case: Case, model: ToyModel
     alone: dict[str, tuple[list[Tensor], list[tuple[Any, ...]]]] = {}
     for seed, stream in enumerate(("a", "b")):
         with holdover.attach(model, case.policy()) as cache:
-            # Stream b runs four generations behind, so that the two meet in different states.
-            outputs = play(model, case.loop(seed=seed, stream=stream), cached(cache), GENERATIONS - 4 * seed)
+            # Stream b runs four chunks behind, so that the two meet in different states.
+            outputs = play(model, case.loop(seed=seed, stream=stream), cached(cache), CHUNKS - 4 * seed)
         alone[stream] = outputs, decisions(cache, stream)
     with holdover.attach(model, case.policy()) as cache:
         loops = {stream: case.loop(seed=seed, stream=stream) for seed, stream in enumerate(("a", "b"))}
         together: dict[str, list[Tensor]] = {"a": play(model, loops["a"], cached(cache), 4), "b": []}
-        for _ in range(GENERATIONS - 4):
+        for _ in range(CHUNKS - 4):
             for stream, loop in loops.items():
                 together[stream] += play(model, loop, cached(cache), 1)
     for stream, (outputs, trace) in alone.items():
@@ -134,7 +132,7 @@ def test_interleaved_streams_do_not_touch_each_other(case: Case, model: ToyModel
         assert decisions(cache, stream) == trace
 
 
-in_flight = [case for case in DEFAULTS if case.policy().lifetime == "generation"]
+in_flight = [case for case in DEFAULTS if case.policy().lifetime == "chunk"]
 
 
 @pytest.mark.parametrize("case", in_flight, ids=lambda case: case.id)
@@ -149,7 +147,7 @@ def test_chunks_in_flight_do_not_touch_each_other(case: Case, model: ToyModel) -
         expected = play_staggered(chunks_apart(cached(alone)))
     with holdover.attach(model, case.policy()) as cache:
         outputs = play_staggered(cached(cache))
-        assert len({key.generation for key in cache._runtime.streams["default"].held}) == 3  # finished ones are freed
+        assert len({key.chunk for key in cache._runtime.streams["default"].held}) == 3  # finished ones are freed
     assert same(outputs, expected)
     in_turn = sorted(decisions(cache), key=lambda decision: decision[1])
     assert in_turn == [decision for chunk in range(5) for decision in decisions(alone, str(chunk))]
@@ -221,7 +219,7 @@ for case in DEFAULTS:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
-    """Per policy: outputs, decisions and loop of a run, whole and continued in a fresh process after 6 generations."""
+    """Per policy: outputs, decisions and loop of a run, whole and continued in a fresh process after 6 chunks."""
     folder: Path = tmp_path_factory.mktemp("snapshots")
     whole = {}
     for case in DEFAULTS:
@@ -273,7 +271,7 @@ def test_kv_updates_are_computed_in_full(case: Case, model: ToyModel) -> None:
         play(model, case.loop(), cached(cache))
     updates = [decision for decision in cache.trace if decision.role == "kv_update"]
     blocks = {(decision.branch, decision.block) for decision in cache.trace}
-    assert len(updates) == len(blocks) * GENERATIONS // 4
+    assert len(updates) == len(blocks) * CHUNKS // 4
     assert all(decision.computed and decision.reason == "kv update" for decision in updates)
 
 
@@ -366,7 +364,7 @@ def golden_lines(cache: holdover.Cache) -> Iterator[tuple[str, list[float]]]:
 def test_golden_decisions(case: Case, model: ToyModel) -> None:
     """Decisions match the text exactly, scores to three decimals; none of them is on a knife's edge."""
     with holdover.attach(model, case.policy()) as cache:
-        play(model, case.loop(), cached(cache), case.generations)
+        play(model, case.loop(), cached(cache), case.chunks)
     for decision in cache.trace:
         for name in {"drift", "change"} & decision.scores.keys():
             assert abs(decision.scores[name] - decision.scores["threshold"]) > 1e-5
@@ -387,7 +385,7 @@ def write_golden(names: Sequence[str]) -> None:
             continue
         model = ToyModel()
         with one_thread(), holdover.attach(model, case.policy()) as cache:
-            play(model, case.loop(), cached(cache), case.generations)
+            play(model, case.loop(), cached(cache), case.chunks)
         lines = [
             f"{line} | {' '.join(f'{score:.4f}' for score in scores)}" if scores else line
             for line, scores in golden_lines(cache)

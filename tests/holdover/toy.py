@@ -133,7 +133,7 @@ class ToyModel(nn.Module):
 
 @dataclass
 class ToyLoop:
-    """One stream: cycles of WINDOW generations with one noise, the first of them committed at the end of the cycle.
+    """One stream: cycles of WINDOW chunks with one noise, the first of them committed at the end of the cycle.
 
     ``fields`` of every pass go to the runner together with the pass itself.
     """
@@ -142,7 +142,7 @@ class ToyLoop:
     stream: str = "default"
     branches: tuple[str, ...] = ("",)
     sigmas: tuple[float, ...] = FEW
-    generation: int = 0
+    chunk: int = 0
     emitted: list[Tensor] = field(default_factory=list)
     noise: Tensor | None = None
     committed: Tensor | None = None
@@ -152,9 +152,9 @@ class ToyLoop:
     @torch.no_grad()
     def step(self, model: ToyModel, action: tuple[float, float], runner: Runner, condition: float = 0.0) -> Tensor:
         """Generate one piece ``[1, PER_FRAME, CHANNELS]``."""
-        position = self.generation % WINDOW
+        position = self.chunk % WINDOW
         if position == 0:
-            source = torch.Generator().manual_seed(1000 * self.seed + self.generation)
+            source = torch.Generator().manual_seed(1000 * self.seed + self.chunk)
             draws = len(self.sigmas) if len(self.sigmas) == len(FEW) else 1  # many steps follow one noise to its end
             self.noise = torch.randn(draws, 1, WINDOW * PER_FRAME, CHANNELS, generator=source)
             self.emitted = []
@@ -165,15 +165,15 @@ class ToyLoop:
         for index, sigma in enumerate(self.sigmas):
             clean[:, : known.shape[1]] = known
             noisy = (1 - sigma) * clean + sigma * self.noise[min(index, len(self.noise) - 1)]
-            clean = self._denoise(model, runner, self.generation, index, noisy, action, condition)
+            clean = self._denoise(model, runner, self.chunk, index, noisy, action, condition)
         if position == 0:
             self.committed, self.committed_action = clean.clone(), command
         self.emitted.append(clean[:, position * PER_FRAME : (position + 1) * PER_FRAME].clone())
         if position == WINDOW - 1:
             assert self.committed is not None
             assert self.committed_action is not None
-            self._commit(model, runner, self.generation, self.committed, self.committed_action, condition)
-        self.generation += 1
+            self._commit(model, runner, self.chunk, self.committed, self.committed_action, condition)
+        self.chunk += 1
         return self.emitted[-1]
 
     def _denoise(
@@ -241,7 +241,7 @@ class Flight:
 class StaggeredLoop(ToyLoop):
     """One stream with three chunks of one frame in flight, a third of their steps apart, which take turns.
 
-    Each generation opens one and brings the oldest to its end; every fourth is committed then.
+    Each chunk opens one and brings the oldest to its end; every fourth is committed then.
     """
 
     sigmas: tuple[float, ...] = MANY
@@ -250,10 +250,10 @@ class StaggeredLoop(ToyLoop):
     @torch.no_grad()
     def step(self, model: ToyModel, action: tuple[float, float], runner: Runner, condition: float = 0.0) -> Tensor:
         """Open a chunk and go on with all; the oldest as it is then, ``[1, PER_FRAME, CHANNELS]``."""
-        source = torch.Generator().manual_seed(1000 * self.seed + self.generation)
+        source = torch.Generator().manual_seed(1000 * self.seed + self.chunk)
         noise = torch.randn(1, PER_FRAME, CHANNELS, generator=source)
-        self.flights[self.generation] = Flight(noise, torch.zeros_like(noise), action)
-        self.generation += 1
+        self.flights[self.chunk] = Flight(noise, torch.zeros_like(noise), action)
+        self.chunk += 1
         for _ in range(len(self.sigmas) // 3):
             for chunk, flight in self.flights.items():
                 sigma = self.sigmas[flight.index]
@@ -288,9 +288,9 @@ def chunks_apart(runner: Runner) -> Runner:
     return lambda fields, run: runner({**fields, "stream": str(fields["chunk"])}, run)
 
 
-def drive(generations: int, start: int = 0) -> Iterator[tuple[float, float]]:
+def drive(chunks: int, start: int = 0) -> Iterator[tuple[float, float]]:
     """Commanded speed and curvature: steady, a gentle turn, then a sudden stop in the middle of a cycle."""
-    for n in range(start, start + generations):
+    for n in range(start, start + chunks):
         curvature = 0.02 * math.sin(n / 3) if n < 8 else 0.6
         yield (0.8 if n < 14 else 0.1), curvature
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 pytest.importorskip("ray", reason="no Ray; pip install 'holdover[fleet]'")
-from holdover_world.fleet import DRIVERS, Rollout, drive, keep_lane, read_plan, run_fleet
+from holdover_world.fleet import DRIVERS, Episode, drive, keep_lane, read_plan, run_fleet
 from holdover_world.scene.vehicles import EgoState
 from holdover_world.scene.vehicles import drive as move
 from holdover_world.sessions.session import WorldSession
 from tests.holdover_world.server.small import fatal_course, small_course, straight
 
-PLAN = "scenarios: [town, coast]\nseeds: [0, 1]\ndrivers: [keep_lane]\ngenerations: 4\n"
+PLAN = "scenarios: [town, coast]\nseeds: [0, 1]\ndrivers: [keep_lane]\nchunks: 4\n"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -35,14 +35,14 @@ def test_a_plan_is_every_combination(tmp_path: Path) -> None:
     rollouts = read_plan(write(tmp_path, PLAN.replace("[keep_lane]", "[brake, straight_on]")), ["eager", "never"])
     assert len(rollouts) == 2 * 2 * 2 * 2
     assert len({rollout.key for rollout in rollouts}) == 16
-    assert rollouts[0] == Rollout(scenario="town", seed=0, driver="brake", policy="eager", generations=4)
+    assert rollouts[0] == Episode(scenario="town", seed=0, driver="brake", policy="eager", chunks=4)
     for wrong, message in (
         ("[1]", r"holds \[1\]"),
         (PLAN + "more: 1", "more"),
         (PLAN.replace("keep_lane", "fly"), "driver 'fly'"),
         (PLAN.replace("[0, 1]", "[-1]"), "seeds="),
         (PLAN.replace("[0, 1]", "7"), "seeds=7"),
-        (PLAN.replace("4", "0"), "generations=0"),
+        (PLAN.replace("4", "0"), "chunks=0"),
     ):
         with pytest.raises(ValueError, match=message):
             read_plan(write(tmp_path, wrong), ["never"])
@@ -50,9 +50,9 @@ def test_a_plan_is_every_combination(tmp_path: Path) -> None:
 
 def test_the_lane_keeper_comes_back_to_the_middle() -> None:
     road, ego = straight(EgoState()), EgoState(y=1.2, yaw=0.1, speed=10.0)
-    for generation in range(30):
+    for chunk in range(30):
         offset, heading_error = road.beside(ego)
-        speed, curvature = keep_lane({"offset": offset, "heading_error": heading_error}, 10.0, generation)
+        speed, curvature = keep_lane({"offset": offset, "heading_error": heading_error}, 10.0, chunk)
         for _ in range(4):
             ego = move(ego, speed, curvature)
     assert abs(ego.y) < 0.05
@@ -64,7 +64,7 @@ def test_a_collision_is_not_a_lane_that_was_left(monkeypatch: pytest.MonkeyPatch
     step = WorldSession.step
     wall = {"front_wide": np.full((2, 32, 48), 0.5, np.float32)}  # half a metre before the camera, inside the car
     monkeypatch.setattr(WorldSession, "step", lambda session, action: replace(step(session, action), depth=wall))
-    row = drive(small_course(), Rollout(scenario="town", seed=0, driver="brake", policy="never", generations=3))
+    row = drive(small_course(), Episode(scenario="town", seed=0, driver="brake", policy="never", chunks=3))
     assert (row["steps"], row["reward"], row["collided"], row["left_lane"]) == (1, -1, True, False)
 
 

@@ -19,7 +19,7 @@ from tests.lab.small import cut_off_before_the_card
 
 def test_overhead_compares_bits_and_times(model: WorldModel, clips: Path, tmp_path: Path) -> None:
     with bar() as progress:
-        figures = run_overhead(model, tmp_path, generations=12, clips=clips, progress=progress)
+        figures = run_overhead(model, tmp_path, chunks=12, clips=clips, progress=progress)
     rows = {row["name"]: row for row in figures["rows"]}
     assert rows["never"]["identical"]
     assert rows["closed gate"]["identical"]
@@ -29,8 +29,8 @@ def test_overhead_compares_bits_and_times(model: WorldModel, clips: Path, tmp_pa
     assert rows["never"]["bytes_held"] == 0 < rows["closed gate"]["bytes_held"]
     assert json.loads((tmp_path / "overhead.json").read_text()) == figures
     assert "| closed gate |" in (tmp_path / "overhead.md").read_text()
-    with bar() as progress, pytest.raises(ValueError, match="generations=4"):
-        run_overhead(model, tmp_path, generations=4, clips=clips, progress=progress)
+    with bar() as progress, pytest.raises(ValueError, match="chunks=4"):
+        run_overhead(model, tmp_path, chunks=4, clips=clips, progress=progress)
 
 
 def test_the_ablation_covers_what_it_promises() -> None:
@@ -48,7 +48,7 @@ def test_the_ablation_writes_a_card(
     monkeypatch.setattr(ablation, "ablation_arms", lambda: arms)
     monkeypatch.setattr(ablation, "KINDS", ("urban",))
     with bar() as progress:
-        options: dict[str, Any] = {"generations": 8, "scenarios": ("urban-steady",), "every": 8, "clips": clips}
+        options: dict[str, Any] = {"chunks": 8, "scenarios": ("urban-steady",), "every": 8, "clips": clips}
         run = partial(run_ablation, model, tmp_path, progress=progress, **options)
         figures = cut_off_before_the_card(ablation, run, monkeypatch)
     assert json.loads((tmp_path / "ablation.json").read_text()) == figures
@@ -65,4 +65,4 @@ def test_the_ablation_writes_a_card(
     assert "| urban | DiT ms |" in text
     assert not list(tmp_path.glob(".*"))
     with bar() as progress, pytest.raises(ValueError, match="give 8"):
-        run_ablation(model, tmp_path, generations=4, clips=clips, progress=progress)
+        run_ablation(model, tmp_path, chunks=4, clips=clips, progress=progress)

@@ -59,12 +59,12 @@ def _decision(chunk: int, index: int, block: int, computed: bool, role: Any = "d
 
 
 def test_full_counts_by_hand() -> None:
-    """Chunk 0 is warm-up. Of 2 generations of 2 passes of 2 blocks, 3 calls are reused, in 2 of the 4 passes."""
+    """Chunk 0 is warm-up. Of 2 chunks of 2 passes of 2 blocks, 3 calls are reused, in 2 of the 4 passes."""
     computed = {(1, 0): (True, True), (1, 1): (True, False), (2, 0): (True, True), (2, 1): (False, False)}
     decisions = [_decision(0, 0, 0, False)]
     decisions += [_decision(*at, block, done) for at, blocks in computed.items() for block, done in enumerate(blocks)]
     decisions += [_decision(2, 0, 0, True, role="kv_update")]
-    assert count(decisions, first=1, generations=2) == (1.0, 3 / 8)
+    assert count(decisions, first=1, chunks=2) == (1.0, 3 / 8)
 
 
 def test_the_control_has_as_many_full_passes_along_the_same_axis() -> None:
@@ -76,19 +76,19 @@ def test_the_control_has_as_many_full_passes_along_the_same_axis() -> None:
             "every": every,
             "skip": 1 - full / 35,
             "speedup": 35 / full,
-            "full_per_generation": full,
+            "full_per_chunk": full,
             "psnr_db": psnr,
         }
 
     rows = [
         row("fixed_interval", "steps", 9.0, 30.0, 4),
         row("fixed_interval", "steps", 12.0, 33.0, 3),
-        row("fixed_interval", "generations", 10.0, 50.0, 2),
+        row("fixed_interval", "chunks", 10.0, 50.0, 2),
         row("teacache", "steps", 10.0, 31.5),
         row("fbcache", "steps", 12.0, 31.5),
         row("easycache", "steps", 35.0, None),
         row("pab", "steps", 11.0, None),
-        row("xcache", "generations", 9.0, 49.0),
+        row("xcache", "chunks", 9.0, 49.0),
         row("never", "steps", 35.0, None),
     ]
     beside_controls(rows)
@@ -123,7 +123,7 @@ def test_the_bench_is_complete_and_right(
         Setting(method="never"),
         Setting(method="fixed_interval", options={"every": 2, **control}),
         Setting(method="fixed_interval", options={"every": 4, **control}),
-        Setting(method="fixed_interval", options={"every": 4, "over": "generations"}),
+        Setting(method="fixed_interval", options={"every": 4, "over": "chunks"}),
         Setting(method="xcache"),
         Setting(method="teacache", options={"threshold": 1e-9}, calibrated=True),
         Setting(method="magcache", options={"threshold": 1e9, "retain": 1}, calibrated=True),
@@ -134,29 +134,29 @@ def test_the_bench_is_complete_and_right(
     monkeypatch.setattr(methods_settings, "FEW_STEPS" if steps == 4 else "MANY_STEPS", chosen)
     monkeypatch.setattr(methods, "HEAT", 6)
     with Progress(disable=True) as progress:
-        run = partial(run_methods, model, tmp_path, steps=steps, generations=8, clips=clips, progress=progress)
+        run = partial(run_methods, model, tmp_path, steps=steps, chunks=8, clips=clips, progress=progress)
         figures = cut_off_before_the_card(methods, run, monkeypatch)
-        with pytest.raises(ValueError, match="generations=4 has no cycle"):
-            run_methods(model, tmp_path, steps=steps, generations=4, clips=clips, progress=progress)
+        with pytest.raises(ValueError, match="chunks=4 has no cycle"):
+            run_methods(model, tmp_path, steps=steps, chunks=4, clips=clips, progress=progress)
     assert json.loads((tmp_path / f"methods-{steps}.json").read_text()) == json.loads(json.dumps(figures))
     assert (tmp_path / f"methods-{steps}.png").read_bytes().startswith(b"\x89PNG")
     rows = {row["name"]: row for row in figures["cadences"]["plain"]["rows"]}
     assert rows["never()"]["psnr_db"] is None
     assert rows["never()"]["depth"] == {"abs_rel": 0, "within_1.25": 1}
     assert rows["fixed_interval(every=4, over=steps)"]["depth"]["abs_rel"] > 0
-    assert rows["never()"]["full_per_generation"] == steps
-    assert rows["fixed_interval(every=2, over=steps)"]["full_per_generation"] == steps / 2
-    assert rows["fixed_interval(every=4, over=steps)"]["full_per_generation"] == steps / 4
-    assert rows["flowcache(threshold=1000000000.0)"]["full_per_generation"] == 1  # the first step
+    assert rows["never()"]["full_per_chunk"] == steps
+    assert rows["fixed_interval(every=2, over=steps)"]["full_per_chunk"] == steps / 2
+    assert rows["fixed_interval(every=4, over=steps)"]["full_per_chunk"] == steps / 4
+    assert rows["flowcache(threshold=1000000000.0)"]["full_per_chunk"] == 1  # the first step
     assert rows["flowcache(threshold=1000000000.0)"]["skip"] == 1 - 1 / steps
     magcache = rows["magcache(threshold=1000000000.0, retain=1, calibrated)"]
-    assert magcache["full_per_generation"] == steps / 4  # at most three skips in a row
+    assert magcache["full_per_chunk"] == steps / 4  # at most three skips in a row
     assert magcache["control"]["every"] == [4]
     assert magcache["control"]["gain_db"] == 0
     assert rows["pab()"]["speedup_bound"] is None
     window = {row["name"]: row for row in figures["cadences"]["window"]["rows"]}
-    control_row = window["fixed_interval(every=4, over=generations)"]
-    assert control_row["full_per_generation"] == steps / 4  # one generation of four, in the others the anchor alone
+    control_row = window["fixed_interval(every=4, over=chunks)"]
+    assert control_row["full_per_chunk"] == steps / 4  # one chunk of four, in the others the anchor alone
     assert control_row["skip"] == 3 / 4 * 3 / 4
     shares = figures["cadences"]["plain"]["block_shares"]
     assert 0 < shares["block"] < shares["model"] < 1

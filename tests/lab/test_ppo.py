@@ -50,7 +50,7 @@ def test_what_the_agent_is_shown_and_what_it_may_do(checkpoint: Path) -> None:
         assert seen in env.observation_space
 
 
-@pytest.mark.filterwarnings("ignore:.*could reuse nothing")  # as it may be in so few generations
+@pytest.mark.filterwarnings("ignore:.*could reuse nothing")  # as it may be in so few chunks
 def test_a_run_goes_on_where_it_was(checkpoint: Path, tmp_path: Path) -> None:
     first = run(checkpoint, tmp_path, tmp_path / "runs", steps=64, seed=3, scenario="urban", **FEW)
     longer = run(checkpoint, tmp_path, tmp_path / "runs", steps=96, seed=3, scenario="urban", **FEW)
@@ -60,8 +60,8 @@ def test_a_run_goes_on_where_it_was(checkpoint: Path, tmp_path: Path) -> None:
         assert after[: len(before)] == before
         assert all(64 < at <= 96 for at, _, _ in after[len(before) :])
         log = json.loads((tmp_path / "runs" / policy / "log.json").read_text())
-        assert log["generations"] == 96 - len(after)  # what an episode's last step made is not kept
-        assert log["computed"] + log["reused"] == log["generations"] * 4 * 2  # passes, blocks
+        assert log["chunks"] == 96 - len(after)  # what an episode's last step made is not kept
+        assert log["computed"] + log["reused"] == log["chunks"] * 4 * 2  # passes, blocks
     assert longer["policies"]["never"]["skip"] == 0
     assert json.loads((tmp_path / "ppo.json").read_text()) == longer
     assert f"| `never` | {len(after)} |" in (tmp_path / "ppo.md").read_text()

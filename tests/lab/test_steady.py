@@ -17,7 +17,7 @@ from holdover_world.model.transformer import WorldModel
 
 
 def pixels(model: WorldModel, scenario: Scenario, cache: holdover.Cache | None) -> NDArray[np.float64]:
-    """All pixels of every generation ``[G, ...]``, by the driver alone."""
+    """All pixels of every chunk ``[G, ...]``, by the driver alone."""
     loop = ClosedLoop(model, scenario.start, scenario.start_actions, seed=0, cache=cache, track=scenario.track)
     pieces = []
     for piece in loop.run(scenario.actions):
@@ -29,7 +29,7 @@ def pixels(model: WorldModel, scenario: Scenario, cache: holdover.Cache | None) 
 def test_a_drive_is_what_both_runs_show_alone(model: WorldModel, clips: Path) -> None:
     clip = next(clips.glob("urban-*"))
     found = drive(model, "urban-steady", clip, 20)
-    scenario = load_scenario("urban-steady", model, clips=clips, generations=20)
+    scenario = load_scenario("urban-steady", model, clips=clips, chunks=20)
     full = pixels(model, scenario, None)
     with holdover.attach(model, holdover.xcache()) as cache:
         cached = pixels(model, scenario, cache)
@@ -41,7 +41,7 @@ def test_a_drive_is_what_both_runs_show_alone(model: WorldModel, clips: Path) ->
 
     assert found["clip"] == clip.name
     assert found["by_window"] == pytest.approx([decibels(errors[n : n + 4]) for n in range(0, 20, 4)])
-    # Five seconds are 15 generations, and so four windows.
+    # Five seconds are 15 chunks, and so four windows.
     assert found["first"] == pytest.approx(decibels(errors[:16]))
     assert found["last"] == pytest.approx(decibels(errors[-16:]))
 

@@ -15,7 +15,7 @@ from tests.holdover.engine.models import EAGER, Scale, Stack, ones, reasons
 
 
 def twice(model: nn.Module, cache: holdover.Cache, *values: float, **inputs: Any) -> list[Tensor]:
-    """One generation per value."""
+    """One chunk per value."""
     outputs = []
     for chunk, value in enumerate(values):
         with cache.step(chunk=chunk, commits=False):
@@ -212,7 +212,7 @@ def test_a_block_that_overwrites_its_input_is_held_right(returns_input: bool, in
         for chunk, (value, commits) in enumerate([(1, True), (3, True), (5, False), (1, False)]):
             with cache.step(chunk=chunk, commits=commits):
                 outputs.append(model(ones(value))[0, 0, 0])
-    added = 3 if returns_input else 4  # to an input of 3, in generation 1
+    added = 3 if returns_input else 4  # to an input of 3, in chunk 1
     assert outputs == [1 + added - 2, 3 + added, 5 + added, 1 + added]
     assert reasons(cache) == ["kv cycle", "kv cycle", "reuse", "reuse"]
 
@@ -355,7 +355,7 @@ def test_a_slot_may_be_a_method_of_a_module() -> None:
     model = Stack(TwoMethods(), TwoMethods())
     before = [dict(module.__dict__) for module in model.modules()]
     slots = [holdover.Slot(block, method=method) for block in model.blocks for method in ("double", "increase")]
-    # Of the first generation the residuals are 1, 1, 3 and 1.
+    # Of the first chunk the residuals are 1, 1, 3 and 1.
     with holdover.attach(model, EAGER, slots=slots) as cache:
         for chunk, value in enumerate((1.0, 5.0)):
             with cache.step(chunk=chunk, commits=False):

@@ -83,14 +83,14 @@ def test_nan_is_never_the_same() -> None:
     assert reasons(cache) == ["first", "condition"]
 
 
-def test_a_change_in_mid_generation_computes_its_rest_and_every_older_slot() -> None:
+def test_a_change_in_mid_chunk_computes_its_rest_and_every_older_slot() -> None:
     model = Stack(Scale())
     passes = [(0, i, "a") for i in range(3)] + [(1, 0, "a"), (1, 1, "b"), (1, 2, "b")] + [(2, i, "b") for i in range(3)]
     with holdover.attach(model, EAGER) as cache:
         for chunk, index, condition in passes:
             with cache.step(chunk=chunk, index=index, num_steps=3, commits=False, condition=condition):
                 model(ones())
-    # Generation 2 recomputes pass 0, which generation 1 reused under the old condition.
+    # ChunkState 2 recomputes pass 0, which chunk 1 reused under the old condition.
     assert reasons(cache) == ["first"] * 3 + ["reuse"] + ["condition"] * 2 + ["condition", "reuse", "reuse"]
 
 

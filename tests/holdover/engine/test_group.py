@@ -33,6 +33,6 @@ dist.destroy_process_group()
 
 def test_what_one_rank_computes_all_compute(tmp_path: Path) -> None:
     zero, one = run_ranks(WORKER, tmp_path)
-    # Generation 2 looks new to rank 0 alone, and so does 3, which is as before again. Generation 4 does to rank 1.
+    # ChunkState 2 looks new to rank 0 alone, and so does 3, which is as before again. ChunkState 4 does to rank 1.
     assert zero == ["first"] * 2 + ["reuse"] * 2 + ["cosine"] * 4 + ["group"] * 2
     assert one == ["first"] * 2 + ["reuse"] * 2 + ["group"] * 4 + ["cosine"] * 2

@@ -49,11 +49,11 @@ def test_a_failed_pass_leaves_nothing_half_written() -> None:
         run(cache, model, ones(1), 1)
         assert reasons(cache)[3:] == ["interrupted", "cosine", "cosine"]
         held = cache._runtime.streams["default"].held
-        assert {key.block: entry.generation for key, entry in held.items()} == {0: 1, 1: 1, 2: 1}
+        assert {key.block: entry.chunk for key, entry in held.items()} == {0: 1, 1: 1, 2: 1}
         assert numbers.keys() == held.keys()
 
 
-def test_a_first_pass_that_fails_does_not_count_as_a_generation() -> None:
+def test_a_first_pass_that_fails_does_not_count_as_a_chunk() -> None:
     model = Stack(Fragile())
     with holdover.attach(model, holdover.xcache(front_anchors=0)) as cache:
         model.blocks[0].broken = True
@@ -73,7 +73,7 @@ def test_a_failed_reuse_keeps_what_is_held() -> None:
         model.blocks[1].broken = True
         with pytest.raises(OSError):
             run(cache, model, ones(5), 1)
-        assert cache.exact()  # the failed generation never was
+        assert cache.exact()  # the failed chunk never was
         model.blocks[1].broken = False
         assert run(cache, model, ones(5), 1)[0, 0, 0] == 3 * 6
     assert reasons(cache) == ["first", "reuse"]
@@ -170,7 +170,7 @@ WHOLE = holdover.fixed_interval(span="all", front_anchors=0, warmup=0, every=2)
 @pytest.mark.parametrize("policy", [holdover.never(), WHOLE], ids=["never", "fixed_interval"])
 @pytest.mark.parametrize("chunk", [1, 2])  # of the interval, reused and computed
 def test_blocks_that_need_no_decision_are_counted_and_checked_all_the_same(policy: holdover.Policy, chunk: int) -> None:
-    """Those within a span, from the second generation on."""
+    """Those within a span, from the second chunk on."""
     model = Stack(Scale(), Fragile(), Scale(), Scale())
     computed, next_computed = policy is not WHOLE or chunk == 2, policy is not WHOLE or chunk == 1
     with holdover.attach(model, policy) as cache:
@@ -306,7 +306,7 @@ def test_fork_refuses_unknown_and_existing_streams() -> None:
             cache.fork("a", "a")
 
 
-def test_exact_follows_the_latest_generation_of_a_branch() -> None:
+def test_exact_follows_the_latest_chunk_of_a_branch() -> None:
     model = Stack(Scale(), Scale())
     with holdover.attach(model, holdover.xcache(front_anchors=0)) as cache:
         assert not cache.exact("default")
@@ -317,7 +317,7 @@ def test_exact_follows_the_latest_generation_of_a_branch() -> None:
             (2, 0, True, True),
             (2, 1, True, True),
             (3, 1, False, False),
-            (2, 0, True, True),  # back to an earlier generation
+            (2, 0, True, True),  # back to an earlier chunk
         ]:
             run(cache, model, ones(), chunk, index=index, num_steps=2, commits=commits)
             assert cache.exact() is expected
@@ -348,11 +348,11 @@ def test_a_policy_that_is_asked_or_never_would_does_not_warn(policy: holdover.Po
             run(cache, model, ones(), chunk, commits=chunk != 5)
 
 
-#: Reuses a generation's first output at each of its further passes.
+#: Reuses a chunk's first output at each of its further passes.
 FIRST_OUTPUT = holdover.policy("taylorseer", every=99, order=0)
 
 
-def test_generations_in_flight_keep_what_they_hold_until_they_are_over() -> None:
+def test_chunks_in_flight_keep_what_they_hold_until_they_are_over() -> None:
     model = Stack(Scale())
     with holdover.attach(model, FIRST_OUTPUT) as cache:
         for index in range(3):
@@ -362,21 +362,21 @@ def test_generations_in_flight_keep_what_they_hold_until_they_are_over() -> None
         both = cache.nbytes
         run(cache, model, ones(), 2, num_steps=3)  # the others are over, and give up what they held
         assert cache.nbytes == both // 2
-        assert [key.generation for key in cache._runtime.streams["default"].held] == [2]
+        assert [key.chunk for key in cache._runtime.streams["default"].held] == [2]
 
 
-def test_a_generation_that_is_given_up_is_freed_once_another_could_have_been_done() -> None:
+def test_a_chunk_that_is_given_up_is_freed_once_another_could_have_been_done() -> None:
     model = Stack(Scale())
     with holdover.attach(model, FIRST_OUTPUT) as cache:
         held = []
         for chunk in range(5):
             for index in range(2):  # of three: none is ever over
                 run(cache, model, ones(), chunk, index=index, num_steps=3)
-            held.append([key.generation for key in cache._runtime.streams["default"].held])
+            held.append([key.chunk for key in cache._runtime.streams["default"].held])
         assert held == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
 
 
-def test_a_generation_that_its_caller_gives_up_is_freed_at_once() -> None:
+def test_a_chunk_that_its_caller_gives_up_is_freed_at_once() -> None:
     model = Stack(Scale())
     with holdover.attach(model, FIRST_OUTPUT) as cache:
         for stream, chunk in (("a", 0), ("a", 1), ("b", 0)):
@@ -386,7 +386,7 @@ def test_a_generation_that_its_caller_gives_up_is_freed_at_once() -> None:
         cache.give_up(7, "a")
         cache.give_up(0, "unknown")
         assert cache.nbytes == 2 * one
-        assert [key.generation for key in cache._runtime.streams["a"].held] == [1]
+        assert [key.chunk for key in cache._runtime.streams["a"].held] == [1]
         run(cache, model, ones(5), 0, index=1, num_steps=3, stream="a")  # it goes on nevertheless
         assert reasons(cache)[3:] == ["first"]
         run(cache, model, ones(5), 1, index=1, num_steps=3, stream="a")

@@ -172,7 +172,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 
 
 #: Holds over all blocks of a model as one span.
-WHOLE = holdover.fixed_interval(over="generations", every=9, span="all", front_anchors=0, warmup=0)
+WHOLE = holdover.fixed_interval(over="chunks", every=9, span="all", front_anchors=0, warmup=0)
 
 
 class Carry(nn.Module):

@@ -136,7 +136,7 @@ def test_warm_up_and_exactness_survive(snapshot: holdover.Snapshot) -> None:
             run(cache, model, 1, chunk)
         cache.restore("later", cache.snapshot())
         assert cache.exact("later")
-        for chunk in (1, 2, 3):  # generation 1 goes on, and does not count twice
+        for chunk in (1, 2, 3):  # chunk 1 goes on, and does not count twice
             run(cache, model, 1, chunk, stream="later")
         assert not cache.exact("later")
         assert [d.reason for d in cache.trace if d.stream == "later"] == ["warm-up", "warm-up", "reuse"]

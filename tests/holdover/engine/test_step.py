@@ -69,7 +69,7 @@ def test_unknown_fields_are_refused() -> None:
         ({"num_steps": 3}, "num_steps changed from 2 to 3"),
     ],
 )
-def test_a_generation_is_of_one_piece(change: dict[str, Any], message: str) -> None:
+def test_a_chunk_is_of_one_piece(change: dict[str, Any], message: str) -> None:
     model = Stack(Scale())
     fields: dict[str, Any] = {"chunk": 0, "num_steps": 2, "commits": False, "action": [0.2]}
     with holdover.attach(model, EAGER) as cache:
@@ -100,11 +100,11 @@ def test_warm_up_counts_distinct_chunks_in_any_order() -> None:
         assert reasons(cache)[-1] == "warm-up"
 
 
-def test_a_long_stream_does_not_collect_generations() -> None:
+def test_a_long_stream_does_not_collect_chunks() -> None:
     model = Stack(Scale())
     with holdover.attach(model, EAGER) as cache:
         for chunk in range(200):
             with cache.step(chunk=chunk, commits=False):
                 model(ones())
         stream = cache._runtime.streams["default"]
-        assert (len(stream.generations), stream.count) == (64, 200)
+        assert (len(stream.chunks), stream.count) == (64, 200)

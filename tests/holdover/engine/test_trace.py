@@ -60,11 +60,11 @@ def test_a_trace_does_not_keep_what_steered_the_video(role: Role) -> None:
 def test_stats_count_per_stream_and_over_all() -> None:
     model = Stack(Scale(), Scale())
     with holdover.attach(model, holdover.xcache()) as cache:
-        for stream, generations in (("a", 5), ("b", 2)):
-            for chunk in range(generations):
+        for stream, chunks in (("a", 5), ("b", 2)):
+            for chunk in range(chunks):
                 with cache.step(stream=stream, chunk=chunk, commits=chunk == 2):
                     model(ones())
-            with cache.step(stream=stream, chunk=generations, role="kv_update"):
+            with cache.step(stream=stream, chunk=chunks, role="kv_update"):
                 model(ones())
         a, both = cache.stats("a"), cache.stats()
         # After warm-up, a ran 8 block calls: 4 anchors and protected pairs, of which 3 second blocks were reused.

@@ -15,7 +15,7 @@ from torch import Tensor
 import holdover
 from holdover.engine.contract import Call
 from holdover.engine.slots import Span
-from holdover.engine.state import FullGeneration, Held
+from holdover.engine.state import FullChunk, Held
 from holdover.methods.parts.gates import DualMetric, vector_cosine
 from holdover.methods.parts.guards import Always, Anchors, Guard, Interval, NewAction, Stale, WarmUp
 from holdover.methods.parts.predictors import Residual
@@ -32,12 +32,12 @@ grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 
 def call(**fields: Any) -> Call:
     """A call of block 2 of 6, as a part sees it."""
     held = fields.pop("held", {})
-    given: dict[str, Any] = {"span": Span(2, 2), "blocks": 6, "generation": 5, "full": None, "x": torch.zeros(1, 1, 1)}
+    given: dict[str, Any] = {"span": Span(2, 2), "blocks": 6, "chunk": 5, "full": None, "x": torch.zeros(1, 1, 1)}
     given |= {name: fields.pop(name) for name in list(fields) if name in given}
     given |= {"entry": fields.pop("entry", given["x"]), "tap": lambda name: given["x"]}
     given |= {"peer": lambda block, branch=None: None, "compute": lambda x: x, "kind": fields.pop("kind", "block")}
     kind: dict[str, Any] = {"shape": torch.Size([1, 1, 1]), "dtype": torch.float32, "device": torch.device("cpu")}
-    kind |= {"out_dtype": torch.float32, "generation": 4, "epoch": 0, "action": None}
+    kind |= {"out_dtype": torch.float32, "chunk": 4, "epoch": 0, "action": None}
     entry = None if held is None else Held(**{**kind, **held})
     step = {"chunk": 5, "num_steps": 4, "commits": False}
     return Call(step=holdover.Step(**{**step, **fields}), held=entry, **given)
@@ -324,13 +324,13 @@ def test_guards_combine() -> None:
         (Anchors(0, 3), {}, None),
         (Anchors(0, 4), {}, "anchor"),
         (Anchors(0, 2), {"span": Span(2, 4)}, "anchor"),
-        (Stale(1), {"held": {"generation": 4}}, None),
-        (Stale(1), {"held": {"generation": 3}}, "stale"),
+        (Stale(1), {"held": {"chunk": 4}}, None),
+        (Stale(1), {"held": {"chunk": 3}}, "stale"),
         (Stale(1), {"held": None}, None),
         (Interval(2, "steps"), {"index": 2}, "interval"),
         (Interval(2, "steps"), {"index": 3}, None),
-        (Interval(2, "generations"), {"held": {"generation": 4}}, None),
-        (Interval(2, "generations"), {"held": {"generation": 3}}, "interval"),
+        (Interval(2, "chunks"), {"held": {"chunk": 4}}, None),
+        (Interval(2, "chunks"), {"held": {"chunk": 3}}, "interval"),
     ],
     ids=str,
 )
@@ -346,20 +346,20 @@ def test_an_action_is_new_when_any_dimension_moved_by_its_scale(series: list[tup
     action, known, scale = zip(*series, strict=True)
     moved = max(abs(a - b) / s for a, b, s in series)
     assume(abs(moved - 1) > 1e-9)
-    fields = {"action": action, "full": FullGeneration(3, known)}
+    fields = {"action": action, "full": FullChunk(3, known)}
     assert NewAction(scale)(call(**fields)) == ("action" if moved > 1 else None)
 
 
 def test_an_action_without_anything_to_compare_with_is_new() -> None:
     guard = NewAction(0.05)
     assert guard(call(action=[0.1])) == "action"
-    assert guard(call(action=[0.1], full=FullGeneration(3, None))) == "action"
-    assert guard(call(action=[0.1], full=FullGeneration(3, (0.1, 0.0)))) == "action"
-    assert guard(call(action=[0.1], full=FullGeneration(3, (0.1,)))) is None
+    assert guard(call(action=[0.1], full=FullChunk(3, None))) == "action"
+    assert guard(call(action=[0.1], full=FullChunk(3, (0.1, 0.0)))) == "action"
+    assert guard(call(action=[0.1], full=FullChunk(3, (0.1,)))) is None
     with pytest.raises(ValueError, match=r"the step has none; pass step\(action="):
         guard(call())
     with pytest.raises(ValueError, match="scale has 2 dimensions, the action 1"):
-        NewAction((0.1, 0.2))(call(action=[0.1], full=FullGeneration(3, (0.1,))))
+        NewAction((0.1, 0.2))(call(action=[0.1], full=FullChunk(3, (0.1,))))
 
 
 # Spans.

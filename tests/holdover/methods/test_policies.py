@@ -39,13 +39,13 @@ def test_policies_are_found_by_name() -> None:
         ("xcache", {"front_anchors": -1}, "front_anchors=-1: give a whole number"),
         ("xcache", {"back_anchors": -1}, "back_anchors=-1: give a whole number"),
         ("xcache", {"max_staleness": 0}, "max_staleness=0: give a whole number, 1 or more"),
-        ("xcache", {"protection": "off"}, "protection='off' is not one of 'generation', 'pass'"),
+        ("xcache", {"protection": "off"}, "protection='off' is not one of 'chunk', 'pass'"),
         ("xcache", {"step0": True}, "step0=True is not one of 'off', 'full', 'relaxed'"),
         ("xcache_reactive", {"scale": 0}, "scale=0 is not positive"),
         ("xcache_reactive", {"scale": ()}, r"scale=\(\) is not positive"),
         ("xcache_reactive", {"scale": [0.1, -1]}, r"scale=\(0.1, -1\) is not positive"),
         ("fixed_interval", {"every": 1}, r"every=1 reuses nothing; give 2 or more, or use never\(\)"),
-        ("fixed_interval", {"over": "blocks"}, "over='blocks' is not one of 'steps', 'generations'"),
+        ("fixed_interval", {"over": "blocks"}, "over='blocks' is not one of 'steps', 'chunks'"),
         ("fixed_interval", {"span": "half"}, "span='half' is not one of 'block', 'all'"),
         ("fixed_interval", {"protection": None}, "protection=None is not one of"),
         ("easycache", {"threshold": -0.1}, "threshold=-0.1 is negative"),
@@ -88,7 +88,7 @@ def test_a_repr_tells_policies_apart(case: Case) -> None:
         assert len({repr(other.policy()) for other in [case, *others]}) == 1 + len(others) > 2
 
 
-def generation(cache: holdover.Cache, model: Stack, chunk: int, action: tuple[float, ...], **fields: Any) -> list[str]:
+def chunk(cache: holdover.Cache, model: Stack, chunk: int, action: tuple[float, ...], **fields: Any) -> list[str]:
     """Two passes; what block 1 of each was told."""
     before = len(cache.trace)
     for index in range(2):
@@ -102,36 +102,34 @@ def test_xcache_does_not_see_a_car_brake_and_xcache_reactive_does() -> None:
     for policy, seen in ((holdover.xcache(), "reuse"), (holdover.xcache_reactive(), "action")):
         model = Stack(Scale(), Scale())
         with holdover.attach(model, policy) as cache:
-            generation(cache, model, 0, (0.8, 0.0))
-            assert generation(cache, model, 1, (0.8, 0.0)) == ["reuse"] * 2
-            assert generation(cache, model, 2, (0.2, 0.0)) == [seen] * 2
+            chunk(cache, model, 0, (0.8, 0.0))
+            assert chunk(cache, model, 1, (0.8, 0.0)) == ["reuse"] * 2
+            assert chunk(cache, model, 2, (0.2, 0.0)) == [seen] * 2
             assert cache.exact() == (seen == "action")
 
 
 def test_small_changes_of_the_action_add_up() -> None:
     model = Stack(Scale(), Scale())
     with holdover.attach(model, holdover.xcache_reactive(scale=0.05)) as cache:
-        told = [generation(cache, model, n, (0.5 + 0.02 * n,))[0] for n in range(8)]
-    # Compared with the latest full generation, 0, then 3, then 6; not with the one before.
+        told = [chunk(cache, model, n, (0.5 + 0.02 * n,))[0] for n in range(8)]
+    # Compared with the latest full chunk, 0, then 3, then 6; not with the one before.
     assert told == ["warm-up", "reuse", "reuse", "action", "reuse", "reuse", "action", "reuse"]
 
 
-def test_a_generation_that_stopped_early_is_no_full_one() -> None:
+def test_a_chunk_that_stopped_early_is_no_full_one() -> None:
     model = Stack(Scale(), Scale())
     with holdover.attach(model, holdover.xcache_reactive()) as cache:
-        generation(cache, model, 0, (0.5,))
+        chunk(cache, model, 0, (0.5,))
         with cache.step(chunk=1, index=0, num_steps=2, action=(0.9,), commits=False):
-            model(ones())  # pass 1 of this generation never runs, so its slots still hold action 0.5
-        assert generation(cache, model, 2, (0.9,)) == ["action"] * 2
-        assert generation(cache, model, 3, (0.9,)) == ["reuse"] * 2
+            model(ones())  # pass 1 of this chunk never runs, so its slots still hold action 0.5
+        assert chunk(cache, model, 2, (0.9,)) == ["action"] * 2
+        assert chunk(cache, model, 3, (0.9,)) == ["reuse"] * 2
 
 
 def test_scales_are_per_dimension() -> None:
     model = Stack(Scale(), Scale())
     with holdover.attach(model, holdover.xcache_reactive(scale=(0.5, 0.01))) as cache:
-        told = [
-            generation(cache, model, n, action)[0] for n, action in enumerate([(0, 0), (0.4, 0), (0, 0.02), (0, 0.02)])
-        ]
+        told = [chunk(cache, model, n, action)[0] for n, action in enumerate([(0, 0), (0.4, 0), (0, 0.02), (0, 0.02)])]
     assert told == ["warm-up", "reuse", "action", "reuse"]
 
 
@@ -142,17 +140,17 @@ def test_fixed_interval_ties_with_xcache_on_steady_driving() -> None:
         model = Stack(Scale(), Scale(), Scale())
         with holdover.attach(model, policy) as cache:
             for chunk in range(16):
-                generation(cache, model, chunk, (0.5,), commits=chunk % 4 == 0)
+                chunk(cache, model, chunk, (0.5,), commits=chunk % 4 == 0)
         computed.append([decision.computed for decision in cache.trace])
     assert computed[0] == computed[1]
     assert computed[0].count(False) == 12 * 2 * 2
 
 
-def test_over_steps_nothing_outlives_its_generation() -> None:
+def test_over_steps_nothing_outlives_its_chunk() -> None:
     model = Stack(Scale())
     policy = holdover.fixed_interval(over="steps", every=2, front_anchors=0, warmup=0)
     with holdover.attach(model, policy) as cache:
-        for chunk, index in [(0, 0), (0, 1), (1, 1), (1, 3)]:  # generation 1 starts late
+        for chunk, index in [(0, 0), (0, 1), (1, 1), (1, 3)]:  # chunk 1 starts late
             with cache.step(chunk=chunk, index=index, num_steps=4, commits=False):
                 model(ones())
     assert reasons(cache) == ["interval", "reuse", "first", "reuse"]

@@ -32,7 +32,7 @@ class Track(nn.Module):
 def generate(
     policy: Policy, model: Stack, steps: int, enters: Callable[[int], float] = lambda step: 1.0
 ) -> tuple[list[float], list[str]]:
-    """What leaves the model at every step of one generation, and block 0's reasons."""
+    """What leaves the model at every step of one chunk, and block 0's reasons."""
     outputs = []
     with holdover.attach(model, policy) as cache:
         for index in range(steps):
@@ -71,12 +71,12 @@ def test_magcache_by_hand() -> None:
 
 
 def test_magcache_wants_a_ratio_for_every_step() -> None:
-    with pytest.raises(ValueError, match="has 10 ratios and the generation 12 steps; measure the ratios with"):
+    with pytest.raises(ValueError, match="has 10 ratios and the chunk 12 steps; measure the ratios with"):
         generate(holdover.policy("magcache", ratios=[1.0] * 10), Stack(Scale()), 12)
 
 
 def test_magnitudes_are_measured_over_a_loop() -> None:
-    """Per guidance branch, of the latest generation; and they are of a kind that MagCache takes."""
+    """Per guidance branch, of the latest chunk; and they are of a kind that MagCache takes."""
     model, loop = ToyModel(), ToyLoop(sigmas=MANY, branches=("cond", "uncond"))
     residuals: dict[str, list[Tensor]] = {}
     entered: list[Tensor] = []
@@ -111,11 +111,11 @@ def test_magnitudes_are_measured_over_a_loop() -> None:
         magnitude_ratios(snapshot)
 
 
-def test_magnitudes_of_half_a_generation_are_refused() -> None:
+def test_magnitudes_of_half_a_chunk_are_refused() -> None:
     with holdover.attach(model := Stack(Scale()), measure_magnitudes()) as cache:
         with cache.step(chunk=0, index=0, num_steps=4):
             model(ones())
-        with pytest.raises(ValueError, match="1 of 4 passes have run; take the snapshot after a whole generation"):
+        with pytest.raises(ValueError, match="1 of 4 passes have run; take the snapshot after a whole chunk"):
             magnitude_ratios(cache.snapshot())
 
 

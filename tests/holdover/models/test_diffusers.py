@@ -95,7 +95,7 @@ def test_taylorseer_is_that_of_diffusers(wan: Any, order: int) -> None:
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_from_one_generation_to_the_next_the_same_video_costs_its_anchors(wan: Any) -> None:
+def test_from_one_chunk_to_the_next_the_same_video_costs_its_anchors(wan: Any) -> None:
     enabled = holdover.diffusers.enable(wan, holdover.xcache())
     first = pipelines.video(wan, **GUIDED)
     assert torch.allclose(pipelines.video(wan, **GUIDED), first, atol=1e-4)
@@ -216,7 +216,7 @@ class TestByItself:
             with enabled.cache.step(chunk=0, index=index, num_steps=2, commits=False):
                 output = self.run(model, 0)
         assert [d.reason for d in enabled.cache.trace] == ["probe", "first", "first", "probe", "reuse", "reuse"]
-        for chunk in (0, 1):  # steps that begin again are a new generation
+        for chunk in (0, 1):  # steps that begin again are a new chunk
             for index in range(2):
                 with model.cache_context("cond", step_index=index, num_inference_steps=2):
                     assert torch.allclose(self.run(model, 0), output, atol=1e-6)

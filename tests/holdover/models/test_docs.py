@@ -69,5 +69,5 @@ def test_the_example_with_a_model_of_your_own(capsys: pytest.CaptureFixture[str]
         "write_kv": lambda: contract.run(model, noise, 0.0, 0, state, clean=True),
     }
     exec(example("docs/own-model.md", "3. Say where each pass stands"), names)
-    assert names["cache"].stats().reused == 2 * 3 * 3 * 2  # cycles, generations, blocks but the anchor, steps
+    assert names["cache"].stats().reused == 2 * 3 * 3 * 2  # cycles, chunks, blocks but the anchor, steps
     assert "reasons" in capsys.readouterr().out

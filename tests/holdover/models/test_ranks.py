@@ -47,7 +47,7 @@ def test_what_one_rank_computes_all_compute(tmp_path: Path) -> None:
     zero, one = run_ranks(WORKER, tmp_path)
     assert zero["close"]
     assert one["close"]
-    # Generation 2 looks new to rank 1 alone, and so does 3, which is as before again.
+    # Chunk 2 looks new to rank 1 alone, and so does 3, which is as before again.
     alike = ["warm-up"] * 3 + ["anchor"] + ["reuse"] * 2
     assert zero["reasons"] == alike + (["anchor"] + ["group"] * 2) * 2
     assert one["reasons"] == alike + (["anchor"] + ["cosine"] * 2) * 2

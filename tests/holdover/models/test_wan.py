@@ -86,8 +86,8 @@ def test_fbcache_is_that_of_diffusers(pipe: Any) -> None:
     assert all(cache.stats().reused > 0 for cache in enabled.caches.values())
 
 
-def test_of_two_transformers_each_holds_its_own_generation_alone() -> None:
-    """Neither sees the last pass of a generation, or the first."""
+def test_of_two_transformers_each_holds_its_own_chunk_alone() -> None:
+    """Neither sees the last pass of a chunk, or the first."""
     pipe = pipelines.wan_22()
     enabled = holdover.diffusers.enable(pipe, policy(0.3))
     held = []

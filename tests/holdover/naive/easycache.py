@@ -8,7 +8,7 @@ from tests.holdover.naive.steps import TailTwin
 
 
 class EasyCache(TailTwin):
-    """``computed`` lists input and output of every computed step of the generation, ``passed`` of every step."""
+    """``computed`` lists input and output of every computed step of the chunk, ``passed`` of every step."""
 
     computes_last = True
 

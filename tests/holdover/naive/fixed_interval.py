@@ -1,4 +1,4 @@
-"""The fixed schedule, slowly: over steps, every N-th pass; over generations, N generations after the last time."""
+"""The fixed schedule, slowly: over steps, every N-th pass; over chunks, N chunks after the last time."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 
 class FixedInterval:
-    """``last`` residuals by slot: (branch, block) over steps, (branch, pass, block) over generations."""
+    """``last`` residuals by slot: (branch, block) over steps, (branch, pass, block) over chunks."""
 
     def __init__(
         self,
         *,
         blocks: int,
         every: int = 4,
-        over: str = "generations",
+        over: str = "chunks",
         span: str = "block",
         front_anchors: int = 1,
         back_anchors: int = 0,
         warmup: int = 1,
-        protection: str = "generation",
+        protection: str = "chunk",
     ) -> None:
         self.blocks, self.every, self.over, self.span = blocks, every, over, span
         self.front, self.back, self.warmup, self.protection = front_anchors, back_anchors, warmup, protection
@@ -36,7 +36,7 @@ class FixedInterval:
         if self.condition.setdefault(fields["branch"], fields["condition"]) != fields["condition"]:
             self.condition[fields["branch"]] = fields["condition"]
             self.renewed.add((fields["chunk"], fields["branch"]))
-        generation, t = self.chunks.index(fields["chunk"]), fields["index"]
+        chunk, t = self.chunks.index(fields["chunk"]), fields["index"]
         whole = range(self.front, self.blocks - self.back)
         entered: list[Any] = []
         reused_run: list[bool] = []
@@ -44,19 +44,19 @@ class FixedInterval:
         def decide(block: int) -> str:
             slot = self._slot(fields["branch"], t, block)
             known = self.last.get(slot)
-            if generation < self.warmup:
+            if chunk < self.warmup:
                 return "warm-up"
-            if fields["commits"] and self.protection == "generation":
+            if fields["commits"] and self.protection == "chunk":
                 return "kv cycle"
             if block < self.front or block >= self.blocks - self.back:
                 return "anchor"
             if self.over == "steps" and t % self.every == 0:
                 return "interval"
-            if self.over == "generations" and known and generation - known["generation"] >= self.every:
+            if self.over == "chunks" and known and chunk - known["chunk"] >= self.every:
                 return "interval"
             if (fields["chunk"], fields["branch"]) in self.renewed:
                 return "condition"
-            if known is None or (self.over == "steps" and known["generation"] != generation):
+            if known is None or (self.over == "steps" and known["chunk"] != chunk):
                 return "first"
             return "reuse"
 
@@ -66,7 +66,7 @@ class FixedInterval:
                 if reason == "reuse":
                     return self._note(block, reason, x + self.last[self._slot(fields["branch"], t, block)]["r"])
                 y = compute(x)
-                self.last[self._slot(fields["branch"], t, block)] = {"r": y - x, "generation": generation}
+                self.last[self._slot(fields["branch"], t, block)] = {"r": y - x, "chunk": chunk}
                 return self._note(block, reason, y)
             # One residual for all blocks between the anchors: the first answers, the others pass on.
             slot = self._slot(fields["branch"], t, whole[0])
@@ -80,7 +80,7 @@ class FixedInterval:
                 return self._note(block, "reuse", x)
             y = compute(x)
             if block == whole[-1]:
-                self.last[slot] = {"r": y - entered[-1], "generation": generation}
+                self.last[slot] = {"r": y - entered[-1], "chunk": chunk}
             return self._note(block, self.run_reason, y)
 
         return run(apply=apply)

@@ -33,7 +33,7 @@ class MagCache(TailTwin):
 
 
 def measured(residuals: list[Any]) -> list[float]:
-    """The ratios that a calibration run is to give, from the residuals of one generation."""
+    """The ratios that a calibration run is to give, from the residuals of one chunk."""
     ratios = [1.0]
     for then, now in pairwise(residuals):
         tokens = zip(then.reshape(-1, then.shape[-1]), now.reshape(-1, now.shape[-1]), strict=True)

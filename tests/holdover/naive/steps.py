@@ -1,4 +1,4 @@
-"""What all twins of methods that look from step to step share: a memory per guidance branch and generation."""
+"""What all twins of methods that look from step to step share: a memory per guidance branch and chunk."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class StepTwin(ABC):
         fields, memory = self.now["fields"], self.now["memory"]
         index, steps = fields["index"], fields["num_steps"]
         first = int(self.retain * steps + 1e-9) if isinstance(self.retain, float) else self.retain
-        if self.protection == "generation" and fields["commits"]:
+        if self.protection == "chunk" and fields["commits"]:
             return "kv cycle"
         if index < first:
             return "retained"

@@ -88,7 +88,7 @@ class XCache:
         alpha: float = 0.30,
         tau_dev: float = 2.0,
         max_staleness: int | None = None,
-        protection: str = "generation",
+        protection: str = "chunk",
         step0: str = "off",
         tokens: int = 32,
     ) -> None:
@@ -100,7 +100,7 @@ class XCache:
         self.spatial: dict[Any, Any] = {}
         self.mean: dict[Any, Any] = {}
         self.action: dict[Any, Any] = {}
-        self.generation: dict[Any, int] = {}
+        self.chunk: dict[Any, int] = {}
         self.running: dict[Any, float] = {}
         self.chunks: list[int] = []
         self.condition: dict[str, Any] = {}
@@ -128,7 +128,7 @@ class XCache:
                 return self.note(block, reason, scores, x + self.residual[slot])
             y = compute(x)
             self.residual[slot], self.spatial[slot], self.mean[slot] = y - x, spatial, mean
-            self.action[slot], self.generation[slot] = fields["action"], self.chunks.index(chunk)
+            self.action[slot], self.chunk[slot] = fields["action"], self.chunks.index(chunk)
             return self.note(block, reason, scores, y)
 
         return run(apply=apply)
@@ -138,13 +138,13 @@ class XCache:
         now = self.chunks.index(fields["chunk"])
         if now < self.warmup:
             return "warm-up"
-        if self.protection == "generation" and fields["commits"]:
+        if self.protection == "chunk" and fields["commits"]:
             return "kv cycle"
         if block < self.front or block >= self.B - self.back:
             return "anchor"
         if self.step0 == "full" and t == 0:
             return "step 0"
-        if self.M is not None and slot in self.generation and now - self.generation[slot] > self.M:
+        if self.M is not None and slot in self.chunk and now - self.chunk[slot] > self.M:
             return "stale"
         if (fields["chunk"], branch) in self.renewed:
             return "condition"

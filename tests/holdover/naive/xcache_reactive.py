@@ -1,4 +1,4 @@
-"""X-Cache with the reactive gate of METHODS.md section 1: a new action recomputes the whole generation."""
+"""X-Cache with the reactive gate of METHODS.md section 1: a new action recomputes the whole chunk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.holdover.naive.xcache import XCache, cosine
 
 
 class XCacheReactive(XCache):
-    """``exact_action`` is the action, per branch, of the latest generation in which nothing was reused."""
+    """``exact_action`` is the action, per branch, of the latest chunk in which nothing was reused."""
 
     def __init__(self, *, scale: Any = 0.05, **options: Any) -> None:
         super().__init__(**options)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdover.engine.trace import Decision
-from holdover.report.run_dir import Generation, Rollout, write_rollout
+from holdover.report.run_dir import ChunkRecord, Rollout, write_rollout
 
-FPS, FRAMES, PER_GENERATION = 12, 96, 4
+FPS, FRAMES, PER_CHUNK = 12, 96, 4
 BITS, BIT, TOP = 7, 8, 24  # bits of a number; in pixels the side of each bit's square, and where the squares begin
 SIZES = {"front": (128, 64), "rear": (96, 48)}
 #: The brightness of each rollout's ground, to tell them apart.
@@ -37,7 +37,7 @@ def video(name: str) -> dict[str, NDArray[np.uint8]]:
 
 
 def decisions(seed: int, *, steps: int = 4, blocks: int = 6) -> list[Decision]:
-    """Every kind of decision, with scores where a gate was asked; a KV update after each fourth generation."""
+    """Every kind of decision, with scores where a gate was asked; a KV update after each fourth chunk."""
     source, made = random.Random(seed), []
 
     def note(chunk: int, index: int, block: int, role: Any, reason: str, **scores: float) -> None:
@@ -46,7 +46,7 @@ def decisions(seed: int, *, steps: int = 4, blocks: int = 6) -> list[Decision]:
             Decision("default", "", chunk, index, f"blocks.{block}", block, role, computed, reason, scores, sigma)
         )
 
-    for chunk in range(FRAMES // PER_GENERATION):
+    for chunk in range(FRAMES // PER_CHUNK):
         for index in range(steps):
             for block in range(blocks):
                 if chunk == 0 or chunk % 4 == 0:
@@ -69,16 +69,16 @@ def write_run(folder: Path) -> Path:
     for scenario, names in (("first", ("full", "xcache", "other")), ("second", ("full", "xcache"))):
         for number, name in enumerate(names):
             cached = name != "full"
-            generations = [
-                Generation(
+            chunks = [
+                ChunkRecord(
                     chunk=g,
-                    frames=PER_GENERATION,
+                    frames=PER_CHUNK,
                     seconds=0.3 if cached else 0.5,
                     dit_seconds=0.2 if cached else 0.4,
                     bytes_held=min(g, 1) * 2**20 if cached else None,
                     action=(0.5, g / 100),
                 )
-                for g in range(FRAMES // PER_GENERATION)
+                for g in range(FRAMES // PER_CHUNK)
             ]
             write_rollout(
                 folder,
@@ -96,7 +96,7 @@ def write_run(folder: Path) -> Path:
                     recorded=float(number + 10 * (scenario == "second")),
                 ),
                 full if name == "full" else video(name),
-                generations=generations,
+                chunks=chunks,
                 decisions=decisions(number) if cached else (),
                 reference=full if cached else None,
             )
@@ -111,8 +111,8 @@ def figures(name: str) -> dict[str, Any]:
         "skip": 0.5,
         "speedup": 2.0,
         "speedup_bound": 2.5,
-        "dit_ms_per_generation": 200.0,
-        "end_to_end_ms_per_generation": 300.0,
+        "dit_ms_per_chunk": 200.0,
+        "end_to_end_ms_per_chunk": 300.0,
         "bytes_held": 2**20,
         "stitched": views,
         "cameras": dict.fromkeys(SIZES, views),

@@ -162,7 +162,7 @@ def test_the_seam_follows_the_pointer_and_its_slider(player: Locator, page: Page
     assert player.get_attribute("data-frame") == "0"
 
 
-def test_keys_step_frames_and_generations_and_play(player: Locator, page: Page) -> None:
+def test_keys_step_frames_and_chunks_and_play(player: Locator, page: Page) -> None:
     for key, frame in (
         ("ArrowRight", 1),
         ("ArrowRight", 2),
@@ -193,7 +193,7 @@ def test_the_timeline_scrubs(player: Locator, page: Page) -> None:
     slider = player.locator(".time")
     slider.fill("61")
     wait(player, 61)
-    assert slider.get_attribute("aria-valuetext") == f"frame 61 of {LAST}, generation 15"
+    assert slider.get_attribute("aria-valuetext") == f"frame 61 of {LAST}, chunk 15"
     assert "61 of 95 · 5.08 s" in player.locator(".clock").inner_text()
     slider.focus()
     page.keyboard.press("ArrowRight")
@@ -240,21 +240,21 @@ def test_the_ribbon_is_the_trace(player: Locator, run: Path) -> None:
     rollout = next(r for r in read_run(run)[0] if (r.about.scenario, r.about.name) == ("first", "xcache"))
     assert rollout.decisions is not None
     laid = ribbon(rollout.decisions)
-    for generation in (0, 3, 4, 9, 23):
-        show(player, 4 * generation + 1)
+    for chunk in (0, 3, 4, 9, 23):
+        show(player, 4 * chunk + 1)
         cells = player.locator(".ribbon td").evaluate_all(
             "all => all.map(c => [c.parentElement.rowIndex, c.cellIndex, c.dataset.reason, c.textContent, c.title])"
         )
         assert len(cells) == 5 * 6
         for row, column, reason, letter, title in cells:
-            decision: Decision | None = laid.cells[generation].get((row - 1, column - 1))
+            decision: Decision | None = laid.cells[chunk].get((row - 1, column - 1))
             assert reason == (decision.reason if decision else "")
             letters = {"computed": "C", "reused": "·", "anchor": "A", "protected": "K", "warm-up": "W"}
             assert letter == (letters[category(decision)] if decision else "")
             if decision and decision.scores:
                 for name, value in decision.scores.items():
                     assert f"{name} {value:.6g}" in title
-        action = f"action 0.500, {generation / 100:.3f}"
+        action = f"action 0.500, {chunk / 100:.3f}"
         assert action in player.locator(".now").inner_text()
 
 

@@ -19,7 +19,7 @@ import lab
 from holdover.report.page import build_page
 from holdover.report.run_read import read_run
 
-GENERATIONS, FRAMES = 8, 3
+CHUNKS, FRAMES = 8, 3
 
 
 class Model(nn.Module):
@@ -46,10 +46,10 @@ def frames(x: Tensor) -> dict[str, NDArray[np.uint8]]:
 def drive(
     run: lab.Recording, cache: holdover.Cache | None = None, *, seconds: float | None = 0.5
 ) -> dict[str, NDArray[np.uint8]]:
-    """The user's loop: two steps a generation, a KV update after every fourth."""
+    """The user's loop: two steps a chunk, a KV update after every fourth."""
     model = Model() if cache is None else cache.model_of_this_test  # type: ignore[attr-defined]
     shown: dict[str, list[NDArray[np.uint8]]] = {"nose": [], "tail": []}
-    for n in range(GENERATIONS):
+    for n in range(CHUNKS):
         x = torch.linspace(-1, 1, 32).view(1, 4, 8) + 0.01 * n
         for i in range(2):
             with step(cache, chunk=n, index=i, num_steps=2, action=[0.5, 0.1 * n], commits=n % 4 == 0):
@@ -90,12 +90,12 @@ def test_a_recording_is_what_the_loop_did(tmp_path: Path, attached: holdover.Cac
     assert figures["skip"] == stats.skip > 0.3
     assert figures["reasons"] == dict(stats.reasons) == Counter(d.reason for d in cached.decisions)
     assert figures["bytes_held"] == stats.bytes_held > 0
-    assert cached.generations is not None
-    assert [(g.chunk, g.frames, g.seconds) for g in cached.generations] == [(n, 3, 0.5) for n in range(GENERATIONS)]
-    assert cached.generations[3].action == pytest.approx((0.5, 0.3))
+    assert cached.chunks is not None
+    assert [(g.chunk, g.frames, g.seconds) for g in cached.chunks] == [(n, 3, 0.5) for n in range(CHUNKS)]
+    assert cached.chunks[3].action == pytest.approx((0.5, 0.3))
     assert figures["speedup"] == pytest.approx(2)
     assert figures["speedup_bound"] == pytest.approx(1 / (1 - 0.8 * stats.skip))
-    assert figures["end_to_end_ms_per_generation"] == pytest.approx(500)
+    assert figures["end_to_end_ms_per_chunk"] == pytest.approx(500)
     both = []
     for name, video in shown.items():
         square = (video.astype(float) - truth[name]) ** 2
@@ -115,14 +115,14 @@ def test_a_recording_is_what_the_loop_did(tmp_path: Path, attached: holdover.Cac
     assert "kitchen/xcache/video.mp4" in page.read_text()
 
 
-def test_time_is_that_between_generations_without_the_recording_s_own(tmp_path: Path) -> None:
+def test_time_is_that_between_chunks_without_the_recording_s_own(tmp_path: Path) -> None:
     picture = {"nose": np.zeros((1, 512, 512, 3), np.uint8)}
     with lab.record(tmp_path, "kitchen", "full", fps=10) as run:
         started = time.perf_counter()
         for _ in range(3):
             time.sleep(0.02)
             run.add(picture)
-        assert 3 * 0.02 <= sum(g.seconds for g in run.generations) <= time.perf_counter() - started
+        assert 3 * 0.02 <= sum(g.seconds for g in run.chunks) <= time.perf_counter() - started
 
 
 def test_a_loop_that_failed_leaves_nothing(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_wrong_input_is_named(tmp_path: Path, attached: holdover.Cache) -> None:
     with pytest.raises(ValueError, match="no videos"):
         full.add({"nose": picture.astype(float)})
     full.add({"nose": picture})
-    with pytest.raises(ValueError, match="the same in every generation"):
+    with pytest.raises(ValueError, match="the same in every chunk"):
         full.add({"nose": picture, "tail": picture})
     other = lab.record(tmp_path, "kitchen", "xcache", fps=10, reference=full)
     other.add({"tail": picture})
@@ -156,14 +156,14 @@ def test_wrong_input_is_named(tmp_path: Path, attached: holdover.Cache) -> None:
         other.__exit__(None, None, None)
     with pytest.raises(ValueError, match="smaller than 11 pixels"):
         lab.record(tmp_path, "kitchen", "full", fps=10).add({"nose": picture[:, :8]})
-    with pytest.raises(ValueError, match="no generation"):
+    with pytest.raises(ValueError, match="no chunk"):
         lab.record(tmp_path, "kitchen", "full", fps=10).__exit__(None, None, None)
     run = lab.record(tmp_path, "kitchen", "xcache", fps=10, cache=attached)
     drive(run, attached)
     attached.reset()
     with attached.step(chunk=0, num_steps=2):
         attached.model_of_this_test(torch.zeros(1, 4, 8))  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="two generations are chunk 0"):
+    with pytest.raises(ValueError, match="two chunks are chunk 0"):
         run.add(frames(torch.zeros(8)))
     attached.trace.clear()
     with pytest.raises(ValueError, match="trace was cleared"):

@@ -20,9 +20,9 @@ from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
 from holdover.report.files import whole, write_json, write_text
 from holdover.report.plots import (
     plot_block_skip,
+    plot_chunks,
     plot_cosine_maps,
     plot_front,
-    plot_generations,
     plot_psnr,
     plot_reactions,
     plot_training,
@@ -100,8 +100,8 @@ def test_a_table_is_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: p
         "policy": "x",
         "stitched": {"psnr_db": 51.0, "ssim": 0.999, "lpips": 1e-4},
         "skip": 0.68,
-        "dit_ms_per_generation": 180.0,
-        "end_to_end_ms_per_generation": 190.0,
+        "dit_ms_per_chunk": 180.0,
+        "end_to_end_ms_per_chunk": 190.0,
         "speedup": 2.1,
         "speedup_bound": 2.5,
         "bytes_held": 2**20,
@@ -185,7 +185,7 @@ def test_plots_are_pictures(tmp_path: Path) -> None:
     plot_cosine_maps(tmp_path / "maps.png", {"a": np.array([[nan, 0.99], [nan, 0.98]]), "b": np.full((2, 2), nan)})
     values = np.array([60.0, np.inf, 55, nan])
     plot_psnr(tmp_path / "psnr.png", {"a": {"front": values, "stitched": values}, "b": {"front": values}}, fps=12)
-    plot_generations(tmp_path / "time.png", {"a": values, "b": values}, label="ms", bounds={"a": values})
+    plot_chunks(tmp_path / "time.png", {"a": values, "b": values}, label="ms", bounds={"a": values})
     plot_reactions(tmp_path / "reaction.png", {"a": {"brake": [0.1, None, 1.0]}, "b": {"steer": [1.0]}})
     plot_front(tmp_path / "front.png", {"a": [("urban", 2.0, 45.0)]})
     plot_training(tmp_path / "curve.png", [{"step": i, "loss": 1 / (i + 1)} for i in range(120)])

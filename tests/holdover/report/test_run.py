@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from holdover import cli
 from holdover.report.decisions import skip_rate
 from holdover.report.page import build_page
-from holdover.report.run_dir import GAIN, SUMS, Generation, Rollout, remove_rollouts, write_rollout
+from holdover.report.run_dir import GAIN, SUMS, ChunkRecord, Rollout, remove_rollouts, write_rollout
 from holdover.report.run_read import read_run
 from holdover_world.loop.scenarios import shipped_clips
 from holdover_world.scene.clips import list_clips, read_clip
@@ -55,8 +55,8 @@ def test_what_is_written_is_read_again(run: Path) -> None:
     assert full.errors is None
     assert not full.difference
     assert cached.decisions == tuple(runs.decisions(1))
-    assert cached.generations is not None
-    assert cached.generations[7] == Generation(
+    assert cached.chunks is not None
+    assert cached.chunks[7] == ChunkRecord(
         chunk=7, frames=4, seconds=0.3, dit_seconds=0.2, bytes_held=2**20, action=(0.5, 0.07)
     )
     assert cached.about.figures == runs.figures("xcache")
@@ -90,8 +90,8 @@ def test_the_sums_are_those_of_sha256sum(run: Path) -> None:
 
 def test_a_rollout_is_replaced_by_its_next_recording(copy: Path) -> None:
     video = {"front": np.zeros((2, 16, 16, 3), np.uint8)}
-    generations = [Generation(chunk=0, frames=2, seconds=1.0)]
-    write_rollout(copy, Rollout(scenario="first", name="xcache", fps=12), video, generations=generations)
+    chunks = [ChunkRecord(chunk=0, frames=2, seconds=1.0)]
+    write_rollout(copy, Rollout(scenario="first", name="xcache", fps=12), video, chunks=chunks)
     rollout = next(r for r in read_run(copy)[0] if r.about.name == "xcache")
     assert (rollout.frames, rollout.decisions, rollout.errors, rollout.difference) == (2, None, None, False)
 
@@ -107,23 +107,23 @@ def test_a_run_of_seven_cameras_and_22_seconds_is_small(tmp_path: Path) -> None:
     full = {name: np.concatenate([video, video[:24]]) for name, video in clip.frames.items()}
     noise = np.random.default_rng(0)
     cached = {n: (v.clip(4, 251) + noise.integers(-4, 5, v.shape, np.int8)).astype(np.uint8) for n, v in full.items()}
-    generations = [Generation(chunk=g, frames=4, seconds=1.0) for g in range(66)]
-    write_rollout(tmp_path, Rollout(scenario="a", name="full", fps=12), full, generations=generations)
+    chunks = [ChunkRecord(chunk=g, frames=4, seconds=1.0) for g in range(66)]
+    write_rollout(tmp_path, Rollout(scenario="a", name="full", fps=12), full, chunks=chunks)
     rollout = Rollout(scenario="a", name="xcache", fps=12, reference="full")
-    write_rollout(tmp_path, rollout, cached, generations=generations, reference=full)
+    write_rollout(tmp_path, rollout, cached, chunks=chunks, reference=full)
     build_page(tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 30e6
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:
     video = {"front": np.zeros((2, 16, 16, 3), np.uint8)}
-    good = {"generations": [Generation(chunk=0, frames=2, seconds=1.0)]}
+    good = {"chunks": [ChunkRecord(chunk=0, frames=2, seconds=1.0)]}
     plain, against = Rollout(scenario="a", name="b", fps=12), Rollout(scenario="a", name="c", fps=12, reference="b")
     for match, rollout, frames, more in (
         ("no videos", plain, {}, good),
         ("no videos", plain, {"front": video["front"].astype(float)}, good),
         ("differ in length", plain, {**video, "rear": video["front"][:1]}, good),
-        ("do not add up to 2 frames", plain, video, {"generations": []}),
+        ("do not add up to 2 frames", plain, video, {"chunks": []}),
         ("or neither", against, video, good),
         ("its reference 'b'", against, video, {**good, "reference": {"rear": video["front"]}}),
     ):
@@ -168,7 +168,7 @@ def test_the_plots_data_is_the_run_s(run: Path) -> None:
         ]
         assert float(row["cosine"]) == pytest.approx(np.mean(seen)) if seen else row["cosine"] == "nan"
     for row in table("time"):
-        skip = skip_rate([d for d in cached.decisions if d.chunk == int(row["generation"])])
+        skip = skip_rate([d for d in cached.decisions if d.chunk == int(row["chunk"])])
         assert float(row["milliseconds"]) == pytest.approx(200)
         assert float(row["bound_milliseconds"]) == pytest.approx(400 * (1 - 0.8 * (skip or 0)))
     assert [float(row["mebibytes"]) for row in table("held")] == [0.0] + [1.0] * 23
@@ -213,13 +213,13 @@ def test_a_damaged_file_is_named_and_the_rest_is_built(copy: Path, how: str) -> 
         if name not in (SUMS, "rollout.json"):
             assert len(problems) == 1
             cached = rollouts[1]
-            kept = (cached.video, cached.difference, cached.decisions, cached.generations, cached.errors)
+            kept = (cached.video, cached.difference, cached.decisions, cached.chunks, cached.errors)
             assert [bool(part) for part in kept].count(False) == 1, name
         path.write_bytes(whole)
     assert read_run(copy)[1] == []
 
 
-@pytest.mark.parametrize("name", ["video.mp4", "decisions.parquet", "generations.parquet", "frames.parquet", SUMS])
+@pytest.mark.parametrize("name", ["video.mp4", "decisions.parquet", "chunks.parquet", "frames.parquet", SUMS])
 def test_the_page_of_a_damaged_run(copy: Path, name: str) -> None:
     (copy / "first" / "xcache" / name).write_bytes(b"x")
     (copy / "report.json").write_text("{")
@@ -259,7 +259,7 @@ def test_a_file_that_another_version_wrote_is_named(copy: Path, name: str, conte
 
 
 def test_reaction_curves_of_the_bench_are_drawn(copy: Path) -> None:
-    rows = [{"policy": "xcache", "event": "brake", "ratio_by_generation": [0.1, 0.2, None, 1.0]}]
+    rows = [{"policy": "xcache", "event": "brake", "ratio_by_chunk": [0.1, 0.2, None, 1.0]}]
     (copy / "reaction.json").write_text(json.dumps({"rows": rows}))
     assert build_page(copy)[1] == []
     assert (copy / "plots" / "run-reaction.csv").read_text().splitlines()[2:] == [

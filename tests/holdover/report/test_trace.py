@@ -41,8 +41,8 @@ def test_the_terminal_shows_a_letter_for_every_decision(run: Path) -> None:
     assert "other" not in text
 
 
-def test_a_generation_in_full(run: Path) -> None:
-    text = trace(run, "--scenario", "first", "--rollout", "xcache", "--generation", "7")
+def test_a_chunk_in_full(run: Path) -> None:
+    text = trace(run, "--scenario", "first", "--rollout", "xcache", "--chunk", "7")
     lines = [line for line in text.splitlines() if "│" in line and ("denoise" in line or "kv_update" in line)]
     expected = [d for d in DECISIONS if d.chunk == 7]
     assert len(lines) == len(expected) == 4 * 6 + 6
@@ -50,9 +50,9 @@ def test_a_generation_in_full(run: Path) -> None:
         assert d.reason in line
         if d.scores:
             assert f"{d.scores['cosine']:.6g}" in line
-    result = CliRunner().invoke(cli.app, ["trace", str(run), "--generation", "99"])
+    result = CliRunner().invoke(cli.app, ["trace", str(run), "--chunk", "99"])
     assert result.exit_code == 2
-    assert "generation=99" in result.stderr
+    assert "chunk=99" in result.stderr
 
 
 def test_tables_have_every_decision(run: Path, tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_the_chrome_trace_nests_and_has_a_slice_for_every_block(run: Path, tmp_p
         assert not open_ends or end <= open_ends[-1] + 1e-3
         assert len(open_ends) == (2 if "block" in e["args"] else 0 if e["name"].startswith("gen") else 1)
         open_ends.append(end)
-    generations = [e for e in slices if e["name"].startswith("generation")]
-    assert [e["dur"] for e in generations] == pytest.approx([0.3e6] * 24)
+    chunks = [e for e in slices if e["name"].startswith("chunk")]
+    assert [e["dur"] for e in chunks] == pytest.approx([0.3e6] * 24)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

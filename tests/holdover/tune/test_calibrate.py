@@ -22,7 +22,7 @@ from tests.holdover.toy import BLOCKS, MANY, ToyLoop, ToyModel, cached, drive, o
 
 
 def toy() -> tuple[ToyModel, Loop]:
-    """Two generations of two branches."""
+    """Two chunks of two branches."""
     model = ToyModel()
 
     def loop(cache: holdover.Cache) -> None:
@@ -106,7 +106,7 @@ def test_a_factory_of_ones_own_is_calibrated(tmp_path: Path) -> None:
 
 
 def test_the_world_model_is_calibrated(model: WorldModel, clips: Path) -> None:
-    loop = world_loop(model, steps=3, generations=2, seed=0, clips=clips)
+    loop = world_loop(model, steps=3, chunks=2, seed=0, clips=clips)
     with holdover.attach(model, measure_changes()) as cache:
         loop(cache)
         assert len(changes(cache.snapshot())) == 2 * (3 - 1)

@@ -120,7 +120,7 @@ def test_a_street_is_nearer_to_what_is_expected_than_to_what_it_was() -> None:
     model = WorldModel.load(shipped_model(), dtype=torch.float32)
     colour = slice(0, model.sizes.planes[7].start)
     for name in ("urban", "highway", "uturn"):
-        scenario = load_scenario(name, model, generations=1)
+        scenario = load_scenario(name, model, chunks=1)
         shown, truth = scenario.start[:, :-1], scenario.start[:, -1:]
         cache = KVCache(model.sizes.context)
         cache.commit(shown, scenario.start_actions[:, :-1])

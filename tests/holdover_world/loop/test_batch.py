@@ -65,17 +65,17 @@ def test_loops_that_do_not_go_together() -> None:
         advance([short, full], [ACTIONS[0]] * 2)
 
 
-@pytest.mark.parametrize("generations", [2, 3])  # at the end of a cycle, and in the middle of one
-def test_a_state_goes_on_bit_by_bit(generations: int) -> None:
+@pytest.mark.parametrize("chunks", [2, 3])  # at the end of a cycle, and in the middle of one
+def test_a_state_goes_on_bit_by_bit(chunks: int) -> None:
     model = small_model()
     config = LoopConfig(commit="last_full")
     original = ClosedLoop(model, latents(model, 4), torch.zeros(1, 4, 2), seed=3, config=config)
-    drive(original, generations, 0)
+    drive(original, chunks, 0)
     state = original.state
     file = save({name: tensor.contiguous() for name, tensor in state.tensors().items()})
-    expected = drive(original, 4, generations)
+    expected = drive(original, 4, chunks)
     read = LoopState.from_tensors(load(file), capacity=model.sizes.context)
     resumed = ClosedLoop.resume(small_model(), read, config=config)
-    assert all(torch.equal(a, b) for a, b in zip(drive(resumed, 4, generations), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drive(resumed, 4, chunks), expected, strict=True))
     original.state = state  # and back in place
-    assert all(torch.equal(a, b) for a, b in zip(drive(original, 4, generations), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drive(original, 4, chunks), expected, strict=True))

@@ -39,11 +39,11 @@ def loop(model: WorldModel, **changes: Any) -> ClosedLoop:
     return ClosedLoop(model, latents(model, 2), torch.zeros(1, 2, 2), config=LoopConfig(**changes), seed=3)
 
 
-def drive(model: WorldModel, generations: int, **changes: Any) -> tuple[list[Tensor], Spy]:
+def drive(model: WorldModel, chunks: int, **changes: Any) -> tuple[list[Tensor], Spy]:
     spy = Spy(model)
     driver = loop(model, **changes)
     torch.manual_seed(0)
-    actions = torch.rand(generations, 2, generator=torch.Generator().manual_seed(5))
+    actions = torch.rand(chunks, 2, generator=torch.Generator().manual_seed(5))
     return [piece.latents for piece in driver.run(actions)], spy
 
 
@@ -56,7 +56,7 @@ def test_a_window_is_generated_once_per_piece_with_the_same_noise() -> None:
     assert [call["sigma"] for call in first] == list(sigmas)
     assert torch.equal(first[0]["x"], second[0]["x"])
     assert not torch.equal(spy.calls[10]["x"], first[0]["x"])  # the next cycle draws anew
-    # The emitted piece is put in place, re-noised: the noise of a step is what the first generation saw of it.
+    # The emitted piece is put in place, re-noised: the noise of a step is what the first chunk saw of it.
     for i in (1, 2, 3):
         noise = (first[i]["x"] - (1 - sigmas[i]) * first[i - 1]["output"]) / sigmas[i]
         expected = (1 - sigmas[i]) * pieces[0] + sigmas[i] * noise[:, :1]
@@ -90,7 +90,7 @@ def test_a_cycle_goes_on_from_what_was_committed() -> None:
     assert not torch.equal(pieces[2].before, pieces[1].latents[:, -1])
 
 
-def test_the_frames_of_a_committed_generation_are_exact() -> None:
+def test_the_frames_of_a_committed_chunk_are_exact() -> None:
     """Whatever was shown from cache before them."""
     eager = holdover.xcache(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     made: list[list[dict[str, Tensor]]] = []
@@ -113,7 +113,7 @@ def test_nothing_looks_ahead() -> None:
     assert torch.equal(spy.calls[10]["action_BFA"][0], actions[[2, 2]])
 
 
-def test_fresh_noise_is_drawn_every_generation() -> None:
+def test_fresh_noise_is_drawn_every_chunk() -> None:
     _, spy = drive(small_model(), 2, fresh_noise=True)
     assert not torch.equal(spy.calls[1]["x"], spy.calls[5]["x"])
 
@@ -124,7 +124,7 @@ def test_the_commit_rules() -> None:
     assert torch.equal(spy.written[1]["action_BFA"], spy.calls[1]["action_BFA"])
     pieces, spy = drive(small_model(), 2, commit="emitted")
     assert torch.equal(spy.written[1]["x"], torch.cat(pieces, 1))
-    pieces, spy = drive(small_model(), 2, commit="last_full")  # without a cache every generation is computed in full
+    pieces, spy = drive(small_model(), 2, commit="last_full")  # without a cache every chunk is computed in full
     assert torch.equal(spy.written[1]["x"], torch.cat(pieces, 1))
     assert spy.written[1]["sigma"] == 0
 
@@ -180,7 +180,7 @@ def test_guided_branches_are_kept_apart() -> None:
 
 
 def test_a_cycle_begins_where_the_one_before_it_led() -> None:
-    """The first generation's window, which is committed, does not know the later actions; the ego has obeyed them."""
+    """The first chunk's window, which is committed, does not know the later actions; the ego has obeyed them."""
     actions = torch.tensor([[0.3, 0.1], [0.1, -0.4]])
     ends = [drive_cars(torch.tensor([[0.0, 0.0]]), told[None])[0][0, -1] for told in (actions[[0, 0]], actions)]
     for commit, shown in (("first", ends[0]), ("last_full", ends[1]), ("emitted", ends[1])):

@@ -15,7 +15,7 @@ from tests.lab.small import CAMERAS, world_model, write_clips
 
 
 def test_a_scripted_scenario_is_its_clip(model: WorldModel, clips: Path) -> None:
-    scenario = load_scenario("highway", model, clips=clips, generations=16)
+    scenario = load_scenario("highway", model, clips=clips, chunks=16)
     clip = read_clip(clips / "highway-000000", depth=True, frames=96)
     assert scenario.start.shape[:2] == scenario.start_actions.shape[:2] == (1, 8)
     assert clip.depth is not None
@@ -32,15 +32,15 @@ def test_a_scripted_scenario_is_its_clip(model: WorldModel, clips: Path) -> None
 def test_a_model_of_colour_alone_starts_from_clips_without_depth(tmp_path: Path) -> None:
     write_clips(tmp_path, 4 * 9, depth=False)
     sizes = small_config(cameras=CAMERAS, window=4, depth_channels=0)
-    scenario = load_scenario("urban", small_model(sizes=sizes), clips=tmp_path, generations=1)
+    scenario = load_scenario("urban", small_model(sizes=sizes), clips=tmp_path, chunks=1)
     assert scenario.start.shape == (1, 8, sizes.tokens, sizes.patch_values)
     with pytest.raises(FileNotFoundError, match=r"depth\.mkv is missing"):
-        load_scenario("urban", world_model(), clips=tmp_path, generations=1)
+        load_scenario("urban", world_model(), clips=tmp_path, chunks=1)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-steady")])
 def test_a_steady_scenario_has_one_action_and_no_truth(model: WorldModel, clips: Path, name: str) -> None:
-    scenario = load_scenario(name, model, clips=clips, generations=100)  # longer than any clip
+    scenario = load_scenario(name, model, clips=clips, chunks=100)  # longer than any clip
     assert scenario.actions.shape == (100, 2)
     assert (scenario.actions == scenario.actions[0]).all()
     assert scenario.truth is None
@@ -57,22 +57,22 @@ def test_steady_driving_begins_on_a_road_without_bends_where_one_was_recorded(
     shutil.copytree(clips, folder)
     shutil.copytree(folder / "highway-000000", folder / "straight-000000")
     small_layout().save(folder / "straight-000000")
-    track = load_scenario("highway-steady", model, clips=folder, generations=3).track
+    track = load_scenario("highway-steady", model, clips=folder, chunks=3).track
     assert track is not None
     assert torch.equal(track.layout.ground_GH, small_layout().ground_GH)
     poses = read_clip(folder / "straight-000000").poses
     assert np.array_equal(track.poses_T3, poses)
-    assert load_scenario("highway", model, clips=folder, generations=3).track is None
-    assert load_scenario("uturn-steady", model, clips=folder, generations=3).track is None
+    assert load_scenario("highway", model, clips=folder, chunks=3).track is None
+    assert load_scenario("uturn-steady", model, clips=folder, chunks=3).track is None
 
 
 def test_what_cannot_be_driven_is_said(model: WorldModel, clips: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'town' is not one of urban, highway"):
         load_scenario("town", model, clips=clips)
     with pytest.raises(ValueError, match=r"no urban clip in .* has 432 frames"):
-        load_scenario("urban", model, clips=clips, generations=100)
-    with pytest.raises(ValueError, match="generations=0"):
-        load_scenario("urban", model, clips=clips, generations=0)
+        load_scenario("urban", model, clips=clips, chunks=100)
+    with pytest.raises(ValueError, match="chunks=0"):
+        load_scenario("urban", model, clips=clips, chunks=0)
     (tmp_path / "dataset.json").write_text((clips / "dataset.json").read_text())
     with pytest.raises(ValueError, match="record one: holdover world record --scenario urban"):
         load_scenario("urban", model, clips=tmp_path)

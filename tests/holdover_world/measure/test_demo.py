@@ -23,13 +23,13 @@ from holdover_world.model.transformer import WorldModel
 from lab import demo
 
 SCENARIOS = ("urban", "uturn-steady")
-GENERATIONS = 12
+CHUNKS = 12
 
 
 @pytest.fixture(scope="module")
 def out(model: WorldModel, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    options = DemoOptions(scenarios=SCENARIOS, generations=GENERATIONS, every=8)
+    options = DemoOptions(scenarios=SCENARIOS, chunks=CHUNKS, every=8)
     with bar() as progress:
         run_demo(model, folder, options, clips=clips, progress=progress)
     return folder
@@ -52,10 +52,10 @@ def test_the_report_has_the_documented_shape(report: dict[str, Any]) -> None:
     assert {"torch", "python", "processor", "block_share"} <= report["environment"].keys()
     number = int | float
     for scenario in report["scenarios"]:
-        assert scenario["frames"] == GENERATIONS * 4
+        assert scenario["frames"] == CHUNKS * 4
         assert [policy["name"] for policy in scenario["policies"]] == ["full", "xcache", "xcache_reactive"]
         for policy in scenario["policies"]:
-            for key in ("skip", "speedup", "speedup_bound", "dit_ms_per_generation", "end_to_end_ms_per_generation"):
+            for key in ("skip", "speedup", "speedup_bound", "dit_ms_per_chunk", "end_to_end_ms_per_chunk"):
                 assert isinstance(policy[key], number), key
             assert isinstance(policy["bytes_held"], int)
             assert policy["cameras"].keys() == {"front_wide", "rear"}
@@ -68,7 +68,7 @@ def test_the_report_has_the_documented_shape(report: dict[str, Any]) -> None:
 def frames_alone(
     model: WorldModel, clips: Path, policy: holdover.Policy | None
 ) -> tuple[dict[str, NDArray[np.uint8]], holdover.Stats | None]:
-    scenario = load_scenario("urban", model, clips=clips, generations=GENERATIONS)
+    scenario = load_scenario("urban", model, clips=clips, chunks=CHUNKS)
     own = copy.deepcopy(model)
     cache = holdover.attach(own, policy) if policy else None
     loop = ClosedLoop(own, scenario.start, scenario.start_actions, seed=0, cache=cache)
@@ -94,7 +94,7 @@ def test_the_figures_are_those_of_runs_without_the_demo(report: dict[str, Any], 
     share = report["environment"]["block_share"]
     assert figures["speedup_bound"] == pytest.approx(1 / (1 - share * stats.skip))
     assert figures["share_of_bound"] == pytest.approx(figures["speedup"] / figures["speedup_bound"])
-    scenario = load_scenario("urban", model, clips=clips, generations=GENERATIONS)
+    scenario = load_scenario("urban", model, clips=clips, chunks=CHUNKS)
     assert scenario.truth is not None
     error = [((full[name].astype(float) - scenario.truth[name]) ** 2).ravel() for name in full]
     truth = policy_of(report, "urban", "full")["truth"]
@@ -131,13 +131,13 @@ def test_what_is_recorded_is_what_was_driven(out: Path, report: dict[str, Any], 
     of = {(r.about.scenario, r.about.name): r for r in rollouts}
     cached = of["urban", "xcache"]
     assert cached.decisions is not None
-    assert cached.generations is not None
+    assert cached.chunks is not None
     assert cached.errors is not None
     figures = policy_of(report, "urban", "xcache")
     assert Counter(d.reason for d in cached.decisions) == figures["reasons"]
-    assert cached.generations[-1].bytes_held == figures["bytes_held"]
-    scenario = load_scenario("urban", model, clips=clips, generations=GENERATIONS)
-    assert [g.action for g in cached.generations] == [tuple(action) for action in scenario.actions.tolist()]
+    assert cached.chunks[-1].bytes_held == figures["bytes_held"]
+    scenario = load_scenario("urban", model, clips=clips, chunks=CHUNKS)
+    assert [g.action for g in cached.chunks] == [tuple(action) for action in scenario.actions.tolist()]
     for name, errors in cached.errors.items():
         shown = figures["stitched"] if name == "stitched" else figures["cameras"][name]
         assert 10 * np.log10(255**2 / errors.mean()) == pytest.approx(shown["psnr_db"]), name
@@ -149,7 +149,7 @@ def test_what_is_recorded_is_what_was_driven(out: Path, report: dict[str, Any], 
 
 @pytest.mark.filterwarnings("ignore:.* could reuse nothing in")
 def test_in_the_plain_cadence_there_is_nothing_to_skip(model: WorldModel, clips: Path, tmp_path: Path) -> None:
-    options = DemoOptions(scenarios=("urban",), generations=12, cadence="plain")
+    options = DemoOptions(scenarios=("urban",), chunks=12, cadence="plain")
     with bar() as progress:
         report = run_demo(model, tmp_path, options, clips=clips, progress=progress)
     cached = policy_of(report, "urban", "xcache")
@@ -161,7 +161,7 @@ def test_in_the_plain_cadence_there_is_nothing_to_skip(model: WorldModel, clips:
 def test_it_drives_as_far_as_ten_minutes_take_it(
     model: WorldModel, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A generation of half a second: 12 steps of 6.3 and two scenarios of 22 are 120 generations, one minute.
+    # A chunk of half a second: 12 steps of 6.3 and two scenarios of 22 are 120 chunks, one minute.
     monkeypatch.setattr(demo, "SECONDS", 60.0)
     assert affordable(0.5, ("urban", "urban-steady"), 4) == 12
     assert affordable(0.51, ("urban", "urban-steady"), 4) == 8
@@ -170,12 +170,12 @@ def test_it_drives_as_far_as_ten_minutes_take_it(
     assert affordable(9.0, ("urban",), 4) == 8
     assert affordable(0.01, ("urban",), 4) == 60
     monkeypatch.setattr(demo, "SECONDS", 0.0)
-    monkeypatch.setattr(demo, "LONGEST", GENERATIONS)
+    monkeypatch.setattr(demo, "LONGEST", CHUNKS)
     with bar() as progress, progress.console.capture() as said:
         report = run_demo(model, tmp_path, DemoOptions(scenarios=("urban",)), clips=clips, progress=progress)
-    assert "8 generations per scenario are done in ten minutes here, 3 seconds" in said.get()
-    assert (report["settings"]["generations"], report["scenarios"][0]["frames"]) == (8, 32)
-    own = load_scenario("urban", model, clips=clips, generations=8)
+    assert "8 chunks per scenario are done in ten minutes here, 3 seconds" in said.get()
+    assert (report["settings"]["chunks"], report["scenarios"][0]["frames"]) == (8, 32)
+    own = load_scenario("urban", model, clips=clips, chunks=8)
     assert report["scenarios"][0]["actions"] == own.actions.tolist()
 
 
@@ -191,4 +191,4 @@ def test_options_are_checked(model: WorldModel, clips: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="every=0"):
         DemoOptions(every=0)
     with bar() as progress, pytest.raises(ValueError, match="give 8 or more"):
-        run_demo(model, tmp_path, DemoOptions(generations=7), clips=clips, progress=progress)
+        run_demo(model, tmp_path, DemoOptions(chunks=7), clips=clips, progress=progress)

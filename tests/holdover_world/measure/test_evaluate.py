@@ -13,7 +13,7 @@ from rich.progress import Progress
 from holdover_world.config import camera_rays
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.measure.evaluate import (
-    Rollout,
+    Drive,
     cross_view,
     frechet,
     matching_pixels,
@@ -65,7 +65,7 @@ def test_cameras_of_one_far_world_agree_and_mirrored_ones_do_not() -> None:
     frames = {camera.name: panorama(camera) for camera in RIG}
     clip = Clip("far", 0, frames, None, np.zeros((4, 2), np.float32), np.zeros((4, 3)), np.zeros((4, 2)))
     mirrored = {name: video[:, :, ::-1].copy() if "left" in name else video for name, video in frames.items()}
-    rows = {tuple(row["cameras"]): row for row in cross_view([Rollout("far", mirrored, None, clip)], RIG)}
+    rows = {tuple(row["cameras"]): row for row in cross_view([Drive("far", mirrored, None, clip)], RIG)}
     assert rows["front_wide", "front_narrow"]["share"] == pytest.approx(
         np.tan(np.radians(25)) ** 2 / np.tan(np.radians(50)) ** 2, rel=0.15
     )
@@ -200,7 +200,7 @@ def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypat
 def test_a_model_without_depth_is_evaluated_without(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 4 * (8 + 1), depth=False)
     model = small_model(sizes=small_config(cameras=CAMERAS, window=4, depth_channels=0))
-    rollout = roll_out(model, list_clips(clips)[0], LoopConfig(), seed=0, generations=1)
+    rollout = roll_out(model, list_clips(clips)[0], LoopConfig(), seed=0, chunks=1)
     assert rollout.depth is None
     assert {name: video.shape for name, video in rollout.made.items()} == {
         "front_wide": (4, 32, 48, 3),

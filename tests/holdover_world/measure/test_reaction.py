@@ -15,7 +15,7 @@ import holdover
 from holdover.report.progress import bar
 from holdover_world.loop.closed_loop import ClosedLoop, Commit, LoopConfig
 from holdover_world.loop.scenarios import load_scenario
-from holdover_world.measure.lanes import Arm, Race
+from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import (
     EVENTS,
     Reaction,
@@ -41,12 +41,12 @@ def _pictures(_modality: str, latents: Tensor, _before: Tensor | None) -> dict[s
 
 @dataclass
 class FakeLoop:
-    """Shows ``gain`` times the action of ``delay`` generations ago; its latents are its pictures."""
+    """Shows ``gain`` times the action of ``delay`` chunks ago; its latents are its pictures."""
 
     gain: float
     delay: int = 0
-    generation: int = 5
-    chunk_frames: int = 4
+    chunk: int = 5
+    window_frames: int = 4
     model: Any = field(default_factory=lambda: SimpleNamespace(codec=SimpleNamespace(pictures=_pictures)))
     cache: Any = None
     stream: str = "default"
@@ -56,7 +56,7 @@ class FakeLoop:
 
     def step(self, action: Tensor) -> SimpleNamespace:
         self.actions.append(action)
-        self.generation += 1
+        self.chunk += 1
         shown = self.actions[max(0, len(self.actions) - 1 - self.delay)]
         return SimpleNamespace(latents=0.5 * self.gain * shown.repeat(3), before=None)
 
@@ -84,14 +84,14 @@ def test_a_late_response_is_as_late_as_it_is() -> None:
 def test_measuring_moves_neither_loop() -> None:
     cached, full = fake(0.5), fake(1.0)
     measure(cached, full, DRIVING, horizon=3)
-    assert cached.generation == full.generation == 5
+    assert cached.chunk == full.chunk == 5
     assert len(cast(FakeLoop, cached).actions) == 1
 
 
-def test_loops_at_different_generations_are_refused() -> None:
+def test_loops_at_different_chunks_are_refused() -> None:
     ahead = fake(1.0)
-    ahead.generation += 1
-    with pytest.raises(ValueError, match="generation"):
+    ahead.chunk += 1
+    with pytest.raises(ValueError, match="chunk"):
         measure(fake(1.0), ahead, DRIVING)
 
 
@@ -132,7 +132,7 @@ def test_moments_are_in_mid_cycle_and_in_motion() -> None:
 
 def test_moments_wait_for_the_script_to_hold_still() -> None:
     actions = DRIVING.expand(40, -1).clone()
-    actions[:, 0] += torch.linspace(0, 0.8, 40)  # speeding up all the time: 0.02 a generation
+    actions[:, 0] += torch.linspace(0, 0.8, 40)  # speeding up all the time: 0.02 a chunk
     actions[24:32, 0] = actions[24, 0]
     assert moments(actions, 4, 2) == [25, 30]
     assert [g for g in moments(actions, 4, 6) if not 24 <= g < 32] == [5, 9]  # the least unrest, where there is no calm
@@ -147,7 +147,7 @@ def test_means_leave_out_what_could_not_be_measured() -> None:
     assert mean_late([brake(0.1, 1.0), brake(1.0, 1.0)], "brake") == 0.5
     assert mean_late([brake(0.1, 1.0), brake(0.1, 0.2)], "brake") is None
     row = summary("some", "brake", [brake(0.5, 1.0), brake(None, 0.8)])
-    assert (row["cases"], row["lowest"], row["ratio_by_generation"]) == (2, 0.5, [0.5, 0.9])
+    assert (row["cases"], row["lowest"], row["ratio_by_chunk"]) == (2, 0.5, [0.5, 0.9])
     assert row["psnr_db"] is None
 
 
@@ -156,7 +156,7 @@ def test_a_cache_that_computes_everything_reacts_as_full_compute_does(
     model: WorldModel, clips: Any, commit: Commit
 ) -> None:
     """Past the end of the cycle too, where the window that was committed begins to show."""
-    scenario = load_scenario("urban-steady", model, clips=clips, generations=8)
+    scenario = load_scenario("urban-steady", model, clips=clips, chunks=8)
     arms = [
         Arm(name="closed", policy=holdover.xcache_reactive(tau_floor=2.0), loop=LoopConfig(commit=commit)),
         Arm(name="other", policy=holdover.never()),  # with a rule, and so a reference, of its own
@@ -176,12 +176,12 @@ def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, 
     for part in (model.keep, *model.last_embed, model.seen_embed):  # what is expected
         torch.nn.init.zeros_(part.weight)
     torch.nn.init.constant_(model.keep.bias, -200.0)
-    scenario = load_scenario("urban-steady", model, clips=clips, generations=8)
+    scenario = load_scenario("urban-steady", model, clips=clips, chunks=8)
     deaf = holdover.xcache(front_anchors=0, tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     arms = [Arm(name="deaf", policy=deaf), Arm(name="reactive", policy=holdover.xcache_reactive())]
     with Race(model, scenario, arms) as race:
         measured = drive(race, scenario.actions, at=[5], horizon=2, advance=lambda: None)
-        assert race.lanes["deaf"].loop.generation == 8
+        assert race.lanes["deaf"].loop.chunk == 8
         streams = {d.stream for d in race.lanes["deaf"].loop.cache.trace}  # type: ignore[union-attr]
     assert "reaction brake" in streams  # the events ran in streams of their own
     assert mean_ratio(measured["deaf"], "brake") == 0
@@ -191,13 +191,13 @@ def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, 
 
 def test_the_bench_writes_a_card(model: WorldModel, clips: Any, tmp_path: Any) -> None:
     with bar() as progress:
-        figures = run_reactions(model, tmp_path, generations=8, count=1, clips=clips, progress=progress)
+        figures = run_reactions(model, tmp_path, chunks=8, count=1, clips=clips, progress=progress)
     assert {row["policy"] for row in figures["rows"]} == {"xcache", "xcache_reactive", "fixed_interval"}
     assert all(row["cases"] == 3 for row in figures["rows"])
     text = (tmp_path / "reaction.md").read_text()
     assert "| xcache_reactive | lane change |" in text
     with bar() as progress, pytest.raises(ValueError, match="no moment"):
-        run_reactions(model, tmp_path, generations=4, count=1, clips=clips, progress=progress)
+        run_reactions(model, tmp_path, chunks=4, count=1, clips=clips, progress=progress)
 
 
 def test_a_bench_that_was_cut_off_goes_on(
@@ -213,7 +213,7 @@ def test_a_bench_that_was_cut_off_goes_on(
 
     def run(out: Any) -> dict[str, Any]:
         with bar() as progress:
-            return run_reactions(model, out, generations=8, count=1, clips=clips, progress=progress)
+            return run_reactions(model, out, chunks=8, count=1, clips=clips, progress=progress)
 
     monkeypatch.setattr(reactions, "KINDS", ("urban", "highway"))
     monkeypatch.setattr(reactions, "drive", counted)

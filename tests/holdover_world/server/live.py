@@ -66,9 +66,9 @@ class Stream:
     def step(self, seq: int, action: list[float], *, ack: bool = True) -> dict[str, Any]:
         self.send(type="action", seq=seq, action=action)
         made = self.receive()
-        assert made["type"] == "generation", made
+        assert made["type"] == "chunk", made
         if ack:
-            self.send(type="ack", generation=made["index"])
+            self.send(type="ack", chunk=made["index"])
         return made
 
 

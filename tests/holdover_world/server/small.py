@@ -25,7 +25,7 @@ def small_world() -> World:
     """The same in every process."""
     model = small_model()
     for parameter in model.parameters():
-        parameter.mul_(0.4)  # calm: a random model lets rounding grow from generation to generation, tenfold in six
+        parameter.mul_(0.4)  # calm: a random model lets rounding grow from chunk to chunk, tenfold in six
     starts = {
         name: Start(latents=latents(model, 4, seed=n), actions=torch.zeros(1, 4, 2))
         for n, name in enumerate(("town", "coast"))
@@ -34,7 +34,7 @@ def small_world() -> World:
 
 
 def action(n: int, seed: int = 0) -> list[float]:
-    """The n-th action of a driver who holds each for a few generations."""
+    """The n-th action of a driver who holds each for a few chunks."""
     drawn = torch.rand(2, generator=torch.Generator().manual_seed(1000 * seed + n // 3))
     return [float(value) for value in drawn]
 

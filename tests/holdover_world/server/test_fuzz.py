@@ -55,7 +55,7 @@ FIELDS = {
     "type": st.sampled_from(["action", "ack", "policy", "hello", ""]) | VALUES,
     "seq": st.integers(-1, 10) | VALUES,
     "action": st.lists(st.floats(-1.5, 1.5), max_size=3) | VALUES,
-    "generation": st.integers(-1, 10) | VALUES,
+    "chunk": st.integers(-1, 10) | VALUES,
     "policy": st.sampled_from(["eager", "never", "turbo"]) | VALUES,
 }
 ACTIONS = {"type": st.just("action"), "seq": FIELDS["seq"], "action": FIELDS["action"]}
@@ -69,9 +69,9 @@ MESSAGES = st.one_of(
 
 def answers(stream: Stream) -> None:
     """The connection still answers a mistake of which the answer is known."""
-    stream.send(type="ack", generation=10**9)
+    stream.send(type="ack", chunk=10**9)
     for _ in range(40):
-        if "generation 1000000000 was not sent" in stream.receive().get("detail", ""):
+        if "chunk 1000000000 was not sent" in stream.receive().get("detail", ""):
             return
     raise AssertionError("the known mistake was not answered")
 
@@ -96,5 +96,5 @@ def test_stream_messages(live: Live) -> None:
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == MISBEHAVED
     info = live.info(id)
-    with live.stream(id, f"?after={info['generation'] - 1}" if info["generation"] else "") as stream:
-        assert stream.step(stream.hello["seq"] + 1, [0.0, 0.0])["index"] == info["generation"]
+    with live.stream(id, f"?after={info['chunk'] - 1}" if info["chunk"] else "") as stream:
+        assert stream.step(stream.hello["seq"] + 1, [0.0, 0.0])["index"] == info["chunk"]

@@ -1,4 +1,4 @@
-"""A server that is killed outright loses at most the generation in flight."""
+"""A server that is killed outright loses at most the chunk in flight."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
     with live.http, live.stream(id, "?after=2") as stream:
         if stream.hello["seq"] == 3:  # it had been made, and waits
             made.append(stream.receive())
-            stream.send(type="ack", generation=3)
+            stream.send(type="ack", chunk=3)
         made += drive(stream, 8, len(made), 6 - len(made))
     assert [each["index"] for each in made] == list(range(6))
     assert all(near(*pair) for pair in zip(made, solo(8, 6), strict=True))

@@ -63,8 +63,8 @@ def number(page: Page, id: str) -> float:
     return float(page.inner_text(f"#{id}").split()[0].rstrip("°") or "nan")
 
 
-def wait_past(page: Page, generation: int) -> None:
-    page.wait_for_function("n => Number(document.getElementById('generation').textContent) > n", arg=generation)
+def wait_past(page: Page, chunk: int) -> None:
+    page.wait_for_function("n => Number(document.getElementById('chunk').textContent) > n", arg=chunk)
 
 
 def test_driving_with_the_keyboard(page: Page, live: Live) -> None:
@@ -111,7 +111,7 @@ def test_the_policy_is_switched_live_and_a_broken_connection_resumes(page: Page,
     page.select_option("#policy", "never")
     page.wait_for_function("() => document.body.dataset.policy === 'never'")
     assert page.inner_text("#skip") == "0 %"
-    before = seat.generation
+    before = seat.chunk
     page.evaluate("() => state.socket.close()")
     page.wait_for_function("() => document.getElementById('state').textContent.startsWith('Connection lost')")
     page.wait_for_function("() => document.getElementById('state').textContent === 'Driving.'")
@@ -153,7 +153,7 @@ def test_fragments_play_as_they_come(page: Page) -> None:
     page.wait_for_function(f"() => ({playing})([...document.querySelectorAll('#rig video')])")
     number, pixels = page.evaluate(LOOK)
     hello, *made = (msgpack.unpackb(message) for message in received)
-    fragments = [each["frames"]["front_wide"][0] for each in made if each["type"] == "generation"]
+    fragments = [each["frames"]["front_wide"][0] for each in made if each["type"] == "chunk"]
     numbers, frames = decoded(hello["video"]["front_wide"]["init"], fragments)
     assert 6 < number < len(numbers)
     shown = np.array(pixels).reshape(*frames.shape[1:3], 4)[..., :3]

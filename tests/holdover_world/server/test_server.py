@@ -64,7 +64,7 @@ def test_a_stream_gives_what_a_session_gives(live: Live) -> None:
     assert np.array(grid["grid"]).shape == (4, 4)
     assert made[0]["latency_ms"] > 0
     info = live.info(id)
-    assert (info["generation"], info["seconds"]) == (5, pytest.approx(5 * 4 / 12))
+    assert (info["chunk"], info["seconds"]) == (5, pytest.approx(5 * 4 / 12))
     assert live.http.delete(f"/v1/sessions/{id}").status_code == 204
     assert live.http.get(f"/v1/sessions/{id}").status_code == 404
 
@@ -87,7 +87,7 @@ def test_a_slow_reader_piles_nothing_up_and_the_newest_action_wins(live: Live) -
             stream.send(type="action", seq=seq, action=[0.2, 0.0])
         with pytest.raises(TimeoutError):
             stream.receive(timeout=0.5)
-        stream.send(type="ack", generation=made[-1]["index"])
+        stream.send(type="ack", chunk=made[-1]["index"])
         newest = stream.receive()
         assert (newest["index"], newest["seq"]) == (4, 11)
 
@@ -170,7 +170,7 @@ def test_forks_and_snapshots_go_on_from_where_they_were_made(live: Live) -> None
         drive(stream, 3, 0, 3)
     fork = live.http.post(f"/v1/sessions/{id}/fork").json()["id"]
     shelved = live.http.post(f"/v1/sessions/{id}/snapshots").json()
-    assert shelved["generation"] == 3
+    assert shelved["chunk"] == 3
     with live.stream(id) as stream:
         expected = [pixels(each) for each in drive(stream, 3, 3, 3)]
     restored = live.http.post(f"/v1/snapshots/{shelved['id']}/restore").json()["id"]
@@ -200,12 +200,12 @@ def test_real_time_goes_on_under_the_newest_action(live: Live) -> None:
         made = [stream.step(7, [0.5, 0.0])]
         for _ in range(3):
             made.append(stream.receive())
-            stream.send(type="ack", generation=made[-1]["index"])
+            stream.send(type="ack", chunk=made[-1]["index"])
         assert [each["index"] for each in made] == [0, 1, 2, 3]
         assert {each["seq"] for each in made} == {7}
 
 
-def test_a_generation_that_fails_is_said_and_leaves_the_session_as_it_was(live: Live) -> None:
+def test_a_chunk_that_fails_is_said_and_leaves_the_session_as_it_was(live: Live) -> None:
     block = live.hub.world.lane("never")[0].blocks[2]
     with live.stream(live.create(seed=1, policy="never")) as stream:
         made = drive(stream, 1, 0, 3)
@@ -231,7 +231,7 @@ def test_hostile_messages_get_an_error_and_harm_nobody(live: Live) -> None:
         msgpack.packb({"type": "action", "seq": -1, "action": [0.0, 0.0]}),
         msgpack.packb({"type": "action", "seq": 2**60, "action": [0.0, 0.0]}),
         msgpack.packb({"type": "action", "seq": True, "action": [0.0, 0.0]}),
-        msgpack.packb({"type": "ack", "generation": 10**6}),
+        msgpack.packb({"type": "ack", "chunk": 10**6}),
         msgpack.packb({"type": "../../etc/passwd"}),
         msgpack.packb({"type": "policy", "policy": "x" * 60}),
     ]  # fmt: skip
@@ -369,7 +369,7 @@ def test_a_drained_server_goes_on_after_a_restart(tmp_path: Path) -> None:
         assert live.info(id)["parked"]
         with live.stream(id, "?after=1") as stream:
             assert stream.receive() == unread
-            stream.send(type="ack", generation=2)
+            stream.send(type="ack", chunk=2)
             made = drive(stream, 6, 3, 2)
         assert all(near(*pair) for pair in zip(made, solo(6, 5)[3:], strict=True))
-        assert live.http.post(f"/v1/snapshots/{shelved}/restore").json()["generation"] == 3
+        assert live.http.post(f"/v1/snapshots/{shelved}/restore").json()["chunk"] == 3

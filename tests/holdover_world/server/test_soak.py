@@ -1,4 +1,4 @@
-"""Sixteen restless clients: no cross-talk, no generation lost or repeated, nothing left behind.
+"""Sixteen restless clients: no cross-talk, no chunk lost or repeated, nothing left behind.
 
 ``HOLDOVER_SOAK_SECONDS`` makes it last longer.
 """
@@ -46,7 +46,7 @@ class Client:
             self.did["sessions"] += 1
 
     def drive(self, id: str, seed: int, first: int, last: int) -> int:
-        """Generations from the first up to the last, each of which must come exactly once."""
+        """Chunks from the first up to the last, each of which must come exactly once."""
         at = first
         while at < last:
             query = f"?after={at - 1}" if at else ""
@@ -68,10 +68,10 @@ class Client:
         if self.random.random() < 0.05:
             stream.ws.socket.shutdown(socket.SHUT_RDWR)
         made = stream.receive()
-        assert (made["type"], made["index"], made["seq"]) == ("generation", at, at), made
+        assert (made["type"], made["index"], made["seq"]) == ("chunk", at, at), made
         assert near(made, self.expected[seed][at])
-        stream.send(type="ack", generation=at)
-        self.did["generations"] += 1
+        stream.send(type="ack", chunk=at)
+        self.did["chunks"] += 1
 
 
 def test_sixteen_restless_clients(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_sixteen_restless_clients(tmp_path: Path) -> None:
             thread.join()
         assert failures == []
         did = sum((client.did for client in clients), Counter[str]())
-        assert did["generations"] > 0
+        assert did["chunks"] > 0
         assert live.http.get("/v1/sessions").json() == []
         keeper, world = live.hub.keeper, live.hub.world
         assert keeper.nbytes == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdover_world.sessions.session import Generation, SessionSnapshot, WorldSession, advance
+from holdover_world.sessions.session import SessionChunk, SessionSnapshot, WorldSession, advance
 from holdover_world.sessions.world import World
 from tests.holdover_world.server.small import action, small_world
 from tests.holdover_world.small import small_model
@@ -28,11 +28,11 @@ def begun(world: World, seed: int = 0, **options: str) -> WorldSession:
     return session
 
 
-def drive(session: WorldSession, count: int) -> list[Generation]:
-    return [session.step(action(session.generation)) for _ in range(count)]
+def drive(session: WorldSession, count: int) -> list[SessionChunk]:
+    return [session.step(action(session.chunk)) for _ in range(count)]
 
 
-def same(a: list[Generation], b: list[Generation]) -> bool:
+def same(a: list[SessionChunk], b: list[SessionChunk]) -> bool:
     return all(
         x.index == y.index and x.exact == y.exact and all(np.array_equal(x.frames[c], y.frames[c]) for c in x.frames)
         for x, y in zip(a, b, strict=True)
@@ -58,7 +58,7 @@ def test_a_session_makes_video_and_forgets_on_reset(world: World) -> None:
     assert not same(drive(session, 5), first)
 
 
-def test_an_action_takes_effect_in_the_very_next_generation(world: World) -> None:
+def test_an_action_takes_effect_in_the_very_next_chunk(world: World) -> None:
     session = begun(world)
     drive(session, 3)  # in the middle of a cycle
     twin = session.fork()
@@ -87,9 +87,9 @@ def test_a_fork_goes_its_own_way_and_shares_memory_until_then(world: World) -> N
 
 
 def begun_at(world: World, session: WorldSession) -> WorldSession:
-    """A session that replayed another's whole past but its last two generations."""
+    """A session that replayed another's whole past but its last two chunks."""
     replay = begun(world)
-    drive(replay, session.generation - 2)
+    drive(replay, session.chunk - 2)
     return replay
 
 
@@ -101,7 +101,7 @@ from tests.holdover_world.small import small_model
 session = WorldSession(small_world())
 session.restore(SessionSnapshot.load(sys.argv[1]))
 for _ in range(4):
-    made = session.step(action(session.generation))
+    made = session.step(action(session.chunk))
     print(made.index, made.exact, hashlib.sha256(b"".join(v.tobytes() for v in made.frames.values())).hexdigest())
 """
 
@@ -121,7 +121,7 @@ def test_a_snapshot_goes_on_bit_by_bit_in_another_process(world: World, tmp_path
     assert done.stdout.split("\n")[:-1] == expected
 
 
-def test_a_generation_that_fails_leaves_the_session_as_it_was(world: World) -> None:
+def test_a_chunk_that_fails_leaves_the_session_as_it_was(world: World) -> None:
     session, other = begun(world), begun(world, 7)
     drive(session, 3), drive(other, 3)
     before, block = tensors(session), world.lane(session.policy)[0].blocks[0]
@@ -144,7 +144,7 @@ def test_a_generation_that_fails_leaves_the_session_as_it_was(world: World) -> N
     fail.calls, fail.at = 0, {1, 2}  # type: ignore[attr-defined]
     results = advance([session, other], [action(3), action(3)])
     assert isinstance(results[0], RuntimeError)
-    assert isinstance(results[1], Generation)
+    assert isinstance(results[1], SessionChunk)
     assert same([results[1]], [expected[1]])
     assert tensors(session) == before
     del block.norm2.forward

@@ -130,8 +130,8 @@ def test_a_student_without_a_teacher_learns_what_was_recorded(seed: int) -> None
 
 
 @pytest.mark.parametrize("seed", range(4))  # other positions and levels
-def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
-    """A student that says another number at every level, and in later generations 0.05 more with every frame.
+def test_a_later_chunk_is_to_say_what_the_first_said(seed: int) -> None:
+    """A student that says another number at every level, and in later chunks 0.05 more with every frame.
 
     What it says of depth does not count.
     """
@@ -165,7 +165,7 @@ def test_a_later_generation_is_to_say_what_the_first_said(seed: int) -> None:
     positions = set()
     for n, (sigma, x, actions, _) in enumerate(later, start=1):
         assert torch.equal(actions, first[n][2])
-        before = said[sigmas[n - 1]]  # in both generations what is drawn yet comes from the pass before
+        before = said[sigmas[n - 1]]  # in both chunks what is drawn yet comes from the pass before
         noise = (first[n][1] - (1 - sigma) * before) / sigma
         known = (x - ((1 - sigma) * said[sigmas[-1]] + sigma * noise)).abs().amax((0, 2, 3)) < 1e-5
         drawn = before + (0.05 * ramp if n > 1 else 0)

@@ -37,20 +37,20 @@ _yaml: Any = yaml
 RETRIES = 3
 
 
-def keep_lane(info: Mapping[str, Any], speed: float, generation: int) -> tuple[float, float]:
+def keep_lane(info: Mapping[str, Any], speed: float, chunk: int) -> tuple[float, float]:
     """Speed (m/s) and curvature (1/m) that bring the car back to the middle at the speed it began with."""
     ahead = max(6.0, 1.5 * speed)
     return speed, -2 * (info["offset"] + ahead * math.sin(info["heading_error"])) / ahead**2
 
 
-def straight_on(info: Mapping[str, Any], speed: float, generation: int) -> tuple[float, float]:
+def straight_on(info: Mapping[str, Any], speed: float, chunk: int) -> tuple[float, float]:
     """The speed it began with, straight on."""
     return speed, 0.0
 
 
-def brake(info: Mapping[str, Any], speed: float, generation: int) -> tuple[float, float]:
-    """As `keep_lane`, but from the eighth generation on it brakes to a halt."""
-    return (0.0 if generation >= 8 else speed), keep_lane(info, speed, generation)[1]
+def brake(info: Mapping[str, Any], speed: float, chunk: int) -> tuple[float, float]:
+    """As `keep_lane`, but from the eighth chunk on it brakes to a halt."""
+    return (0.0 if chunk >= 8 else speed), keep_lane(info, speed, chunk)[1]
 
 
 DRIVERS: dict[str, Callable[[Mapping[str, Any], float, int], tuple[float, float]]] = {
@@ -61,14 +61,14 @@ DRIVERS: dict[str, Callable[[Mapping[str, Any], float, int], tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """One episode to be driven, of so many generations at most."""
+class Episode:
+    """One episode to be driven, of so many chunks at most."""
 
     scenario: str
     seed: int
     driver: str
     policy: str
-    generations: int
+    chunks: int
 
     @property
     def key(self) -> str:
@@ -77,16 +77,16 @@ class Rollout:
         return f"{self.scenario}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def read_plan(path: Path, policies: Sequence[str]) -> list[Rollout]:
+def read_plan(path: Path, policies: Sequence[str]) -> list[Episode]:
     """What a YAML file asks for: every combination of its ``scenarios``, ``seeds`` and ``drivers``, under each policy.
 
-    ``generations`` is how long each may be.
+    ``chunks`` is how long each may be.
 
     Raises:
         ValueError: the file lacks one of these, has others, or names what there is not.
     """
     plan = _yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = {"scenarios", "seeds", "drivers", "generations"}
+    wanted = {"scenarios", "seeds", "drivers", "chunks"}
     if not isinstance(plan, dict) or set(plan) != wanted:
         raise ValueError(f"{path} holds {sorted(plan) if isinstance(plan, dict) else plan!r}; give {sorted(wanted)}")
     lists = {name: plan[name] for name in ("scenarios", "seeds", "drivers")}
@@ -96,16 +96,16 @@ def read_plan(path: Path, policies: Sequence[str]) -> list[Rollout]:
     for driver in lists["drivers"]:
         if driver not in DRIVERS:
             raise ValueError(f"driver {driver!r} in {path} is not one of {', '.join(DRIVERS)}")
-    for name, numbers, least in (("seeds", lists["seeds"], 0), ("generations", [plan["generations"]], 1)):
+    for name, numbers, least in (("seeds", lists["seeds"], 0), ("chunks", [plan["chunks"]], 1)):
         if not all(type(number) is int and number >= least for number in numbers):
             raise ValueError(f"{name}={plan[name]!r} in {path}: give whole numbers from {least}")
     return [
-        Rollout(scenario=str(scenario), seed=seed, driver=driver, policy=policy, generations=plan["generations"])
+        Episode(scenario=str(scenario), seed=seed, driver=driver, policy=policy, chunks=plan["chunks"])
         for scenario, seed, driver, policy in itertools.product(*lists.values(), policies)
     ]
 
 
-def drive(course: Course, rollout: Rollout) -> dict[str, Any]:
+def drive(course: Course, rollout: Episode) -> dict[str, Any]:
     """Drive one rollout: its own fields, and what came of it, as a row of the results.
 
     ``video`` is a digest of every frame: equal rollouts have equal ones.
@@ -118,8 +118,8 @@ def drive(course: Course, rollout: Rollout) -> dict[str, Any]:
     seen, info = env.reset(seed=rollout.seed)
     speed = float(seen["ego"][0]) or MAX_SPEED / 3
     total, offset, seconds, over, steps = 0.0, 0.0, 0.0, False, 0
-    for generation in range(rollout.generations):
-        command = DRIVERS[rollout.driver](info, speed, generation)
+    for chunk in range(rollout.chunks):
+        command = DRIVERS[rollout.driver](info, speed, chunk)
         _, reward, over, _, info = env.step(normalise_action(*command))
         made = env.newest
         assert made is not None
@@ -141,13 +141,13 @@ def drive(course: Course, rollout: Rollout) -> dict[str, Any]:
         "collided": collided,
         "max_offset": offset,
         "skip": reused / calls,
-        "ms_per_generation": 1e3 * seconds / steps,
+        "ms_per_chunk": 1e3 * seconds / steps,
         "video": digest.hexdigest(),
     }
 
 
 def run_fleet(
-    rollouts: Sequence[Rollout],
+    rollouts: Sequence[Episode],
     out: Path,
     *,
     workers: int | None = None,
@@ -186,7 +186,7 @@ def run_fleet(
     return results
 
 
-def _driven(todo: Sequence[Rollout], course: Callable[[], Course]) -> Iterator[tuple[Rollout, dict[str, Any]]]:
+def _driven(todo: Sequence[Episode], course: Callable[[], Course]) -> Iterator[tuple[Episode, dict[str, Any]]]:
     """Rollouts as they finish."""
     task = _ray.remote(num_cpus=1, max_retries=RETRIES)(_drive_in_worker)
     running = {task.remote(course, rollout): rollout for rollout in todo}
@@ -195,7 +195,7 @@ def _driven(todo: Sequence[Rollout], course: Callable[[], Course]) -> Iterator[t
         yield running.pop(done), _ray.get(done)
 
 
-def _drive_in_worker(course: Callable[[], Course], rollout: Rollout) -> dict[str, Any]:
+def _drive_in_worker(course: Callable[[], Course], rollout: Episode) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)  # a worker has one core; and the same threads give the same frames

@@ -143,10 +143,10 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
 
 
 @dataclass
-class _Generation:
+class _Chunk:
     """One denoising from noise to video, or to a chunk of it.
 
-    ``schedule`` is the scheduler's tensor of timesteps: `set_timesteps` makes a new one for every generation.
+    ``schedule`` is the scheduler's tensor of timesteps: `set_timesteps` makes a new one for every chunk.
     """
 
     schedule: Any
@@ -166,7 +166,7 @@ class _Passes:
         self._signature = inspect.signature(model.forward)
         self._context: tuple[str, dict[str, Any]] | None = None
         self._open: StepContext | None = None
-        self._generations: dict[str, _Generation] = {}
+        self._chunks: dict[str, _Chunk] = {}
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -227,7 +227,7 @@ class _Passes:
         scheduler = getattr(self._enabled.target, "scheduler", None)
         schedule = getattr(scheduler, "timesteps", None)
         if host.kv_update is not None and host.kv_update(model, *args, **kwargs):
-            number = self._generations[stream].number if stream in self._generations else 0
+            number = self._chunks[stream].number if stream in self._chunks else 0
             return {"chunk": number, "stream": stream, "branch": name, "role": "kv_update"}
         if context.get("step_index") is not None:
             index, num_steps = context["step_index"], context.get("num_inference_steps")
@@ -246,21 +246,21 @@ class _Passes:
         scale = (told.get("attention_kwargs") or {}).get("scale")
         if scale is not None:
             condition["scale"] = scale
-        generation = self._generation(stream, schedule, name, index)
-        branch = name or _branch(generation, condition)
-        if (branch, index) in generation.seen:
+        chunk = self._chunk(stream, schedule, name, index)
+        branch = name or _branch(chunk, condition)
+        if (branch, index) in chunk.seen:
             raise ValueError(
                 f"{self._name} ran twice at step {index} under one condition; tell the passes apart: `with "
                 f"{self._name}.cache_context('cond'): ...`"
             )
-        generation.seen.add((branch, index))
+        chunk.seen.add((branch, index))
         sigma = context.get("sigma")
         sigmas = getattr(scheduler, "sigmas", None)
         if sigma is None and sigmas is not None and index < len(sigmas):
             sigma = sigmas[index]
         action = told.get(host.action) if host.action else None
         return {
-            "chunk": generation.number,
+            "chunk": chunk.number,
             "index": index,
             "num_steps": num_steps,
             "sigma": sigma,
@@ -271,19 +271,19 @@ class _Passes:
             "branch": branch,
         }
 
-    def _generation(self, stream: str, schedule: Any, branch: str, index: int) -> _Generation:
-        """The generation of this pass: a new one with a new schedule, or, without one, where the steps begin again."""
-        known = self._generations.get(stream)
+    def _chunk(self, stream: str, schedule: Any, branch: str, index: int) -> _Chunk:
+        """The chunk of this pass: a new one with a new schedule, or, without one, where the steps begin again."""
+        known = self._chunks.get(stream)
         if known is None:
-            self._generations[stream] = _Generation(schedule, 0)
+            self._chunks[stream] = _Chunk(schedule, 0)
         elif known.schedule is not schedule or (schedule is None and _again(known, branch, index)):
             self.cache.give_up(known.number, stream)  # two transformers share a schedule, a user may interrupt it
-            self._generations[stream] = _Generation(schedule, known.number + 1)
-        return self._generations[stream]
+            self._chunks[stream] = _Chunk(schedule, known.number + 1)
+        return self._chunks[stream]
 
 
-def _again(generation: _Generation, branch: str, index: int) -> bool:
-    return (branch, index) in generation.seen or any(index < seen for _, seen in generation.seen)
+def _again(chunk: _Chunk, branch: str, index: int) -> bool:
+    return (branch, index) in chunk.seen or any(index < seen for _, seen in chunk.seen)
 
 
 def _index(scheduler: Any, schedule: Any, timestep: Any) -> int | None:
@@ -304,10 +304,10 @@ def _index(scheduler: Any, schedule: Any, timestep: Any) -> int | None:
     return 0
 
 
-def _branch(generation: _Generation, condition: Mapping[str, Any]) -> str:
-    """Guidance branches that have no name differ in their condition: the first of a generation is ``""``."""
-    for number, known in enumerate(generation.branches):
+def _branch(chunk: _Chunk, condition: Mapping[str, Any]) -> str:
+    """Guidance branches that have no name differ in their condition: the first of a chunk is ``""``."""
+    for number, known in enumerate(chunk.branches):
         if conditions.same(known, condition):
             return str(number or "")
-    generation.branches.append(conditions.freeze(condition))
-    return str(len(generation.branches) - 1 or "")
+    chunk.branches.append(conditions.freeze(condition))
+    return str(len(chunk.branches) - 1 or "")

@@ -24,7 +24,7 @@ from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.scene.clips import read_clip
 from holdover_world.scene.vehicles import MAX_CURVATURE, MAX_SPEED, EgoState, denormalise_action, drive
-from holdover_world.sessions.session import Generation, WorldSession, advance
+from holdover_world.sessions.session import SessionChunk, WorldSession, advance
 from holdover_world.sessions.world import POLICIES, World, load_starts
 from holdover_world.simulator.scenes import build_scene
 
@@ -181,7 +181,7 @@ def _clipped(action: Any) -> NDArray[np.float32]:
 
 
 class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
-    """Keep the lane, swiftly. One step is one generation, a third of a second of the shipped model.
+    """Keep the lane, swiftly. One step is one chunk, a third of a second of the shipped model.
 
     The action is normalised: speed in [0, 1], curvature in [-1, 1]. The observation is the newest frame of each camera;
     ``ego``, speed in m/s and curvature in 1/m; and ``lane``, what a lane sensor would tell: metres left of the lane's
@@ -219,7 +219,7 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         _chosen(self.course, scenario, np.random.default_rng())
         self._car = _Car(self.course, cameras, policy, max_offset)
         self.observation_space, self.action_space = self._car.spaces()
-        self.newest: Generation | None = None
+        self.newest: SessionChunk | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -231,7 +231,7 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return self._car.observe(None), info
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """One generation under an action, clipped to its space."""
+        """One chunk under an action, clipped to its space."""
         bounded = _clipped(action)
         self.newest = self._car.session.step(bounded.tolist())
         reward, over, info = self._car.move(bounded, self.newest.depth)
@@ -296,11 +296,11 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
         rewards, over = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         seen: dict[int, dict[str, Any]] = {}
         infos: dict[int, dict[str, Any]] = {}
-        for n, generation in zip(going, made, strict=True):
-            if not isinstance(generation, Generation):
-                raise generation
-            rewards[n], over[n], infos[n] = self._cars[n].move(bounded[n], generation.depth)
-            seen[n] = self._cars[n].observe(generation.frames)
+        for n, chunk in zip(going, made, strict=True):
+            if not isinstance(chunk, SessionChunk):
+                raise chunk
+            rewards[n], over[n], infos[n] = self._cars[n].move(bounded[n], chunk.depth)
+            seen[n] = self._cars[n].observe(chunk.frames)
             self._steps[n] += 1
         for n in map(int, np.flatnonzero(self._over)):
             infos[n] = self._begin(n)

@@ -1,10 +1,10 @@
 """The closed loop: an action comes in, the next piece of video goes out.
 
 *Window cadence* (METHODS.md, section 1): a cycle generates one window once per piece, with the same noise; each
-generation takes the newest action and emits one more latent frame, and a clean pass then writes one of those windows
-into the KV cache. *Plain cadence*: every generation is a new chunk of one latent frame, committed each time.
+chunk takes the newest action and emits one more latent frame, and a clean pass then writes one of those windows
+into the KV cache. *Plain cadence*: every chunk is a new window of one latent frame, committed each time.
 
-Shape suffixes as in `holdover_world.model.transformer`, and S for the denoising passes of a generation.
+Shape suffixes as in `holdover_world.model.transformer`, and S for the denoising passes of a chunk.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Commit = Literal["first", "last_full", "emitted"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How generations follow each other.
+    """How chunks follow each other.
 
     Attributes:
         cadence: ``window`` or ``plain``.
-        commit: which latents of a cycle the clean pass writes: the window of its ``first`` generation, of the
-            ``last_full`` generation that was computed in full, or the pieces as ``emitted``. A generation knows the
+        commit: which latents of a cycle the clean pass writes: the window of its ``first`` chunk, of the
+            ``last_full`` chunk that was computed in full, or the pieces as ``emitted``. A chunk knows the
             pieces before its own as they were emitted; under ``last_full``, if the first is protected, as the latest
-            generation in full has them, so that nothing shown from cache gets into what is committed.
-        protected: the generation of a cycle that is announced as committed, hence computed in full by policies with
+            chunk in full has them, so that nothing shown from cache gets into what is committed.
+        protected: the chunk of a cycle that is announced as committed, hence computed in full by policies with
             KV protection: the ``first`` or the ``last``.
-        fresh_noise: draw new noise for every generation, not for every cycle.
+        fresh_noise: draw new noise for every chunk, not for every cycle.
         sampler: what a pass starts from: new noise (``renoise``), or Euler's step from the pass before, for many steps.
         guidance: classifier-free guidance (Ho & Salimans, arXiv 2207.12598) on the action: every pass is also made
             without it, as branch "uncond", and its prediction moved away from that so many times; 1 for none.
-        steps: denoising passes per generation.
+        steps: denoising passes per chunk.
         shift: timestep shift of their noise levels.
     """
 
@@ -80,7 +80,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one generation emits.
+    """What one chunk emits.
 
     Attributes:
         latents: ``float32 [B, 1, N, P]``.
@@ -102,15 +102,15 @@ class LoopState:
 
     Attributes:
         kv: the KV cache.
-        generation: the number of the next generation.
+        chunk: the number of the next chunk.
         noise_source: the state of the generator that draws the noise.
         noise: of the cycle ``[S, B, F, N, P]``; None at its beginning.
-        emitted, actions: of the cycle so far, per generation ``[B, 1, N, P]`` and ``[B, A]``.
+        emitted, actions: of the cycle so far, per chunk ``[B, 1, N, P]`` and ``[B, A]``.
         committed: latents ``[B, F, N, P]`` and actions ``[B, F, A]`` that the KV update will write.
     """
 
     kv: KVCache
-    generation: int
+    chunk: int
     noise_source: Tensor
     noise: Tensor | None
     emitted: tuple[Tensor, ...]
@@ -120,7 +120,7 @@ class LoopState:
     def tensors(self) -> dict[str, Tensor]:
         """Everything, by name."""
         named = {f"kv.{name}": tensor for name, tensor in self.kv.state_dict().items()}
-        named |= {"generation": torch.tensor(self.generation), "noise_source": self.noise_source}
+        named |= {"chunk": torch.tensor(self.chunk), "noise_source": self.noise_source}
         named |= {"noise": self.noise} if self.noise is not None else {}
         named |= {f"emitted.{n}": piece for n, piece in enumerate(self.emitted)}
         named |= {f"actions.{n}": action for n, action in enumerate(self.actions)}
@@ -137,7 +137,7 @@ class LoopState:
         committed = "committed.latents" in tensors
         return cls(
             kv=kv,
-            generation=int(tensors["generation"]),
+            chunk=int(tensors["chunk"]),
             noise_source=tensors["noise_source"],
             noise=tensors.get("noise"),
             emitted=tuple(tensors[f"emitted.{n}"] for n in range(count)),
@@ -179,16 +179,16 @@ class ClosedLoop:
             raise ValueError(f"start_actions {tuple(start_actions.shape)} do not match start {tuple(start.shape)}")
         self._set_up(model, config or LoopConfig(), cache, stream)
         self.kv = model.new_cache()
-        self.generation = 0
+        self.chunk = 0
         self._noise_source = torch.Generator(start.device).manual_seed(seed)
         self._committed: tuple[Tensor, Tensor] | None = None
         self._begin_cycle()
-        chunk = 1 if self.config.cadence == "plain" else window
-        for first in range(0, start.shape[1], chunk):
-            _write_kv([self], [(start[:, first : first + chunk], start_actions[:, first : first + chunk])])
+        length = 1 if self.config.cadence == "plain" else window
+        for first in range(0, start.shape[1], length):
+            _write_kv([self], [(start[:, first : first + length], start_actions[:, first : first + length])])
             if track is not None:
                 track = track.to(start.device)
-                self.kv.stand([track] * len(start), [(first + chunk) * FRAMES - 1] * len(start))
+                self.kv.stand([track] * len(start), [(first + length) * FRAMES - 1] * len(start))
 
     @classmethod
     def resume(
@@ -212,7 +212,7 @@ class ClosedLoop:
         self.sigmas = noise_levels(config.steps, config.shift)
 
     @property
-    def chunk_frames(self) -> int:
+    def window_frames(self) -> int:
         """Latent frames denoised together."""
         return 1 if self.config.cadence == "plain" else self.model.sizes.window
 
@@ -233,7 +233,7 @@ class ClosedLoop:
         """Where the loop stands; may be put back, into this loop or another, any number of times."""
         return LoopState(
             kv=self.kv.fork(),
-            generation=self.generation,
+            chunk=self.chunk,
             noise_source=self._noise_source.get_state(),
             noise=self._noise,
             emitted=tuple(self._emitted),
@@ -243,7 +243,7 @@ class ClosedLoop:
 
     @state.setter
     def state(self, state: LoopState) -> None:
-        self.kv, self.generation = state.kv.fork(), state.generation
+        self.kv, self.chunk = state.kv.fork(), state.chunk
         self._noise_source.set_state(state.noise_source)
         self._noise: Tensor | None = state.noise
         self._emitted, self._actions, self._committed = list(state.emitted), list(state.actions), state.committed
@@ -262,25 +262,25 @@ class ClosedLoop:
         self._actions = []
         self._noise = None
 
-    def _begin(self, action: Tensor) -> _Generation:
-        """Take an action: what the next generation is made from."""
+    def _begin(self, action: Tensor) -> _ChunkInputs:
+        """Take an action: what the next chunk is made from."""
         last_BNP = self.kv.last
         assert last_BNP is not None
         action_BA = action.to(last_BNP.device, torch.float32).expand(last_BNP.shape[0], -1)
         if self._noise is None or self.config.fresh_noise:
             draws = 1 if self.config.sampler == "euler" else self.config.steps
-            draw = draws, last_BNP.shape[0], self.chunk_frames, *last_BNP.shape[1:]
+            draw = draws, last_BNP.shape[0], self.window_frames, *last_BNP.shape[1:]
             self._noise = torch.randn(draw, generator=self._noise_source, device=last_BNP.device)
         position = len(self._emitted)
         self._actions.append(action_BA)
-        ahead = [action_BA] * (self.chunk_frames - position - 1)
+        ahead = [action_BA] * (self.window_frames - position - 1)
         first_protected = self.config.protected == "first"
-        announced = 0 if first_protected else self.chunk_frames - 1
+        announced = 0 if first_protected else self.window_frames - 1
         if self._committed is not None and self.config.commit == "last_full" and first_protected:
             known = self._committed[0][:, :position]
         else:
             known = torch.cat([self._noise[0, :, :0], *self._emitted], 1)
-        return _Generation(
+        return _ChunkInputs(
             action=action_BA,
             actions_BFA=torch.stack(self._actions + ahead, 1),
             noise_SBFNP=self._noise,
@@ -288,7 +288,7 @@ class ClosedLoop:
             commits=position == announced,
         )
 
-    def _finish(self, made: _Generation, window: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def _finish(self, made: _ChunkInputs, window: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Emit the next piece of a window, with the latent frame before it, and choose what will be committed."""
         exact = self.cache is None or self.cache.exact(self.stream)
         position = len(self._emitted)
@@ -296,14 +296,14 @@ class ClosedLoop:
         self._emitted.append(piece)
         if position == 0 or (self.config.commit == "last_full" and exact):
             self._committed = window, made.actions_BFA
-        if len(self._emitted) == self.chunk_frames and self.config.commit == "emitted":
+        if len(self._emitted) == self.window_frames and self.config.commit == "emitted":
             self._committed = torch.cat(self._emitted, 1), torch.stack(self._actions, 1)
         return piece, before, exact
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Generation:
-    """What one generation of one loop is made from."""
+class _ChunkInputs:
+    """What one chunk of one loop is made from."""
 
     action: Tensor
     actions_BFA: Tensor
@@ -318,7 +318,7 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
 
     Several loops share model, cache and cadence, are of one row each, and hold equally many latent frames in their KV
     caches (`batches` sorts them so); wherever in its cycle each stands, it gets what it would get alone, but for
-    rounding. If this raises, loops are left in mid-generation: put back their `ClosedLoop.state`.
+    rounding. If this raises, loops are left in mid-chunk: put back their `ClosedLoop.state`.
 
     Args:
         loops: the loops.
@@ -357,13 +357,13 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
     if len(loops) > 1:  # a view would keep the whole batch in memory
         windows = tuple(window.clone() for window in windows)
     pieces = [loop._finish(each, window) for loop, each, window in zip(loops, made, windows, strict=True)]
-    full = [loop for loop in loops if len(loop._emitted) == loop.chunk_frames]
+    full = [loop for loop in loops if len(loop._emitted) == loop.window_frames]
     writing = _write_kv(full, [loop._committed for loop in full if loop._committed is not None]) if full else 0.0
     for loop in full:
         loop.kv.carried_out(torch.stack(loop._actions, 1))
         loop._begin_cycle()
     for loop in loops:
-        loop.generation += 1
+        loop.chunk += 1
     return [
         Piece(latents=latents, before=before, dit_seconds=sum(seconds) + writing * (loop in full), exact=exact)
         for loop, (latents, before, exact) in zip(loops, pieces, strict=True)
@@ -391,9 +391,7 @@ def _forward(
 ) -> tuple[Tensor, float]:
     """One pass of the model over all loops, and its seconds."""
     first, alone = loops[0], len(loops) == 1
-    steps = [
-        {"stream": loop.stream, "chunk": loop.generation, **each} for loop, each in zip(loops, fields, strict=True)
-    ]
+    steps = [{"stream": loop.stream, "chunk": loop.chunk, **each} for loop, each in zip(loops, fields, strict=True)]
     within: AbstractContextManager[None] = nullcontext()
     if first.cache is not None:
         within = first.cache.step(**steps[0]) if alone else first.cache.step(rows=[Step(**step) for step in steps])

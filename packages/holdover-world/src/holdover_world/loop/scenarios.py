@@ -33,7 +33,7 @@ class Scenario:
         name: the kind of clip, with "-steady" where the action is constant.
         start: clean latents ``[1, F, N, P]`` of two windows.
         start_actions: their normalised actions ``[1, F, A]``.
-        actions: one normalised action per generation ``[G, A]``.
+        actions: one normalised action per chunk ``[G, A]``.
         truth: per camera what the simulator showed under these actions ``uint8 [T, height, width, 3]``; None where
             it was never driven like that.
         track: the layout that the start was recorded in, if it has one.
@@ -50,10 +50,10 @@ class Scenario:
     def steady(self) -> bool:
         return self.truth is None
 
-    def first(self, generations: int, frames: int) -> Scenario:
-        """Its beginning: so many generations, of so many video frames each."""
-        truth = self.truth and {name: video[: generations * frames] for name, video in self.truth.items()}
-        return replace(self, actions=self.actions[:generations], truth=truth)
+    def first(self, chunks: int, frames: int) -> Scenario:
+        """Its beginning: so many chunks, of so many video frames each."""
+        truth = self.truth and {name: video[: chunks * frames] for name, video in self.truth.items()}
+        return replace(self, actions=self.actions[:chunks], truth=truth)
 
 
 def shipped_model(steps: int = LoopConfig.steps) -> Path:
@@ -95,30 +95,30 @@ def first_clip(folder: Path, kind: str, frames: int) -> Path:
     for clip in found:
         if frame_count(clip) >= frames:
             return clip
-    raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer generations")
+    raise ValueError(f"no {kind} clip in {folder} has {frames} frames; record longer ones or ask for fewer chunks")
 
 
-def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, generations: int = 60) -> Scenario:
+def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, chunks: int = 60) -> Scenario:
     """Load a scenario from the first clip of its kind.
 
     Args:
         name: one of `NAMES`.
         model: that will be driven.
         clips: a folder of recordings; by default the shipped ones.
-        generations: how many actions; a steady scenario needs no recording of that length, a scripted one does.
+        chunks: how many actions; a steady scenario needs no recording of that length, a scripted one does.
 
     Raises:
         ValueError: there is no such scenario, no clip of its kind, or none that is long enough.
     """
     if name not in NAMES:
         raise ValueError(f"scenario {name!r} is not one of {', '.join(NAMES)}")
-    if generations < 1:
-        raise ValueError(f"generations={generations}: give at least 1")
+    if chunks < 1:
+        raise ValueError(f"chunks={chunks}: give at least 1")
     folder = clips or shipped_clips()
     kind, steady = name.removesuffix(STEADY), name.endswith(STEADY)
     sizes = model.sizes
     start, per = 2 * sizes.window, sizes.frames_per_latent
-    pieces = start if steady else start + generations
+    pieces = start if steady else start + chunks
     own = _STEADY_CLIPS.get(kind, kind) if steady else kind
     found = own if any(clip.name.startswith(f"{own}-") for clip in list_clips(folder)) else kind
     clip = first_clip(folder, found, pieces * per)
@@ -129,7 +129,7 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ge
     latents = model.codec.encode(begun.frames, begun.depth)
     if steady:
         action = _steady_action(kind, actions, start)
-        follow, truth = action.expand(generations, -1), None
+        follow, truth = action.expand(chunks, -1), None
     else:
         follow = actions[start:]
         truth = {name: video[start * per :] for name, video in recording.frames.items()}

@@ -14,11 +14,11 @@ from holdover.methods.registry import policy
 from holdover.report.files import write_json
 from holdover.report.page import build_page
 from holdover.report.recording import command_line
-from holdover.report.run_dir import Generation, Rollout, remove_rollouts, write_rollout
+from holdover.report.run_dir import ChunkRecord, Rollout, remove_rollouts, write_rollout
 from holdover_world.loop.closed_loop import Cadence, LoopConfig
 from holdover_world.loop.scenarios import NAMES, STEADY, Scenario, load_scenario
-from holdover_world.measure.lanes import Arm, Lane, Race
 from holdover_world.measure.measure import Metrics, describe, describe_full, environment
+from holdover_world.measure.race import Arm, ArmRun, Race
 from holdover_world.measure.reaction import EVENTS, drive, moments
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import cadence_block_share
@@ -30,10 +30,10 @@ ARMS = (("xcache", LoopConfig(commit="first")), ("xcache_reactive", LoopConfig(c
 MOMENTS = 1  # at which each rollout's reactions are measured
 SHOWN = [event for event in EVENTS if event.name in ("brake", "steer")]
 
-#: How many generations are driven where nothing is asked for: twenty seconds, or what is done in nine minutes, so that
+#: How many chunks are driven where nothing is asked for: twenty seconds, or what is done in nine minutes, so that
 #: cores that slow down on the way have one more.
 LONGEST, SECONDS = 60, 540.0
-#: What a scenario takes, in generations of full compute and steady driving: for each generation, on the script and
+#: What a scenario takes, in chunks of full compute and steady driving: for each chunk, on the script and
 #: steady; for reactions, reading, writing and comparing.
 _STEPS: Mapping[Cadence, tuple[float, float]] = {"window": (4.2, 2.1), "plain": (3.7, 3.7)}
 _SCENARIO = 22.0
@@ -45,18 +45,18 @@ class DemoOptions:
 
     Attributes:
         scenarios: names, see `holdover_world.loop.scenarios.NAMES`.
-        generations: per scenario; by default 60, which are 20 seconds, or as many whole cycles as are done in ten
+        chunks: per scenario; by default 60, which are 20 seconds, or as many whole cycles as are done in ten
             minutes on the machine at hand.
         seed: of the noise.
-        cadence: in ``plain`` every generation is committed, and X-Cache has nothing to skip.
+        cadence: in ``plain`` every chunk is committed, and X-Cache has nothing to skip.
         every: SSIM and ST-LPIPS look at every so-manieth frame.
     """
 
     scenarios: Sequence[str] = NAMES
-    generations: int | None = None
+    chunks: int | None = None
     seed: int = 0
     cadence: Cadence = "window"
-    every: int = 20  # five generations: as many looks at each place of a cycle
+    every: int = 20  # five chunks: as many looks at each place of a cycle
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.scenarios if name not in NAMES]
@@ -90,26 +90,26 @@ def run_demo(
         The content of ``report.json``.
 
     Raises:
-        ValueError: ``generations`` is too short for a cycle after the warm-up, or a clip for the generations.
+        ValueError: ``chunks`` is too short for a cycle after the warm-up, or a clip for the chunks.
     """
     shortest = 2 * model.sizes.window
-    generations = LONGEST if options.generations is None else options.generations
-    if generations < shortest:
-        raise ValueError(f"generations={options.generations} has no cycle after the warm-up; give {shortest} or more")
+    chunks = LONGEST if options.chunks is None else options.chunks
+    if chunks < shortest:
+        raise ValueError(f"chunks={options.chunks} has no cycle after the warm-up; give {shortest} or more")
     distance, started = StLpips(), perf_counter()
-    scenarios = [load_scenario(name, model, clips=clips, generations=generations) for name in options.scenarios]
+    scenarios = [load_scenario(name, model, clips=clips, chunks=chunks) for name in options.scenarios]
     total = progress.add_task("demo", total=None)
     share, pace = cadence_block_share(model, scenarios[0], LoopConfig(cadence=options.cadence))
-    if options.generations is None:
-        generations = affordable(pace, options.scenarios, model.sizes.window, options.cadence)
-        scenarios = [scenario.first(generations, model.sizes.frames_per_latent) for scenario in scenarios]
-        if generations < LONGEST:
+    if options.chunks is None:
+        chunks = affordable(pace, options.scenarios, model.sizes.window, options.cadence)
+        scenarios = [scenario.first(chunks, model.sizes.frames_per_latent) for scenario in scenarios]
+        if chunks < LONGEST:
             progress.print(
-                f"{generations} generations per scenario are done in ten minutes here, "
-                f"{generations * model.sizes.frames_per_latent / FPS:.0f} seconds of driving; "
-                f"--generations {LONGEST} takes what it takes."
+                f"{chunks} chunks per scenario are done in ten minutes here, "
+                f"{chunks * model.sizes.frames_per_latent / FPS:.0f} seconds of driving; "
+                f"--chunks {LONGEST} takes what it takes."
             )
-    progress.update(total, total=len(scenarios) * (generations + 1) + 1, completed=1)
+    progress.update(total, total=len(scenarios) * (chunks + 1) + 1, completed=1)
     metrics = Metrics(every=options.every, distance=distance, block_shares={options.cadence: share}, events=SHOWN)
     about = {**environment(model, checkpoint), "block_share": share}
     for name in NAMES:
@@ -121,7 +121,7 @@ def run_demo(
         "scenarios": entries,
         "environment": about,
         "settings": {
-            "generations": generations,
+            "chunks": chunks,
             "seed": options.seed,
             "cadence": options.cadence,
             "every": options.every,
@@ -138,22 +138,22 @@ def run_demo(
 
 
 def affordable(pace: float, scenarios: Sequence[str], cycle: int, cadence: Cadence = "window") -> int:
-    """How many generations of each scenario are done in ten minutes: whole cycles, two at least, `LONGEST` at most.
+    """How many chunks of each scenario are done in ten minutes: whole cycles, two at least, `LONGEST` at most.
 
     Args:
-        pace: seconds of a generation in full compute, in steady driving.
+        pace: seconds of a chunk in full compute, in steady driving.
         scenarios: names.
-        cycle: generations of a cycle.
+        cycle: chunks of a cycle.
         cadence: in ``plain`` nothing is skipped, on the script or in steady driving.
     """
     scripted, steady = _STEPS[cadence]
     steps = sum(steady if name.endswith(STEADY) else scripted for name in scenarios)
-    generations = (SECONDS / pace - _SCENARIO * len(scenarios)) / steps
-    return min(LONGEST, max(2, int(generations // cycle)) * cycle)
+    chunks = (SECONDS / pace - _SCENARIO * len(scenarios)) / steps
+    return min(LONGEST, max(2, int(chunks // cycle)) * cycle)
 
 
 def steady_skip_ceiling(model: WorldModel) -> float:
-    """The most that X-Cache can skip: all but the first generation of a cycle, all but the first block."""
+    """The most that X-Cache can skip: all but the first chunk of a cycle, all but the first block."""
     window, blocks = model.sizes.window, model.sizes.layers
     return (window - 1) / window * (blocks - 1) / blocks
 
@@ -216,16 +216,16 @@ class _Writer:
 
     def write(
         self,
-        lane: Lane,
+        lane: ArmRun,
         name: str,
         figures: Mapping[str, Any],
-        reference: Lane | None = None,
+        reference: ArmRun | None = None,
         reference_name: str | None = None,
         held: Sequence[int] = (),
     ) -> None:
         cached = lane.arm.policy is not None
-        generations = [
-            Generation(
+        chunks = [
+            ChunkRecord(
                 chunk=g,
                 frames=lane.loop.model.sizes.frames_per_latent,
                 seconds=lane.end_to_end_seconds[g],
@@ -251,7 +251,7 @@ class _Writer:
             self.out,
             rollout,
             lane.video(),
-            generations=generations,
+            chunks=chunks,
             decisions=lane.decisions() if cached else (),
             reference=reference.video() if reference else None,
         )

@@ -43,7 +43,7 @@ Video = Mapping[str, NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Drive:
     """What a model made of a clip's actions, and what the simulator showed."""
 
     scenario: str
@@ -52,7 +52,7 @@ class Rollout:
     clip: Clip  # from the first frame that was generated
 
 
-def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, generations: int) -> Rollout:
+def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, chunks: int) -> Drive:
     """Drive a clip's own actions from its first two windows, everything computed."""
     sizes, codec = model.sizes, model.codec
     per, start = sizes.frames_per_latent, 2 * sizes.window
@@ -60,7 +60,7 @@ def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, gene
     first = start * per
     before = {name: video[:first] for name, video in clip.frames.items()}
     latents = codec.encode(before, clip.depth and {name: video[:first] for name, video in clip.depth.items()})
-    whole = min(len(clip.actions) // per, start + generations)
+    whole = min(len(clip.actions) // per, start + chunks)
     actions = torch.from_numpy(clip.actions[: whole * per]).float().unflatten(0, (-1, per)).mean(1).to(latents.device)
     running = ClosedLoop(model, latents, actions[None, :start], config=loop, seed=seed, track=read_track(path))
     pieces = list(running.run(actions[start:]))
@@ -76,7 +76,7 @@ def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, gene
         poses=clip.poses[part],
         motion=clip.motion[part],
     )
-    return Rollout(clip.scenario, made, depth, follows)
+    return Drive(clip.scenario, made, depth, follows)
 
 
 def reconstruct(model: WorldModel, clip: Clip) -> dict[str, NDArray[np.uint8]]:
@@ -99,19 +99,19 @@ def run_evaluation(
     steps: int = LoopConfig.steps,
     guidance: float = 1.0,
     per_scenario: int = 2,
-    generations: int = 66,
+    chunks: int = 66,
     seed: int = 0,
     progress: Progress,
 ) -> dict[str, Any]:
     """Evaluate a world model in full compute; writes `card_name`, as Markdown and as JSON, and crops of pictures.
 
     Args:
-        clips: held-out recordings, each long enough for two windows and the generations; longer by preference.
+        clips: held-out recordings, each long enough for two windows and the chunks; longer by preference.
         data: other recordings, on which the network that reads motion back is trained.
-        steps: denoising passes of a generation; more than four follow the flow by Euler's steps.
+        steps: denoising passes of a chunk; more than four follow the flow by Euler's steps.
         guidance: on the action, see `LoopConfig`.
         per_scenario: clips to drive of every scenario.
-        generations: to drive of each clip, at most.
+        chunks: to drive of each clip, at most.
 
     Raises:
         ValueError: there are no clips.
@@ -123,7 +123,7 @@ def run_evaluation(
     rollouts = []
     for path in chosen:
         progress.update(task, description=f"evaluating: {path.name}")
-        rollouts.append(roll_out(model, path, loop, seed=seed, generations=generations))
+        rollouts.append(roll_out(model, path, loop, seed=seed, chunks=chunks))
         progress.advance(task)
     progress.update(task, description="evaluating: learning to read motion")
     ahead = camera_ahead(model.sizes.cameras)
@@ -171,7 +171,7 @@ def _choose(clips: Path, per_scenario: int) -> list[Path]:
     return chosen
 
 
-def _reconstruction(rollouts: Sequence[Rollout], decoded: Sequence[Video]) -> float:
+def _reconstruction(rollouts: Sequence[Drive], decoded: Sequence[Video]) -> float:
     """PSNR in dB of what was decoded, over all cameras and clips."""
     errors = [
         np.square(video.astype(np.float32) - r.clip.frames[name]).ravel()
@@ -181,7 +181,7 @@ def _reconstruction(rollouts: Sequence[Rollout], decoded: Sequence[Video]) -> fl
     return psnr(np.concatenate(errors))
 
 
-def _crops(rollouts: Sequence[Rollout], decoded: Sequence[Video], camera: str) -> dict[str, dict[str, Any]]:
+def _crops(rollouts: Sequence[Drive], decoded: Sequence[Video], camera: str) -> dict[str, dict[str, Any]]:
     """Of each scenario the middle of a camera's picture after one second, as recorded, decoded and generated."""
     rows: dict[str, dict[str, Any]] = {}
     for r, videos in zip(rollouts, decoded, strict=True):
@@ -197,7 +197,7 @@ def _before(seconds: float) -> slice:
     return slice(round(seconds * FPS) - EVERY, round(seconds * FPS))
 
 
-def _fidelity(rollouts: Sequence[Rollout], seconds: float, distance: StLpips) -> dict[str, float]:
+def _fidelity(rollouts: Sequence[Drive], seconds: float, distance: StLpips) -> dict[str, float]:
     frames = _before(seconds)
     parts = [
         compare(
@@ -215,7 +215,7 @@ def _fidelity(rollouts: Sequence[Rollout], seconds: float, distance: StLpips) ->
     }
 
 
-def _depth(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float | None]:
+def _depth(rollouts: Sequence[Drive], seconds: float) -> dict[str, float | None]:
     """The errors of depth, all cameras together."""
     made, true = (
         np.concatenate([video[_before(seconds)].ravel() for depth in some if depth for video in depth.values()])
@@ -224,7 +224,7 @@ def _depth(rollouts: Sequence[Rollout], seconds: float) -> dict[str, float | Non
     return depth_errors(made, true)
 
 
-def _drift(rollouts: Sequence[Rollout], distance: StLpips) -> list[dict[str, Any]]:
+def _drift(rollouts: Sequence[Drive], distance: StLpips) -> list[dict[str, Any]]:
     """The Fréchet distance of generated pictures from the simulator's of the same seconds, beside that of two halves
     of the simulator's own."""
     rows = []
@@ -257,7 +257,7 @@ def frechet(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     return float(np.square(first.mean(0) - second.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * root)
 
 
-def cross_view(rollouts: Sequence[Rollout], cameras: Sequence[Camera]) -> list[dict[str, Any]]:
+def cross_view(rollouts: Sequence[Drive], cameras: Sequence[Camera]) -> list[dict[str, Any]]:
     """PSNR in dB between neighbouring cameras where both look, generated and simulated.
 
     Pixels are matched by direction, as if all were far away; where two cameras stand apart, near things do not match
@@ -340,7 +340,7 @@ def card(figures: dict[str, Any]) -> str:
     ]
     return f"""# The world model against the simulator
 
-Everything computed, what is shown committed, {figures["steps"]} steps a generation, guidance {figures["guidance"]:g},
+Everything computed, what is shown committed, {figures["steps"]} steps a chunk, guidance {figures["guidance"]:g},
 the actions of held-out clips ({", ".join(figures["clips"])}).
 
 The recordings taken to latents and back are {figures["reconstruction_psnr_db"]:.1f} dB from what was recorded, all

@@ -1,6 +1,6 @@
 """How close one video is to another: PSNR, SSIM and ST-LPIPS, per camera and for the stitched view.
 
-PSNR is that of the mean squared error over all frames, not a mean of decibels: generations that are computed in full
+PSNR is that of the mean squared error over all frames, not a mean of decibels: chunks that are computed in full
 are equal bit for bit and would make such a mean infinite. The stitched view is the rig on one canvas; PSNR and SSIM
 count only the pixels that some camera covers, ST-LPIPS sees the canvas as it is.
 """

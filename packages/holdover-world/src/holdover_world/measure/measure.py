@@ -19,7 +19,7 @@ from torch import nn
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
 from holdover_world.loop.scenarios import Scenario
 from holdover_world.measure.fidelity import Comparison, compare
-from holdover_world.measure.lanes import Lane, Race
+from holdover_world.measure.race import ArmRun, Race
 from holdover_world.measure.reaction import EVENTS, Event, Reaction, mean_ratio
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import amdahl_bound, cycles, speedup
@@ -83,11 +83,11 @@ def describe(
         "cosine_by_step_and_block": [
             _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.layers)
         ],
-        "full_generations": sum(lane.exact),
+        "full_chunks": sum(lane.exact),
     }
 
 
-def describe_full(lane: Lane, scenario: Scenario, metrics: Metrics, *, name: str = "full") -> dict[str, Any]:
+def describe_full(lane: ArmRun, scenario: Scenario, metrics: Metrics, *, name: str = "full") -> dict[str, Any]:
     """The figures of the run that computes everything; against itself it is perfect by definition."""
     perfect = {"psnr_db": None, "ssim": 1.0, "lpips": 0.0}
     return {
@@ -105,7 +105,7 @@ def describe_full(lane: Lane, scenario: Scenario, metrics: Metrics, *, name: str
         "truth": _truth(lane, scenario, metrics),
         "reaction": {event.name: 1.0 for event in metrics.events},
         "reasons": {},
-        "full_generations": len(lane.exact),
+        "full_chunks": len(lane.exact),
     }
 
 
@@ -128,19 +128,19 @@ def environment(model: nn.Module | None = None, checkpoint: Path | None = None) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Times:
-    dit: NDArray[np.float64]  # mean seconds of a generation, per whole cycle after the first
+    dit: NDArray[np.float64]  # mean seconds of a chunk, per whole cycle after the first
     end_to_end: NDArray[np.float64]
 
     def to_json(self) -> dict[str, float]:
         return {
-            "dit_ms_per_generation": 1e3 * float(np.median(self.dit)),
-            "dit_ms_per_generation_mean": 1e3 * float(self.dit.mean()),
-            "end_to_end_ms_per_generation": 1e3 * float(np.median(self.end_to_end)),
+            "dit_ms_per_chunk": 1e3 * float(np.median(self.dit)),
+            "dit_ms_per_chunk_mean": 1e3 * float(self.dit.mean()),
+            "end_to_end_ms_per_chunk": 1e3 * float(np.median(self.end_to_end)),
         }
 
 
-def _times(lane: Lane) -> _Times:
-    cycle = lane.loop.chunk_frames
+def _times(lane: ArmRun) -> _Times:
+    cycle = lane.loop.window_frames
     return _Times(
         dit=cycles(np.array(lane.dit_seconds), cycle), end_to_end=cycles(np.array(lane.end_to_end_seconds), cycle)
     )
@@ -159,7 +159,7 @@ def _fidelity(comparison: Comparison, window_frames: int) -> dict[str, Any]:
     }
 
 
-def _truth(lane: Lane, scenario: Scenario, metrics: Metrics) -> dict[str, Any] | None:
+def _truth(lane: ArmRun, scenario: Scenario, metrics: Metrics) -> dict[str, Any] | None:
     """Against what the simulator showed: how good the model is, cached or not."""
     if scenario.truth is None:
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Published:
     """One split: 7 cameras, 264 frames at 12 frames/s, 4 steps, 30 blocks; reference is full compute.
 
-    ``lpips`` is LPIPS, not ST-LPIPS; times are of the DiT alone, in seconds per generation.
+    ``lpips`` is LPIPS, not ST-LPIPS; times are of the DiT alone, in seconds per chunk.
     """
 
     split: str

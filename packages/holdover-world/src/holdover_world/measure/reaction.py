@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from holdover_world.loop.closed_loop import ClosedLoop, Commit, Piece
-from holdover_world.measure.lanes import Race, fork
+from holdover_world.measure.race import Race, fork
 from holdover_world.scene.vehicles import denormalise_action, normalise_action
 
 #: A response ratio from which the rollout counts as having reacted.
@@ -30,7 +30,7 @@ _STILL = 0.01  # of an action's range; the script's own small corrections
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What is commanded from its generation on: maps the present action ``[A]`` to one action per generation."""
+    """What is commanded from its chunk on: maps the present action ``[A]`` to one action per chunk."""
 
     name: str
     actions: Callable[[Tensor], Sequence[Tensor]]
@@ -63,9 +63,9 @@ class Reaction:
     Attributes:
         event: its name.
         position: where in the cycle it fell.
-        ratios: the response ratio of each generation from the event's own on; None where the full-compute rollout
+        ratios: the response ratio of each chunk from the event's own on; None where the full-compute rollout
             does not respond either.
-        response: root mean square of the full response in the event's own generation, in units of 1/255.
+        response: root mean square of the full response in the event's own chunk, in units of 1/255.
         error: mean squared error of the cached picture there, in units of 1/255: what PSNR sees of it.
     """
 
@@ -77,19 +77,19 @@ class Reaction:
 
     @property
     def late(self) -> int | None:
-        """Generations until the ratio first reaches `REACTED`, 0 in the event's own; None if it never did."""
+        """Chunks until the ratio first reaches `REACTED`, 0 in the event's own; None if it never did."""
         return next((i for i, ratio in enumerate(self.ratios) if ratio is not None and ratio >= REACTED), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One generation under an event: its pictures in [-1, 1], all in one row, and how they differ from calm."""
+    """One chunk under an event: its pictures in [-1, 1], all in one row, and how they differ from calm."""
 
     pictures: Tensor
     change: Tensor
 
 
-Responses = dict[str, list[Response]]  # per event, for each generation from it on
+Responses = dict[str, list[Response]]  # per event, for each chunk from it on
 
 
 def response_ratio(cached: Tensor, full: Tensor) -> float | None:
@@ -116,21 +116,21 @@ def measure(
 
     Args:
         cached: a running loop with a cache, in the middle of a cycle.
-        full: its full-compute reference, at the same generation.
+        full: its full-compute reference, at the same chunk.
         action: what is commanded without an event, ``[A]``.
-        horizon: generations to look at, the event's own included.
+        horizon: chunks to look at, the event's own included.
         full_responses: filled with the reference's responses, or read where it holds them: several cached loops
             with the same reference need them once.
 
     Raises:
-        ValueError: the loops stand at different generations.
+        ValueError: the loops stand at different chunks.
     """
-    if cached.generation != full.generation:
-        raise ValueError(f"the cached loop is at generation {cached.generation}, the full one at {full.generation}")
+    if cached.chunk != full.chunk:
+        raise ValueError(f"the cached loop is at chunk {cached.chunk}, the full one at {full.chunk}")
     memory = full_responses if full_responses is not None else {}
     if not memory:
         memory.update(_respond(full, action, events, horizon))
-    position = cached.generation % cached.chunk_frames
+    position = cached.chunk % cached.window_frames
     return [
         Reaction(
             event=name,
@@ -170,10 +170,10 @@ def drive(
     """Run a race to the end, measuring reactions on the way.
 
     Args:
-        actions: one per generation ``[G, A]``.
-        at: generations at which to measure, see `moments`.
+        actions: one per chunk ``[G, A]``.
+        at: chunks at which to measure, see `moments`.
         events, horizon: see `measure`.
-        advance: called after each generation.
+        advance: called after each chunk.
 
     Returns:
         The reactions of each cached run.
@@ -189,10 +189,10 @@ def drive(
 
 
 def moments(actions: Tensor, cycle: int, count: int) -> list[int]:
-    """Generations at which to measure, at most ``count``, spread over a rollout.
+    """Chunks at which to measure, at most ``count``, spread over a rollout.
 
-    They lie in mid-cycle, after the first cycle and before a cycle's last generation, where even a cache that never
-    reacts is only one generation late; the car moves there. The action has held still since the cycle's start, or
+    They lie in mid-cycle, after the first cycle and before a cycle's last chunk, where even a cache that never
+    reacts is only one chunk late; the car moves there. The action has held still since the cycle's start, or
     changed less than elsewhere: while the script itself is changing it, an event is not what changes the picture.
     """
     inside = range(1, max(2, cycle - 1))
@@ -214,13 +214,13 @@ def moments(actions: Tensor, cycle: int, count: int) -> list[int]:
 
 
 def mean_ratio(reactions: Sequence[Reaction], event: str) -> float | None:
-    """The mean response ratio in the event's own generation; None where it could not be measured."""
+    """The mean response ratio in the event's own chunk; None where it could not be measured."""
     ratios = [r.ratios[0] for r in reactions if r.event == event and r.ratios[0] is not None]
     return fmean(ratios) if ratios else None
 
 
 def mean_late(reactions: Sequence[Reaction], event: str) -> float | None:
-    """The mean number of generations until the rollout reacted; None if in some case it did not within the horizon."""
+    """The mean number of chunks until the rollout reacted; None if in some case it did not within the horizon."""
     late = [r.late for r in reactions if r.event == event]
     return None if not late or None in late else fmean(n for n in late if n is not None)
 

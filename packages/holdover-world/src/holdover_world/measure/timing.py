@@ -17,26 +17,26 @@ from holdover_world.loop.scenarios import Scenario
 from holdover_world.model.transformer import WorldModel
 
 
-def cycles(seconds: NDArray[np.float64], generations: int, *, warm_up: int = 1) -> NDArray[np.float64]:
-    """Mean seconds of a generation in each whole cycle ``[cycles]``.
+def cycles(seconds: NDArray[np.float64], chunks: int, *, warm_up: int = 1) -> NDArray[np.float64]:
+    """Mean seconds of a chunk in each whole cycle ``[cycles]``.
 
-    KV updates fall on every last generation of a cycle, so single generations do not compare; cycles do.
+    KV updates fall on every last chunk of a cycle, so single chunks do not compare; cycles do.
 
     Args:
-        seconds: per generation ``[G]``.
-        generations: of one cycle.
+        seconds: per chunk ``[G]``.
+        chunks: of one cycle.
         warm_up: cycles left out at the start.
 
     Raises:
         ValueError: no whole cycle remains.
     """
-    count = len(seconds) // generations
+    count = len(seconds) // chunks
     if count <= warm_up:
         raise ValueError(
-            f"{len(seconds)} generations hold no cycle of {generations} after {warm_up} of warm-up; "
-            f"run at least {(warm_up + 1) * generations}"
+            f"{len(seconds)} chunks hold no cycle of {chunks} after {warm_up} of warm-up; "
+            f"run at least {(warm_up + 1) * chunks}"
         )
-    whole: NDArray[np.float64] = seconds[: count * generations].reshape(count, generations).mean(1)[warm_up:]
+    whole: NDArray[np.float64] = seconds[: count * chunks].reshape(count, chunks).mean(1)[warm_up:]
     return whole
 
 
@@ -111,7 +111,7 @@ def clock_blocks(model: WorldModel, *, whole: bool = False) -> Iterator[BlockClo
 
 def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> tuple[float, float]:
     """The share of the DiT time, KV updates included, that the blocks of denoising passes take without a cache, and the
-    seconds of a generation.
+    seconds of a chunk.
 
     Args:
         loop: a loop without a cache, at the start of a cycle; it is run on.
@@ -123,13 +123,13 @@ def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> tuple[f
     """
     if loop.cache is not None:
         raise ValueError("the share of block time is that of the model alone; give a loop without a cache")
-    for _ in range(loop.chunk_frames):
+    for _ in range(loop.window_frames):
         loop.step(action)
-    total, generations = 0.0, cycles * loop.chunk_frames
+    total, chunks = 0.0, cycles * loop.window_frames
     with clock_blocks(loop.model) as clock:
-        for _ in range(generations):
+        for _ in range(chunks):
             total += loop.step(action).dit_seconds
-    return clock.seconds / total, total / generations
+    return clock.seconds / total, total / chunks
 
 
 def cadence_block_share(model: WorldModel, scenario: Scenario, config: LoopConfig) -> tuple[float, float]:

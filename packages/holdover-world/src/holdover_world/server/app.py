@@ -182,8 +182,8 @@ def _stream(app: FastAPI, hub: Hub, access: Access) -> None:
     async def stream(owner: Owner, id: Id, after: Annotated[int | None, Query(ge=-1)] = None) -> Response:
         """The video, as a WebSocket: open it with an upgrade; `x-websocket` describes its messages.
 
-        Actions go in, generations come out; each is acknowledged. After a break, connect again with `after`, the
-        newest generation that you have: what you miss is sent again. A new connection takes over from an older one.
+        Actions go in, chunks come out; each is acknowledged. After a break, connect again with `after`, the
+        newest chunk that you have: what you miss is sent again. A new connection takes over from an older one.
         """
         hub.seat(owner, id)
         return plain(426, "this is a WebSocket; open it with an upgrade", upgrade="websocket", connection="Upgrade")
@@ -257,7 +257,7 @@ async def _receive(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
                 if (stale := hub.act(seat, message.seq, message.action)) is not None:
                     reader.note(ErrorMessage(code="stale", detail=stale))
             elif isinstance(message, AckMessage):
-                hub.acknowledge(seat, message.generation)
+                hub.acknowledge(seat, message.chunk)
             else:
                 await hub.use(seat, message.policy)
         except (ValueError, RefusedError) as error:
@@ -313,10 +313,10 @@ def _file(folder: Any, name: str) -> Response:
 def _info(hub: Hub, seat: Seat) -> SessionInfo:
     return SessionInfo(
         id=seat.id, scenario=seat.scenario, seed=seat.seed, policy=seat.policy, format=seat.format, mode=seat.mode,
-        generation=seat.generation, seconds=seat.generation * hub.period, connected=seat.reader is not None,
+        chunk=seat.chunk, seconds=seat.chunk * hub.period, connected=seat.reader is not None,
         parked=seat.session is None, bytes=seat.nbytes,
     )  # fmt: skip
 
 
 def _shelved(each: Shelved) -> SnapshotInfo:
-    return SnapshotInfo(id=each.id, session=each.seat.id, generation=each.seat.generation, bytes=each.nbytes)
+    return SnapshotInfo(id=each.id, session=each.seat.id, chunk=each.seat.chunk, bytes=each.nbytes)

@@ -1,4 +1,4 @@
-"""How frames are coded: each as a picture, or those of a generation as one fragment of a video."""
+"""How frames are coded: each as a picture, or those of a chunk as one fragment of a video."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from holdover_world.scene.cameras import FPS
-from holdover_world.server.protocol import FrameFormat, Track
+from holdover_world.server.protocol import FrameFormat, VideoTrack
 
-#: One fragment a generation, which begins with a key frame and knows its time: a reader may join at any of them, and
-#: nothing of a coder has to outlive its generation.
+#: One fragment a chunk, which begins with a key frame and knows its time: a reader may join at any of them, and
+#: nothing of a coder has to outlive its chunk.
 _MUXER = {
     "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer",
     "avoid_negative_ts": "disabled",  # else times would begin at zero in every fragment
@@ -26,18 +26,18 @@ _CODER = {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "
 
 
 def encode_frames(frames: Mapping[str, NDArray[np.uint8]], form: FrameFormat, index: int) -> dict[str, list[bytes]]:
-    """The frames of generation ``index``, per camera ``uint8 [T, height, width, 3]``: T pictures, or one fragment."""
+    """The frames of chunk ``index``, per camera ``uint8 [T, height, width, 3]``: T pictures, or one fragment."""
     if form == "mp4":
         return {camera: [_segments(video, index)[1]] for camera, video in frames.items()}
     return {camera: [_picture(frame, form) for frame in video] for camera, video in frames.items()}
 
 
 @cache
-def track(width: int, height: int) -> Track:
+def track(width: int, height: int) -> VideoTrack:
     """What a player must know before the first fragment of a camera of this size."""
     init = _segments(np.zeros((1, height, width, 3), np.uint8), 0)[0]
     profile = init[init.index(b"avcC") + 5 :][:3].hex()  # RFC 6381, section 3.3
-    return Track(type=f'video/mp4; codecs="avc1.{profile}"', init=init)
+    return VideoTrack(type=f'video/mp4; codecs="avc1.{profile}"', init=init)
 
 
 def _picture(frame: NDArray[np.uint8], form: FrameFormat) -> bytes:

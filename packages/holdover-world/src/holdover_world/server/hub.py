@@ -15,9 +15,9 @@ from holdover_world.scene.cameras import FPS
 from holdover_world.server.frames import encode_frames
 from holdover_world.server.keeper import Claim, Keeper
 from holdover_world.server.metrics import Metrics
-from holdover_world.server.protocol import ErrorMessage, GenerationMessage, NewSession, decision_grid, pack
+from holdover_world.server.protocol import ChunkMessage, ErrorMessage, NewSession, decision_grid, pack
 from holdover_world.server.seats import Limits, Reader, RefusedError, Seat, Shelved, seat_of, twin_of
-from holdover_world.sessions.session import Generation, SessionSnapshot, WorldSession, advance
+from holdover_world.sessions.session import SessionChunk, SessionSnapshot, WorldSession, advance
 from holdover_world.sessions.world import World
 
 log = logging.getLogger("holdover_world.server")
@@ -33,8 +33,8 @@ class Hub:
         world: the model and what it offers.
         limits: what users may take.
         folder: where sessions and snapshots are parked; sessions found there are taken up again.
-        durable: write a session after each generation, before it is sent: then a killed server loses at most the
-            generation in flight.
+        durable: write a session after each chunk, before it is sent: then a killed server loses at most the
+            chunk in flight.
         thread: the world's; by default a new one.
     """
 
@@ -61,7 +61,7 @@ class Hub:
         self._tasks = [asyncio.create_task(self._drive()), asyncio.create_task(self._sweep())]
 
     async def drain(self) -> None:
-        """Finish the generation in flight, park every session, and stop."""
+        """Finish the chunk in flight, park every session, and stop."""
         self.draining = True
         self.keeper.wake.set()
         for task in self._tasks:
@@ -160,10 +160,10 @@ class Hub:
     # What a connection does.
 
     def connect(self, seat: Seat, after: int | None) -> Reader:
-        """Let a new reader take a session over, from the first generation after the one it has."""
+        """Let a new reader take a session over, from the first chunk after the one it has."""
         if after is not None:
-            if after >= seat.generation:
-                raise RefusedError(422, f"after={after}, but the next generation is {seat.generation}")
+            if after >= seat.chunk:
+                raise RefusedError(422, f"after={after}, but the next chunk is {seat.chunk}")
             seat.acknowledge(after)
         if seat.reader is not None:
             seat.reader.end(TAKEN_OVER)
@@ -190,10 +190,10 @@ class Hub:
         self.keeper.wake.set()
         return None
 
-    def acknowledge(self, seat: Seat, generation: int) -> None:
-        if generation >= seat.generation:
-            raise ValueError(f"generation {generation} was not sent; the next is {seat.generation}")
-        seat.acknowledge(generation)
+    def acknowledge(self, seat: Seat, chunk: int) -> None:
+        if chunk >= seat.chunk:
+            raise ValueError(f"chunk {chunk} was not sent; the next is {seat.chunk}")
+        seat.acknowledge(chunk)
         self.keeper.wake.set()
 
     # The scheduler.
@@ -254,7 +254,7 @@ class Hub:
             seat.arrived, seat.due = None, max(seat.due + self.period, now)
         actions = [action for action, _, _ in taken]
 
-        def work() -> tuple[list[Generation | Exception], list[dict[str, list[bytes]] | None], list[int]]:
+        def work() -> tuple[list[SessionChunk | Exception], list[dict[str, list[bytes]] | None], list[int]]:
             made = advance(sessions, actions)
             frames = [
                 None if isinstance(each, Exception) else encode_frames(each.frames, seat.format, each.index)
@@ -267,34 +267,34 @@ class Hub:
         for n, (seat, each, coded) in enumerate(zip(awake, made, frames, strict=True)):
             seat.nbytes, (_, seq, arrived) = sizes[n], taken[n]
             if isinstance(each, Exception) or coded is None:
-                log.error("generation failed", extra={"fields": {"session": seat.id, "error": repr(each)}})
-                self._fail(seat, "the generation failed; the session is as it was before the action")
+                log.error("chunk failed", extra={"fields": {"session": seat.id, "error": repr(each)}})
+                self._fail(seat, "the chunk failed; the session is as it was before the action")
                 continue
             done = time.monotonic()
             late = done > deadlines[n]
-            message = GenerationMessage(
+            message = ChunkMessage(
                 index=each.index, seq=seq, policy=seat.policy, format=seat.format, frames=coded,
                 decisions=decision_grid(each.decisions), milliseconds=1e3 * each.seconds,
                 latency_ms=1e3 * (done - (arrived if arrived is not None else now)), late=late, batch=each.batch,
             )  # fmt: skip
             seat.outbox.append((each.index, pack(message)))
-            seat.generation, seat.seq_applied = each.index + 1, seq
+            seat.chunk, seat.seq_applied = each.index + 1, seq
             self._count(seat, each, late, done - arrived if arrived is not None else None)
             if self.durable:
                 try:
                     await self.keeper.save(seat)
-                except OSError:  # a full disk costs durability, not the generation
+                except OSError:  # a full disk costs durability, not the chunk
                     log.exception("not saved", extra={"fields": {"session": seat.id}})
-            seat.published = seat.generation
+            seat.published = seat.chunk
             if seat.reader is not None:
                 seat.reader.wake.set()
 
-    def _count(self, seat: Seat, made: Generation, late: bool, latency: float | None) -> None:
+    def _count(self, seat: Seat, made: SessionChunk, late: bool, latency: float | None) -> None:
         metrics, reused = self.metrics, sum(not d.computed for d in made.decisions)
         if seat.created is not None:
             metrics.first_frame.observe(time.monotonic() - seat.created)
             seat.created = None
-        metrics.generation.observe(made.seconds)
+        metrics.chunk.observe(made.seconds)
         metrics.calls.labels("reused").inc(reused)
         metrics.calls.labels("computed").inc(len(made.decisions) - reused)
         metrics.misses.inc(late)

@@ -18,9 +18,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.generation = Histogram(
-            "holdover_generation_seconds",
-            "In the model, of a generation's batch.",
+        self.chunk = Histogram(
+            "holdover_chunk_seconds",
+            "In the model, of a chunk's batch.",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -30,8 +30,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self.misses = Counter("holdover_deadline_misses", "Generations made after their deadline.", registry=registry)
-        self.failures = Counter("holdover_failed_generations", "Generations that raised.", registry=registry)
+        self.misses = Counter("holdover_deadline_misses", "Chunks made after their deadline.", registry=registry)
+        self.failures = Counter("holdover_failed_chunks", "Chunks that raised.", registry=registry)
         self.calls = Counter("holdover_block_calls", "Calls of the model's blocks.", ["outcome"], registry=registry)
         self.batch = Histogram(
             "holdover_batch_sessions", "Sessions of a batch.", buckets=(1, 2, 4, 8, 16, 32), registry=registry

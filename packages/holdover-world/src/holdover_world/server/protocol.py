@@ -14,7 +14,7 @@ _msgpack: Any = msgpack  # typed loosely: it ships no types
 
 #: How frames are coded: ``webp`` is lossless here, ``jpeg`` small, ``mp4`` (fragments of H.264) smaller.
 FrameFormat = Literal["jpeg", "webp", "mp4"]
-#: ``lockstep``: an action makes a generation. ``realtime``: one is made every period while someone reads, under the
+#: ``lockstep``: an action makes a chunk. ``realtime``: one is made every period while someone reads, under the
 #: newest action.
 Mode = Literal["lockstep", "realtime"]
 
@@ -28,7 +28,7 @@ class Message(BaseModel):
 
 
 class ActionMessage(Message):
-    """The newest command. Of several that arrive before a generation begins, the newest wins."""
+    """The newest command. Of several that arrive before a chunk begins, the newest wins."""
 
     type: Literal["action"]
     seq: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE, description="Grows with every action; others are ignored.")]
@@ -39,20 +39,20 @@ class ActionMessage(Message):
 
 
 class AckMessage(Message):
-    """The client has this generation and all before it. At most a few may be unacknowledged: then the video waits."""
+    """The client has this chunk and all before it. At most a few may be unacknowledged: then the video waits."""
 
     type: Literal["ack"]
-    generation: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE)]
+    chunk: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE)]
 
 
 class PolicyMessage(Message):
-    """Go on under another policy, from the next generation on."""
+    """Go on under another policy, from the next chunk on."""
 
     type: Literal["policy"]
     policy: Annotated[str, Field(max_length=64)]
 
 
-class Track(Message):
+class VideoTrack(Message):
     """A camera's video, as Media Source Extensions want it: append ``init``, then the fragments as they come."""
 
     type: Annotated[str, Field(description="MIME type and codec.")]
@@ -64,21 +64,21 @@ class Hello(Message):
 
     type: Literal["hello"] = "hello"
     session: str
-    resumes_at: Annotated[int, Field(description="The first generation that will come.")]
+    resumes_at: Annotated[int, Field(description="The first chunk that will come.")]
     seq: Annotated[int, Field(description="The newest action sequence number seen, -1 for none.")]
     policy: str
     policies: list[str]
     cameras: dict[str, tuple[int, int]]
-    video: Annotated[dict[str, Track], Field(description="Per camera, where the format is `mp4`.")]
+    video: Annotated[dict[str, VideoTrack], Field(description="Per camera, where the format is `mp4`.")]
     fps: int
-    frames: Annotated[int, Field(description="Video frames of a generation.")]
+    frames: Annotated[int, Field(description="Video frames of a chunk.")]
     action_dims: int
 
 
-class GenerationMessage(Message):
-    """One generation."""
+class ChunkMessage(Message):
+    """One chunk."""
 
-    type: Literal["generation"] = "generation"
+    type: Literal["chunk"] = "chunk"
     index: int
     seq: Annotated[int, Field(description="The action it was made under.")]
     policy: str
@@ -106,10 +106,10 @@ class ErrorMessage(Message):
     detail: str
 
 
-GenerationMessage.model_rebuild()
+ChunkMessage.model_rebuild()
 
 ClientMessage = Annotated[ActionMessage | AckMessage | PolicyMessage, Field(discriminator="type")]
-ServerMessage = Annotated[Hello | GenerationMessage | ErrorMessage, Field(discriminator="type")]
+ServerMessage = Annotated[Hello | ChunkMessage | ErrorMessage, Field(discriminator="type")]
 _CLIENT: TypeAdapter[ActionMessage | AckMessage | PolicyMessage] = TypeAdapter(ClientMessage)
 
 
@@ -171,7 +171,7 @@ class SessionInfo(BaseModel):
     policy: str
     format: FrameFormat
     mode: Mode
-    generation: Annotated[int, Field(description="The number of the next generation.")]
+    chunk: Annotated[int, Field(description="The number of the next chunk.")]
     seconds: Annotated[float, Field(description="Of video so far.")]
     connected: bool
     parked: Annotated[bool, Field(description="On disk until it is wanted again.")]
@@ -183,7 +183,7 @@ class SnapshotInfo(BaseModel):
 
     id: str
     session: str
-    generation: int
+    chunk: int
     bytes: int
 
 

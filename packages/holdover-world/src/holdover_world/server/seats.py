@@ -32,7 +32,7 @@ class Limits:
         snapshots_per_owner: that one token may keep.
         max_bytes: of sessions and snapshots in memory; what is idle goes to disk, the least recently used first.
         batch: sessions of one forward pass.
-        unacknowledged: generations sent, or waiting to be, that the client has not acknowledged: then it waits.
+        unacknowledged: chunks sent, or waiting to be, that the client has not acknowledged: then it waits.
         park_after: seconds without a reader after which a session goes to disk.
         expire_after: seconds without a reader after which a session is deleted.
     """
@@ -53,10 +53,10 @@ class Limits:
 
 
 class Reader:
-    """The connection that watches a session: what waits for it, beside the generations."""
+    """The connection that watches a session: what waits for it, beside the chunks."""
 
     def __init__(self, sent: int) -> None:
-        self.sent = sent  # the newest generation handed to the socket
+        self.sent = sent  # the newest chunk handed to the socket
         self.notes: deque[Message] = deque(maxlen=16)
         self.wake = asyncio.Event()
         self.ended: int | None = None  # the code with which to close it
@@ -81,7 +81,7 @@ class Seat:
     policy: str
     format: FrameFormat
     mode: Mode
-    generation: int = 0
+    chunk: int = 0
     seq_seen: int = -1
     seq_applied: int = -1
     nbytes: int = 0
@@ -89,10 +89,10 @@ class Seat:
     action: list[float] = field(default_factory=list)
     #: When the action that is still to be applied arrived; None where none is.
     arrived: float | None = None
-    #: When the next generation of a real-time session is due.
+    #: When the next chunk of a real-time session is due.
     due: float = 0.0
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)
-    #: Generations before this one may be sent: those that are on disk where that is asked for.
+    #: Chunks before this one may be sent: those that are on disk where that is asked for.
     published: int = 0
     reader: Reader | None = None
     busy: bool = False
@@ -102,7 +102,7 @@ class Seat:
 
     _STORED: ClassVar = (
         *("id", "owner", "scenario", "seed", "policy", "format", "mode"),
-        *("generation", "seq_seen", "seq_applied", "nbytes", "action"),
+        *("chunk", "seq_seen", "seq_applied", "nbytes", "action"),
     )
 
     def stored(self) -> dict[str, Any]:
@@ -111,8 +111,8 @@ class Seat:
 
     @property
     def first(self) -> int:
-        """The first generation that can be sent."""
-        return self.outbox[0][0] if self.outbox else self.generation
+        """The first chunk that can be sent."""
+        return self.outbox[0][0] if self.outbox else self.chunk
 
     def acknowledge(self, index: int) -> None:
         while self.outbox and self.outbox[0][0] <= index:
@@ -138,8 +138,8 @@ def twin_of(seat: Seat) -> Seat:
     """A new seat that stands where this one does, with nothing to send."""
     return Seat(
         id=secrets.token_hex(8), owner=seat.owner, scenario=seat.scenario, seed=seat.seed, policy=seat.policy,
-        format=seat.format, mode=seat.mode, generation=seat.generation, seq_seen=seat.seq_seen,
-        seq_applied=seat.seq_applied, action=list(seat.action), nbytes=seat.nbytes, published=seat.generation,
+        format=seat.format, mode=seat.mode, chunk=seat.chunk, seq_seen=seat.seq_seen,
+        seq_applied=seat.seq_applied, action=list(seat.action), nbytes=seat.nbytes, published=seat.chunk,
     )  # fmt: skip
 
 
@@ -149,6 +149,6 @@ def seat_of(taken: SessionSnapshot) -> Seat:
     waiting = sorted(int(name[7:]) for name in taken.tensors if name.startswith("outbox."))
     seat = Seat(**stored)
     seat.seq_seen = seat.seq_applied  # what was seen but not applied is the client's to send again
-    seat.published = seat.generation
+    seat.published = seat.chunk
     seat.outbox.extend((n, taken.tensors[f"outbox.{n}"].numpy().tobytes()) for n in waiting)
     return seat

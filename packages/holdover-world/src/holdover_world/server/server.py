@@ -83,10 +83,10 @@ def serve(
     folder: Path,
     durable: bool = False,
 ) -> None:
-    """Serve a world until SIGINT or SIGTERM: then finish the generation in flight and park the sessions.
+    """Serve a world until SIGINT or SIGTERM: then finish the chunk in flight and park the sessions.
 
     The world runs on the calling thread, which must be the main one, and the server beside it: elsewhere the threads of
-    OpenMP sleep between operations, by which a generation took twice as long on two cores.
+    OpenMP sleep between operations, by which a chunk took twice as long on two cores.
 
     Args:
         world: what is served.
@@ -94,7 +94,7 @@ def serve(
         tokens: who may use it; none are needed where only this machine reaches the server.
         limits: what users may take.
         folder: for parked sessions and snapshots; sessions found there are taken up again.
-        durable: write every session after each generation.
+        durable: write every session after each chunk.
 
     Raises:
         ValueError: other machines reach the host and there are no tokens.

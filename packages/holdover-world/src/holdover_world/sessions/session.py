@@ -18,7 +18,7 @@ from torch import Tensor
 
 from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
 from holdover.engine.trace import Decision
-from holdover_world.loop import driver
+from holdover_world.loop import closed_loop
 from holdover_world.loop.closed_loop import ClosedLoop, LoopState
 from holdover_world.scene.cameras import FPS
 from holdover_world.sessions.world import World
@@ -54,11 +54,11 @@ class SessionSnapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class SessionChunk:
     """What a session made of one action.
 
     Attributes:
-        index: the number of the generation, from 0 at the reset.
+        index: the number of the chunk, from 0 at the reset.
         frames: per camera ``uint8 [T, height, width, 3]``.
         decisions: of every block of its passes.
         exact: whether every block was computed.
@@ -77,7 +77,7 @@ class Generation:
 
 
 class Kept(NamedTuple):
-    """What puts a session back to where it stood before a generation."""
+    """What puts a session back to where it stood before a chunk."""
 
     state: LoopState
     backup: str | None
@@ -90,7 +90,7 @@ class WorldSession:
         world: the model it runs on.
         policy: one of the world's; its first by default.
 
-    `reset` or `restore` begins the video. Every generation completes and is committed, or leaves the session as it was.
+    `reset` or `restore` begins the video. Every chunk completes and is committed, or leaves the session as it was.
     Use as a context manager, or `close` it.
     """
 
@@ -121,14 +121,14 @@ class WorldSession:
         return self._loop
 
     @property
-    def generation(self) -> int:
-        """The number of the next generation."""
-        return self.loop.generation
+    def chunk(self) -> int:
+        """The number of the next chunk."""
+        return self.loop.chunk
 
     @property
     def seconds(self) -> float:
         """The clock: seconds of video since the reset."""
-        return self.generation * self.world.model.sizes.frames_per_latent / FPS
+        return self.chunk * self.world.model.sizes.frames_per_latent / FPS
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +162,7 @@ class WorldSession:
         cache.reset(stream)
         self._loop, self._ran, self.scenario, self.seed = loop, False, scenario, seed
 
-    def step(self, action: Sequence[float] | Tensor) -> Generation:
+    def step(self, action: Sequence[float] | Tensor) -> SessionChunk:
         """Generate the next piece of video under ``action``, the newest normalised command ``[A]``.
 
         Raises:
@@ -281,7 +281,7 @@ class WorldSession:
             cache.reset(kept.backup)
 
     def commit(self) -> None:
-        """A generation completed: what `keep` remembered is let go."""
+        """A chunk completed: what `keep` remembered is let go."""
         self.world.lane(self.policy)[1].reset(f"{self._name} before")
         self._ran = True
 
@@ -298,8 +298,8 @@ class WorldSession:
 
 def advance(
     sessions: Sequence[WorldSession], actions: Sequence[Sequence[float] | Tensor]
-) -> list[Generation | Exception]:
-    """One generation of every session of a world, as many of them in one forward pass as go together.
+) -> list[SessionChunk | Exception]:
+    """One chunk of every session of a world, as many of them in one forward pass as go together.
 
     Each completes, or leaves its session as it was and gives its error; one that fails does not stop the others.
 
@@ -307,20 +307,20 @@ def advance(
         ValueError: an action is not the numbers the model takes; nothing has been generated then.
     """
     commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
-    results: dict[int, Generation | Exception] = {}
-    for members in driver.batches([session.loop for session in sessions]):
+    results: dict[int, SessionChunk | Exception] = {}
+    for members in closed_loop.batches([session.loop for session in sessions]):
         made = _advance([sessions[n] for n in members], [commands[n] for n in members])
         results |= zip(members, made, strict=True)
     return [results[n] for n in range(len(sessions))]
 
 
-def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[Generation | Exception]:
+def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[SessionChunk | Exception]:
     """The same, of sessions that go together."""
     world, started = sessions[0].world, perf_counter()
     cache = world.lane(sessions[0].policy)[1]
     kept = [session.keep() for session in sessions]
     try:
-        pieces = driver.advance([session.loop for session in sessions], commands)
+        pieces = closed_loop.advance([session.loop for session in sessions], commands)
         shown = [(world.frames(piece), world.depth(piece)) for piece in pieces]
     except BaseException as error:
         for session, state in zip(sessions, kept, strict=True):
@@ -337,12 +337,12 @@ def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> li
         decisions.setdefault(decision.stream, []).append(decision)
     cache.trace.clear()
     seconds = perf_counter() - started
-    results: list[Generation | Exception] = []
+    results: list[SessionChunk | Exception] = []
     for session, piece, (frames, depth) in zip(sessions, pieces, shown, strict=True):
         session.commit()
         results.append(
-            Generation(
-                index=session.generation - 1,
+            SessionChunk(
+                index=session.chunk - 1,
                 frames=frames,
                 depth=depth,
                 decisions=decisions.get(session.loop.stream, []),

@@ -44,8 +44,8 @@ class World:
         model: in evaluation mode; it is not changed, copies that share its weights are.
         starts: by name what sessions may begin with, on the model's device.
         policies: by name what sessions may run under, the first by default.
-        loop: how generations follow each other.
-        depth: whether generations come with depth as well; decoding it takes time.
+        loop: how chunks follow each other.
+        depth: whether chunks come with depth as well; decoding it takes time.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ def load_starts(model: WorldModel, scenarios: Sequence[str] = KINDS) -> dict[str
     device = model.device
     starts = {}
     for name in scenarios:
-        scenario = load_scenario(f"{name}-steady", model, generations=1)
+        scenario = load_scenario(f"{name}-steady", model, chunks=1)
         latents, actions = scenario.start.to(device), scenario.start_actions.to(device)
         starts[name] = Start(latents=latents, actions=actions, track=scenario.track)
     return starts

@@ -61,16 +61,16 @@ def sequence_loss(
     plain: bool,
     own: bool,
 ) -> Tensor:
-    """The loss of one segment: chunk by chunk, context written by clean passes, one noisy pass on every target.
+    """The loss of one segment: window by window, context written by clean passes, one noisy pass on every target.
 
     Args:
-        plain: chunks of one latent frame (and every chunk past the context is a target), else of a window.
+        plain: windows of one latent frame (and every window past the context is a target), else of a window.
         own: replace the contexts past the recorded one, and half of the noisy inputs, by what the model makes itself.
     """
     config, sigmas = model.sizes, recipe.sampler
-    chunk = 1 if plain else config.window
-    chunks = batch.latents.shape[1] // chunk
-    first_target = config.context // chunk
+    window = 1 if plain else config.window
+    windows = batch.latents.shape[1] // window
+    first_target = config.context // window
     device = batch.latents.device
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
 
@@ -78,15 +78,15 @@ def sequence_loss(
         return torch.randn(x.shape, generator=generator, device=device)
 
     kv, losses = model.new_cache(), []
-    for i in range(chunks):
-        latents = batch.latents[:, i * chunk : (i + 1) * chunk]
-        actions = batch.actions[:, i * chunk : (i + 1) * chunk]
-        held = hold_actions(actions, int(rng.integers(chunk)))
+    for i in range(windows):
+        latents = batch.latents[:, i * window : (i + 1) * window]
+        actions = batch.actions[:, i * window : (i + 1) * window]
+        held = hold_actions(actions, int(rng.integers(window)))
         if i >= first_target:
             level = int(rng.integers(len(sigmas)))
             clean = latents
             if own and level and rng.random() < 0.5:
-                known = latents[:, : int(rng.integers(chunk))]
+                known = latents[:, : int(rng.integers(window))]
                 clean = _generate(predict, known, noise_like, latents, held, kv, sigmas[:level])
             sigma_B = torch.full((len(latents),), sigmas[level], device=device)
             if not recipe.levels and clean is latents:
@@ -95,7 +95,7 @@ def sequence_loss(
             noisy = (1 - sigma) * clean + sigma * noise_like(latents)
             told = None if rng.random() < recipe.unconditional_share else held
             losses.append(error(predict(noisy, sigma=sigma_B, action_BFA=told, cache=kv), latents, sigma_B, recipe))
-        if i == chunks - 1:
+        if i == windows - 1:
             break
         context = latents
         if own and i >= first_target:
@@ -103,9 +103,9 @@ def sequence_loss(
         context = context + recipe.context_noise * rng.random() ** 2 * noise_like(context)
         shown = held if rng.random() < 0.5 else actions
         # The oldest context stays out of the backward pass, unless it is the only one: a sixth of a step saved.
-        with torch.set_grad_enabled(i >= first_target or i == chunks - 2):
+        with torch.set_grad_enabled(i >= first_target or i == windows - 2):
             predict(context, sigma=0.0, action_BFA=shown, cache=kv, write=True)
-        batch.stand(kv, (i + 1) * chunk)
+        batch.stand(kv, (i + 1) * window)
     return torch.stack(losses).mean()
 
 
@@ -118,7 +118,7 @@ def distillation_loss(
     arXiv 2506.08009). In those that it learns from one of its sampler's passes, a random one, is compared with where
     the teacher, whose context is the same, comes to by following the flow from the same noisy window (the regression on
     a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3); with `Recipe.recorded` with what
-    was recorded, unless the rollout goes straight on, which was not. With `Recipe.agreement` a later generation of the
+    was recorded, unless the rollout goes straight on, which was not. With `Recipe.agreement` a later chunk of the
     window's cycle, which knows its first frames, is to say in colour what this first one said.
     """
     sizes = model.sizes
@@ -131,11 +131,11 @@ def distillation_loss(
     where_recorded = recipe.recorded and not steady
     rollout = _Rollout(predict, teacher, model.new_cache(), model.new_cache(), recipe, rng, is_colour_N)
     losses = []
-    chunks = list(zip(batch.latents.split(sizes.window, 1), commanded.split(sizes.window, 1), strict=True))
-    first = max(sizes.context // sizes.window, len(chunks) - recipe.learned if recipe.learned else 0)  # learned from
-    for i, (latents, actions) in enumerate(chunks):
+    windows = list(zip(batch.latents.split(sizes.window, 1), commanded.split(sizes.window, 1), strict=True))
+    first = max(sizes.context // sizes.window, len(windows) - recipe.learned if recipe.learned else 0)  # learned from
+    for i, (latents, actions) in enumerate(windows):
         if i * sizes.window >= sizes.context:
-            if not where_recorded and rng.random() < 0.5:  # in a cycle only the last generation knows all actions
+            if not where_recorded and rng.random() < 0.5:  # in a cycle only the last chunk knows all actions
                 actions = hold_actions(actions, int(rng.integers(sizes.window)))
             noise = torch.randn((len(rollout.sigmas), *latents.shape), generator=generator, device=latents.device)
             if i < first:
@@ -143,7 +143,7 @@ def distillation_loss(
             else:
                 latents, loss = rollout.learn(noise, actions, latents if where_recorded else None)
                 losses.append(loss)
-        if i < len(chunks) - 1:
+        if i < len(windows) - 1:
             rollout.write(latents, actions, learned=i + 1 >= first)
         if where_recorded or (i + 1) * sizes.window == sizes.context:
             rollout.stand(batch, (i + 1) * sizes.window)
@@ -232,7 +232,7 @@ class _Rollout:
         return follow_flow(guided, noisy, shifted(steps, self.recipe.shift).tolist())
 
     def _departure(self, window: Tensor, said: list[Tensor], noise: Tensor, actions: Tensor) -> Tensor:
-        """How far one pass of a later generation, a random one, departs from what the first said in it."""
+        """How far one pass of a later chunk, a random one, departs from what the first said in it."""
         position, compared = int(self.rng.integers(1, window.shape[1])), int(self.rng.integers(1, len(self.sigmas)))
         losses = []
 

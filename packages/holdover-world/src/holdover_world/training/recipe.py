@@ -27,7 +27,7 @@ class Recipe(Schedule):
         recorded: a student learns what was recorded where its rollouts go, not from its teacher; it may have none.
         without_layout: share of the steps without the recordings' layouts, so that none is needed.
         learned: a student learns from so many windows at the end of its rollout; 0: from all.
-        agreement: weight of the error of a student's later generations of a cycle against its first, in colour.
+        agreement: weight of the error of a student's later chunks of a cycle against its first, in colour.
         depth_weight: of depth beside colour in a student's error against its teacher.
         steady: share of a student's rollouts that go straight on, where the road does, at the speed they began with.
     """

@@ -28,7 +28,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The folder for the page, videos and report.")] = Path("runs/demo"),
     model: Model = None,
     clips: Clips = None,
-    generations: Annotated[
+    chunks: Annotated[
         int | None,
         typer.Option(help="Per scenario, a third of a second each. By default 60, or what is done in ten minutes."),
     ] = None,
@@ -46,7 +46,7 @@ def demo(
 
         options = DemoOptions(
             scenarios=tuple(scenario) if scenario else NAMES,
-            generations=generations,
+            chunks=chunks,
             seed=seed,
             cadence="plain" if plain else "window",
             every=every,
@@ -64,14 +64,14 @@ def calibrate(
         str | None,
         typer.Argument(
             help="package.module:function, which returns a model and its loop: a function of the attached cache that "
-            "runs some generations. By default the world model."
+            "runs some chunks. By default the world model."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The file for what was measured.")] = Path("calibration.json"),
     degree: Annotated[int, typer.Option(help="Of TeaCache's polynomial.")] = 4,
     branch: Annotated[str, typer.Option(help="The guidance branch to measure.")] = "",
-    steps: Annotated[int, typer.Option(help="Of the world model, per generation.")] = 35,
-    generations: Annotated[int, typer.Option(help="Of the world model.")] = 4,
+    steps: Annotated[int, typer.Option(help="Of the world model, per chunk.")] = 35,
+    chunks: Annotated[int, typer.Option(help="Of the world model.")] = 4,
     model: Model = None,
     clips: Clips = None,
     seed: Seed = 0,
@@ -86,7 +86,7 @@ def calibrate(
         else:
             world_model, _ = load(model, steps)
             calibrated = world_model
-            loop = world_loop(world_model, steps=steps, generations=generations, seed=seed, clips=clips)
+            loop = world_loop(world_model, steps=steps, chunks=chunks, seed=seed, clips=clips)
         figures = run_calibration(calibrated, loop, out, degree=degree, branch=branch)
         typer.echo(json.dumps(figures))
 
@@ -100,7 +100,7 @@ def serve(
     folder: Annotated[Path, typer.Option(help="For sessions nobody watches, and snapshots.")] = Path("runs/serve"),
     sessions: Annotated[int, typer.Option(help="At most, of all users.")] = 64,
     max_bytes: Annotated[int, typer.Option(help="Of sessions and snapshots in memory.")] = 4 * 2**30,
-    durable: Annotated[bool, typer.Option(help="Write each session after every generation.")] = False,
+    durable: Annotated[bool, typer.Option(help="Write each session after every chunk.")] = False,
     model: Model = None,
 ) -> None:
     """Serve the world model: sessions over HTTP and WebSocket, and a page to drive on."""
@@ -156,7 +156,7 @@ def trace(
     run_dir: Annotated[Path, typer.Argument(help="What holdover demo or lab.record wrote.")],
     scenario: Annotated[str | None, typer.Option(help="Only this scenario.")] = None,
     rollout: Annotated[str | None, typer.Option(help="Only the rollout of this name.")] = None,
-    generation: Annotated[int | None, typer.Option(help="Show every decision of this generation.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Show every decision of this chunk.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write a .parquet or .csv table, or a .json trace for Perfetto.")
     ] = None,
@@ -166,15 +166,15 @@ def trace(
         from rich.console import Console
 
         from holdover.report.run_read import read_run
-        from holdover.report.trace import export, print_generation, print_ribbons
+        from holdover.report.trace import export, print_chunk, print_ribbons
 
         rollouts, problems = read_run(run_dir)
         chosen = [r for r in rollouts if scenario in (None, r.about.scenario) and rollout in (None, r.about.name)]
         if out is not None:
             export(chosen, out)
             typer.echo(f"trace: {out}")
-        elif generation is not None:
-            print_generation(chosen, generation, Console())
+        elif chunk is not None:
+            print_chunk(chosen, chunk, Console())
         else:
             print_ribbons(chosen, Console())
         complain(problems)
@@ -207,7 +207,7 @@ def inspect(
 
 @fleet.command("run")
 def fleet_run(
-    plan: Annotated[Path, typer.Argument(help="A YAML file: scenarios, seeds, drivers, generations.")],
+    plan: Annotated[Path, typer.Argument(help="A YAML file: scenarios, seeds, drivers, chunks.")],
     policy: Annotated[list[str] | None, typer.Option(help="May be repeated. By default xcache_reactive.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes on this machine, 1 by default.")] = None,
     out: Annotated[Path, typer.Option(help="The folder of the run; finished rollouts in it are kept.")] = Path(

@@ -15,7 +15,7 @@ def ablation(
     out: Benchmarks = Path("benchmarks"),
     model: Model = None,
     clips: Clips = None,
-    generations: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 60,
+    chunks: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = 60,
     seed: Seed = 0,
     scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,
 ) -> None:
@@ -28,7 +28,7 @@ def ablation(
             figures = run_ablation(
                 load(model)[0],
                 out,
-                generations=generations,
+                chunks=chunks,
                 scenarios=tuple(scenario) if scenario else SCENARIOS,
                 seed=seed,
                 clips=clips,
@@ -42,7 +42,7 @@ def overhead(
     out: Benchmarks = Path("benchmarks"),
     model: Model = None,
     clips: Clips = None,
-    generations: Annotated[int, typer.Option(help="To time, four of warm-up included.")] = 44,
+    chunks: Annotated[int, typer.Option(help="To time, four of warm-up included.")] = 44,
     seed: Seed = 0,
 ) -> None:
     """What attaching costs where nothing is reused, and what is left where everything is."""
@@ -51,9 +51,7 @@ def overhead(
         from lab.overhead import run_overhead
 
         with bar() as progress:
-            figures = run_overhead(
-                load(model)[0], out, generations=generations, seed=seed, clips=clips, progress=progress
-            )
+            figures = run_overhead(load(model)[0], out, chunks=chunks, seed=seed, clips=clips, progress=progress)
         show(out / "overhead.md", figures)
 
 
@@ -101,7 +99,7 @@ def bench_methods(
     model: Model = None,
     clips: Clips = None,
     steps: Annotated[int, typer.Option(help="Denoising passes: 4, as trained, or many, such as 35.")] = 4,
-    generations: Annotated[int | None, typer.Option(help="To drive. By default 12; of many steps 8.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="To drive. By default 12; of many steps 8.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Every method at several settings, each beside the fixed interval that computes as many passes."""
@@ -114,7 +112,7 @@ def bench_methods(
                 load(model, steps)[0],
                 out,
                 steps=steps,
-                generations=generations,
+                chunks=chunks,
                 seed=seed,
                 clips=clips,
                 progress=progress,
@@ -127,7 +125,7 @@ def reaction(
     out: Benchmarks = Path("benchmarks"),
     model: Model = None,
     clips: Clips = None,
-    generations: Annotated[int, typer.Option(help="To drive in each scenario.")] = 28,
+    chunks: Annotated[int, typer.Option(help="To drive in each scenario.")] = 28,
     moments: Annotated[int, typer.Option(help="In each scenario at which the events happen.")] = 4,
     seed: Seed = 0,
 ) -> None:
@@ -140,7 +138,7 @@ def reaction(
             figures = run_reactions(
                 load(model)[0],
                 out,
-                generations=generations,
+                chunks=chunks,
                 count=moments,
                 seed=seed,
                 clips=clips,

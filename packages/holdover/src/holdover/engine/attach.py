@@ -118,7 +118,7 @@ class Cache:
         span is computed for the rows that need it; where its slots do not say how to take rows, for all if any does.
 
         Raises:
-            ValueError: a field is out of range or contradicts what was said about its generation.
+            ValueError: a field is out of range or contradicts what was said about its chunk.
         """
         self._require_attached()
         if rows is None:
@@ -158,10 +158,10 @@ class Cache:
         return total.stats(sum(held.values()) if stream is None else held.get(stream, 0))
 
     def exact(self, stream: str = "default", branch: str = "") -> bool:
-        """Whether every block call of the stream's latest generation was computed so far; False before the first."""
+        """Whether every block call of the stream's latest chunk was computed so far; False before the first."""
         state = self._runtime.streams.get(stream)
-        generation = state.generations.get(state.latest) if state and state.latest is not None else None
-        run = generation.runs.get(branch) if generation else None
+        chunk = state.chunks.get(state.latest) if state and state.latest is not None else None
+        run = chunk.runs.get(branch) if chunk else None
         return run is not None and run.exact
 
     @property
@@ -178,7 +178,7 @@ class Cache:
         self._asked = model.register_forward_pre_hook(ask, with_kwargs=True)
 
     def reset(self, stream: str | None = None) -> None:
-        """Forget a stream, or all of them: its next generation is its first."""
+        """Forget a stream, or all of them: its next chunk is its first."""
         self._require_no_pass("reset")
         if stream is None:
             self._runtime.streams.clear()
@@ -186,7 +186,7 @@ class Cache:
             self._runtime.streams.pop(stream, None)
 
     def give_up(self, chunk: int, stream: str = "default") -> None:
-        """Free what a generation holds for itself: it ends before its last pass, or another model runs the rest."""
+        """Free what a chunk holds for itself: it ends before its last pass, or another model runs the rest."""
         self._require_no_pass("give_up")
         if stream in self._runtime.streams:
             self._runtime.streams[stream].give_up(chunk)

@@ -1,7 +1,7 @@
 """What the engine asks of a policy and its parts.
 
 A policy is frozen. Whatever a method remembers lies in `Held` (per slot) and in the record of the latest full
-generation (per branch), which the engine keeps, rolls back when a pass fails, forks and writes to snapshots.
+chunk (per branch), which the engine keeps, rolls back when a pass fails, forks and writes to snapshots.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from holdover.engine.slots import Kind, Level, Span, ViewGroup
-from holdover.engine.state import FullGeneration, Held
+from holdover.engine.state import FullChunk, Held
 from holdover.engine.step import Step
 
 
@@ -29,8 +29,8 @@ class Call:
     Attributes:
         step: where the pass stands.
         span: the blocks in question, of ``blocks`` in all; ``kind`` is what the first of them is.
-        generation: distinct chunks of the stream before this one, since its reset.
-        full: the latest generation of this branch that was computed in full, before this one; None if there is none.
+        chunk: distinct chunks of the stream before this one, since its reset.
+        full: the latest chunk of this branch that was computed in full, before this one; None if there is none.
         x: the hidden state that enters the span, ``[B, ..., C]``.
         entry: the hidden state that entered the pass's first block; ``x`` itself for policies that do not read it.
         held: what is remembered of the span; None if nothing.
@@ -45,8 +45,8 @@ class Call:
     span: Span
     blocks: int
     kind: Kind
-    generation: int
-    full: FullGeneration | None
+    chunk: int
+    full: FullChunk | None
     x: Tensor
     entry: Tensor
     held: Held | None
@@ -166,11 +166,11 @@ class Policy(Protocol):
 
     @property
     def per_index(self) -> bool:
-        """Whether each pass index of a generation has its own state."""
+        """Whether each pass index of a chunk has its own state."""
         ...
 
     @property
-    def lifetime(self) -> Literal["stream", "generation"]:
+    def lifetime(self) -> Literal["stream", "chunk"]:
         """How long what is held may serve."""
         ...
 

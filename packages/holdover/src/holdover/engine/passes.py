@@ -22,7 +22,7 @@ from holdover.engine.trace import REUSE, Note, Tally, place
 
 EXEMPT = {"kv_update": "kv update", "prefill": "prefill"}
 
-#: After this many generations in a row in which no gate was asked, the schedule leaves nothing to reuse.
+#: After this many chunks in a row in which no gate was asked, the schedule leaves nothing to reuse.
 BARREN = 8
 
 
@@ -379,9 +379,9 @@ class Pass:
         runtime.warned_barren = True
         reasons = runtime.tallies[row.step.stream].reasons
         warnings.warn(
-            f"{runtime.policy.name} could reuse nothing in {BARREN} generations in a row: "
+            f"{runtime.policy.name} could reuse nothing in {BARREN} chunks in a row: "
             f"{', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}. Where the reason is "
-            f"'kv cycle', pass step(commits=False) for generations whose latents the KV update does not write",
+            f"'kv cycle', pass step(commits=False) for chunks whose latents the KV update does not write",
             stacklevel=4,
         )
 

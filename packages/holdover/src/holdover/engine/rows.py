@@ -20,7 +20,7 @@ from torch import Tensor
 from holdover.engine import condition as conditions
 from holdover.engine.contract import Audit, Call, Kept, Policy, Reading, Verdict
 from holdover.engine.slots import Block, Span, ViewGroup
-from holdover.engine.state import Condition, FullGeneration, Held, Key, Run, Stream
+from holdover.engine.state import Condition, FullChunk, Held, Key, Run, Stream
 from holdover.engine.step import Step
 from holdover.engine.trace import WARM_UP, Tally, Trace, place
 
@@ -93,26 +93,26 @@ class Row:
         if step.stream not in runtime.streams:
             runtime.streams[step.stream] = Stream()
         self.stream = runtime.streams[step.stream]
-        generation, run = self.stream.find(step)
-        if run is None and runtime.policy.lifetime == "generation":
+        chunk, run = self.stream.find(step)
+        if run is None and runtime.policy.lifetime == "chunk":
             self.stream.free(step.branch)
         known = self.stream.conditions.get(step.branch)
-        self.ordinal = generation.ordinal if generation else self.stream.count
+        self.ordinal = chunk.ordinal if chunk else self.stream.count
         changed = known is not None and known.changed_to(step.condition)
         epoch = (known.epoch if known else 0) + changed
         kept = known is not None and not known.by_digest and not changed
         self.condition = known if known and kept else Condition(epoch, conditions.freeze(step.condition))
         self.begun = run.epoch if run else known.epoch if known else 0
-        #: From the pass in which the condition changed, the rest of the generations in flight is computed in full.
+        #: From the pass in which the condition changed, the rest of the chunks in flight is computed in full.
         self.renewed = epoch != self.begun
         self.pending: dict[Key, Held] = {}
         self.overwritten: set[Key] = set()
         #: What the guidance branch that came first in this pass decided, and what this one does, by first block.
         self.led: dict[int, bool] = {}
-        if generation and generation.shared:
+        if chunk and chunk.shared:
             self.led = {
                 block: reused
-                for (index, block), (branch, reused) in generation.shared.items()
+                for (index, block), (branch, reused) in chunk.shared.items()
                 if index == step.index and branch != step.branch
             }
         self.decided: dict[int, bool] = {}
@@ -133,7 +133,7 @@ class Row:
             span=span,
             blocks=len(self.runtime.blocks),
             kind=self.runtime.blocks[span.first].slot.kind,
-            generation=self.ordinal,
+            chunk=self.ordinal,
             full=self.stream.full.get(self.step.branch),
             x=x,
             entry=entry,
@@ -187,7 +187,7 @@ class Row:
         old = self.pending.get(key) or self.stream.held.get(key)
         held = self.pending[key] = Held(
             numbers=self.runtime.policy.gate.learn(call, y),
-            generation=self.ordinal,
+            chunk=self.ordinal,
             epoch=self.condition.epoch,
             action=self.step.action_vector,
             shape=call.x.shape,
@@ -223,21 +223,21 @@ class Row:
 
     def commit(self) -> None:
         step, stream = self.step, self.stream
-        generation = stream.open(step)
-        generation.asked |= self.asked
-        generation.warm_up |= self.warm_up
-        run = generation.runs.setdefault(step.branch, Run(step.num_steps, step.action_vector, self.begun))
+        chunk = stream.open(step)
+        chunk.asked |= self.asked
+        chunk.warm_up |= self.warm_up
+        run = chunk.runs.setdefault(step.branch, Run(step.num_steps, step.action_vector, self.begun))
         run.indices.add(step.index)
         run.exact &= not self.reused
-        for other in stream.generations.values():
+        for other in stream.chunks.values():
             if step.branch in other.runs:
                 other.runs[step.branch].idle += 1
         run.idle = 0
         for block, reused in self.decided.items():
             if self.runtime.policy.one_for_all_branches and block not in self.led:
-                generation.shared[step.index, block] = step.branch, reused
+                chunk.shared[step.index, block] = step.branch, reused
         if run.exact and len(run.indices) == step.num_steps:
-            stream.full[step.branch] = FullGeneration(generation.ordinal, step.action_vector)
+            stream.full[step.branch] = FullChunk(chunk.ordinal, step.action_vector)
         stream.conditions[step.branch] = self.condition
         stream.held.update(self.pending)
         stream.reuses = self.reuses
@@ -287,7 +287,7 @@ class Row:
         policy = self.runtime.policy
         return Key(
             self.step.branch if branch is None else branch,
-            self.ordinal if policy.lifetime == "generation" else None,
+            self.ordinal if policy.lifetime == "chunk" else None,
             self.step.index if policy.per_index else None,
             block,
         )

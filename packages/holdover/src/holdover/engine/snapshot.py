@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdover.engine import condition as conditions
 from holdover.engine.slots import Block
-from holdover.engine.state import Condition, FullGeneration, Generation, Held, Key, Run, Stream
+from holdover.engine.state import ChunkState, Condition, FullChunk, Held, Key, Run, Stream
 
 FORMAT = "stream 2"
 
@@ -128,7 +128,7 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     for block, items in entry.extras.items()
                 },
                 "numbers": dict(entry.numbers),
-                "generation": entry.generation,
+                "chunk": entry.chunk,
                 "epoch": entry.epoch,
                 "action": _listed(entry.action),
                 "shape": list(entry.shape),
@@ -137,14 +137,14 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "void": entry.void,
             }
         )
-    generations = [
+    chunks = [
         {
-            "chunk": chunk,
-            "ordinal": generation.ordinal,
-            "commits": generation.commits,
-            "asked": generation.asked,
-            "warm_up": generation.warm_up,
-            "shared": [[*key, *led] for key, led in generation.shared.items()],
+            "chunk": number,
+            "ordinal": chunk.ordinal,
+            "commits": chunk.commits,
+            "asked": chunk.asked,
+            "warm_up": chunk.warm_up,
+            "shared": [[*key, *led] for key, led in chunk.shared.items()],
             "runs": {
                 branch: {
                     "num_steps": run.num_steps,
@@ -154,10 +154,10 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     "epoch": run.epoch,
                     "idle": run.idle,
                 }
-                for branch, run in generation.runs.items()
+                for branch, run in chunk.runs.items()
             },
         }
-        for chunk, generation in stream.generations.items()
+        for number, chunk in stream.chunks.items()
     ]
     known = {
         branch: {
@@ -168,11 +168,11 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     plain = {
         "held": held,
-        "generations": generations,
+        "chunks": chunks,
         "count": stream.count,
         "latest": stream.latest,
         "conditions": known,
-        "full": {branch: [full.generation, _listed(full.action)] for branch, full in stream.full.items()},
+        "full": {branch: [full.chunk, _listed(full.action)] for branch, full in stream.full.items()},
         "reuses": stream.reuses,
         "alarmed": stream.alarmed,
         "barren": stream.barren,
@@ -201,7 +201,7 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
             tensors={name: get(item) for name, item in entry["tensors"].items()},
             extras={int(b): tuple(get(item) for item in items) for b, items in entry["extras"].items()},
             numbers=entry["numbers"],
-            generation=entry["generation"],
+            chunk=entry["chunk"],
             epoch=entry["epoch"],
             action=_vector(entry["action"]),
             shape=torch.Size(entry["shape"]),
@@ -210,17 +210,17 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
             out_dtype=getattr(torch, entry["out_dtype"]),
             void=entry["void"],
         )
-    for item in plain["generations"]:
-        generation = Generation(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
+    for item in plain["chunks"]:
+        chunk = ChunkState(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
         for branch, run in item["runs"].items():
             action, indices = _vector(run["action"]), set(run["indices"])
-            generation.runs[branch] = Run(run["num_steps"], action, run["epoch"], indices, run["exact"], run["idle"])
-        generation.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
-        stream.generations[item["chunk"]] = generation
+            chunk.runs[branch] = Run(run["num_steps"], action, run["epoch"], indices, run["exact"], run["idle"])
+        chunk.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
+        stream.chunks[item["chunk"]] = chunk
     for branch, known in plain["conditions"].items():
         stream.conditions[branch] = Condition(known["epoch"], digest=known["digest"], by_digest=True)
     for branch, (ordinal, action) in plain["full"].items():
-        stream.full[branch] = FullGeneration(ordinal, _vector(action))
+        stream.full[branch] = FullChunk(ordinal, _vector(action))
     stream.nbytes = sum(held.nbytes for held in stream.held.values())
     return stream
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from holdover.engine import condition as conditions
 from holdover.engine.step import Step
 
-#: Generations whose chunk numbers a stream remembers: more than ever are in flight at once.
+#: Chunks whose chunk numbers a stream remembers: more than ever are in flight at once.
 RECENT = 64
 
 
@@ -21,10 +21,10 @@ ANY = -1
 
 
 class Key(NamedTuple):
-    """Of a slot's state: guidance branch, generation, pass index (None where these share state) and first block."""
+    """Of a slot's state: guidance branch, chunk, pass index (None where these share state) and first block."""
 
     branch: str
-    generation: int | None
+    chunk: int | None
     pass_index: int | None
     block: int
 
@@ -37,7 +37,7 @@ class Held:
         tensors: the predictor's tensors and, under ``"signal"``, the signal.
         numbers: the gate's running numbers.
         extras: per block what it returned beside the hidden state when last computed; under `ANY`, what stands for all.
-        generation: the stream's count of generations when it was computed.
+        chunk: the stream's count of chunks when it was computed.
         epoch: the branch's count of condition changes then.
         action: the action then.
         shape, dtype, device: of the hidden state that entered.
@@ -49,7 +49,7 @@ class Held:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     extras: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
-    generation: int
+    chunk: int
     epoch: int
     action: tuple[float, ...] | None
     shape: torch.Size
@@ -79,7 +79,7 @@ class Held:
             tensors={**self.tensors, **tensors} if tensors else self.tensors,
             numbers={**self.numbers, **numbers},
             extras=self.extras,
-            generation=self.generation,
+            chunk=self.chunk,
             epoch=self.epoch,
             action=self.action,
             shape=self.shape,
@@ -95,19 +95,19 @@ class Held:
         return replace(self, tensors={}, extras={}, void=reason)
 
 
-class FullGeneration(NamedTuple):
-    """A generation whose every block was computed at every pass."""
+class FullChunk(NamedTuple):
+    """A chunk whose every block was computed at every pass."""
 
-    generation: int
+    chunk: int
     action: tuple[float, ...] | None
 
 
 @dataclass(slots=True)
 class Run:
-    """One branch of a generation, as far as it has run.
+    """One branch of a chunk, as far as it has run.
 
-    ``epoch`` is the branch's count of condition changes before this generation, ``idle`` the passes of the branch since
-    this generation's latest.
+    ``epoch`` is the branch's count of condition changes before this chunk, ``idle`` the passes of the branch since
+    this chunk's latest.
     """
 
     num_steps: int
@@ -127,7 +127,7 @@ class Run:
 
 
 @dataclass(slots=True)
-class Generation:
+class ChunkState:
     """All passes that make one chunk."""
 
     ordinal: int
@@ -139,9 +139,9 @@ class Generation:
     #: Where guidance branches share a decision: per pass index and first block, which branch led and whether it reused.
     shared: dict[tuple[int, int], tuple[str, bool]] = field(default_factory=dict)
 
-    def copy(self) -> Generation:
+    def copy(self) -> ChunkState:
         runs = {branch: run.copy() for branch, run in self.runs.items()}
-        return Generation(self.ordinal, self.commits, runs, self.asked, self.warm_up, dict(self.shared))
+        return ChunkState(self.ordinal, self.commits, runs, self.asked, self.warm_up, dict(self.shared))
 
 
 @dataclass(slots=True)
@@ -166,16 +166,16 @@ class Stream:
     """Everything held over for one video."""
 
     held: dict[Key, Held] = field(default_factory=dict)
-    generations: dict[int, Generation] = field(default_factory=dict)
+    chunks: dict[int, ChunkState] = field(default_factory=dict)
     #: Distinct chunks since reset.
     count: int = 0
     latest: int | None = None
     conditions: dict[str, Condition] = field(default_factory=dict)
-    full: dict[str, FullGeneration] = field(default_factory=dict)
+    full: dict[str, FullChunk] = field(default_factory=dict)
     #: Reused spans since reset: the audit's sample counts along.
     reuses: int = 0
     alarmed: bool = False
-    #: Generations in a row in which no gate was asked; None once one was.
+    #: Chunks in a row in which no gate was asked; None once one was.
     barren: int | None = 0
     nbytes: int = 0
 
@@ -185,7 +185,7 @@ class Stream:
             held.shared = True
         return Stream(
             held=dict(self.held),
-            generations={chunk: generation.copy() for chunk, generation in self.generations.items()},
+            chunks={number: chunk.copy() for number, chunk in self.chunks.items()},
             count=self.count,
             latest=self.latest,
             conditions=dict(self.conditions),
@@ -196,60 +196,60 @@ class Stream:
             nbytes=self.nbytes,
         )
 
-    def find(self, step: Step) -> tuple[Generation, Run | None] | tuple[None, None]:
-        """A step's generation, and the branch's run of it, as far as there are any.
+    def find(self, step: Step) -> tuple[ChunkState, Run | None] | tuple[None, None]:
+        """A step's chunk, and the branch's run of it, as far as there are any.
 
         Raises:
             ValueError: ``commits``, or the branch's ``action`` or ``num_steps``, changed within the chunk.
         """
-        generation = self.generations.get(step.chunk)
-        if generation is None:
+        chunk = self.chunks.get(step.chunk)
+        if chunk is None:
             return None, None
         where = f"within chunk {step.chunk} of stream {step.stream!r}"
-        if generation.commits != step.commits:
+        if chunk.commits != step.commits:
             raise ValueError(
-                f"commits changed to {step.commits} {where}; say it from the generation's first pass on, and number "
-                f"every generation anew"
+                f"commits changed to {step.commits} {where}; say it from the chunk's first pass on, and number "
+                f"every chunk anew"
             )
-        run = generation.runs.get(step.branch)
+        run = chunk.runs.get(step.branch)
         if run is not None and run.num_steps != step.num_steps:
             raise ValueError(f"num_steps changed from {run.num_steps} to {step.num_steps} {where}")
         if run is not None and run.action != step.action_vector:
             raise ValueError(
-                f"action changed from {run.action} to {step.action_vector} {where}; a generation takes one action, "
-                f"the next generation the next"
+                f"action changed from {run.action} to {step.action_vector} {where}; a chunk takes one action, "
+                f"the next chunk the next"
             )
-        return generation, run
+        return chunk, run
 
-    def open(self, step: Step) -> Generation:
-        """The generation of a step, new if its chunk is."""
-        generation = self.generations.get(step.chunk)
-        if generation is None:
+    def open(self, step: Step) -> ChunkState:
+        """The chunk of a step, new if its chunk is."""
+        chunk = self.chunks.get(step.chunk)
+        if chunk is None:
             self._close_latest()
-            generation = self.generations[step.chunk] = Generation(self.count, step.commits)
+            chunk = self.chunks[step.chunk] = ChunkState(self.count, step.commits)
             self.count += 1
-            if len(self.generations) > RECENT:
-                del self.generations[next(iter(self.generations))]
+            if len(self.chunks) > RECENT:
+                del self.chunks[next(iter(self.chunks))]
         self.latest = step.chunk
-        return generation
+        return chunk
 
     def free(self, branch: str) -> None:
-        """Give up what the generations of a branch that are over held for themselves."""
-        runs = ((generation.ordinal, generation.runs.get(branch)) for generation in self.generations.values())
+        """Give up what the chunks of a branch that are over held for themselves."""
+        runs = ((chunk.ordinal, chunk.runs.get(branch)) for chunk in self.chunks.values())
         in_flight = {None, *(ordinal for ordinal, run in runs if run and not run.over)}
-        self.held = {k: held for k, held in self.held.items() if k.branch != branch or k.generation in in_flight}
+        self.held = {k: held for k, held in self.held.items() if k.branch != branch or k.chunk in in_flight}
         self.nbytes = sum(held.nbytes for held in self.held.values())
 
     def give_up(self, chunk: int) -> None:
-        """Free what a generation holds for itself, though not all its passes ran."""
-        generation = self.generations.get(chunk)
-        for branch, run in generation.runs.items() if generation else ():
+        """Free what a chunk holds for itself, though not all its passes ran."""
+        state = self.chunks.get(chunk)
+        for branch, run in state.runs.items() if state else ():
             run.idle = run.num_steps
             self.free(branch)
 
     def _close_latest(self) -> None:
-        """Count how many generations in a row gave the gate nothing to decide, warm-up left out."""
-        latest = self.generations.get(self.latest) if self.latest is not None else None
+        """Count how many chunks in a row gave the gate nothing to decide, warm-up left out."""
+        latest = self.chunks.get(self.latest) if self.latest is not None else None
         if latest is None or self.barren is None:
             return
         if latest.asked:

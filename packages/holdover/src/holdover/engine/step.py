@@ -23,14 +23,14 @@ class Step:
     """One forward pass of the model.
 
     Attributes:
-        chunk: number of the generation; every generation of a stream has its own.
-        index: which of the generation's ``num_steps`` denoising passes this is, from 0.
-        num_steps: denoising passes of this generation.
+        chunk: number of the chunk; every chunk of a stream has its own.
+        index: which of the chunk's ``num_steps`` denoising passes this is, from 0.
+        num_steps: denoising passes of this chunk.
         sigma: noise level, for the trace and for policies that read it.
         action: the newest commanded control, normalised per dimension, before any embedding; any shape, flattened.
         condition: whatever else steers the video (prompt, map, agents): a tensor, a mapping or sequence of tensors, or
-            anything hashable. When it changes, the generation is computed in full.
-        commits: whether the latents of this generation are what the next KV update writes. True is the safe default.
+            anything hashable. When it changes, the chunk is computed in full.
+        commits: whether the latents of this chunk are what the next KV update writes. True is the safe default.
         role: ``denoise``, ``kv_update`` (the pass that writes the persistent KV cache) or ``prefill``.
         stream: which video this is.
         branch: which guidance branch of it, such as ``"uncond"``.

@@ -12,7 +12,7 @@ from holdover.engine.step import Role, Step
 
 #: Reasons of the engine itself. Policies add their own.
 #:   kv update, prefill   the pass has a role that is never served from cache
-#:   condition            the condition changed since the slot was computed, or within this generation
+#:   condition            the condition changed since the slot was computed, or within this chunk
 #:   first                nothing is held yet
 #:   interrupted          what was held was given up in a pass that failed
 #:   snapshot             what was held came from another model
@@ -171,7 +171,7 @@ class Stats:
     Attributes:
         computed: block calls computed, KV updates and prefills included.
         reused: block calls held over.
-        skip: reused / all block calls of denoising passes after warm-up, anchors and protected generations included.
+        skip: reused / all block calls of denoising passes after warm-up, anchors and protected chunks included.
         bytes_held: bytes of held tensors; after `detach`, what was held until then.
         reasons: block calls per reason.
         audit: what the audit found, None where it looked at nothing.

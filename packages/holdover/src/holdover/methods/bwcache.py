@@ -23,7 +23,7 @@ def bwcache(
         threshold: of the averaged change.
         run: R, by number or, as a float, as a share of the steps.
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -34,5 +34,5 @@ def bwcache(
         guard=for_steps(retain=retain, last=False, protection=protection),
         gate=OneForAllBlocks(threshold, run),
         predictor=Output(),
-        lifetime="generation",
+        lifetime="chunk",
     )

@@ -22,7 +22,7 @@ def deepcache(*, every: int = 3, shallow: int = 1, retain: int | float = 0, prot
         every: N, how many steps apart those are that are computed in full.
         shallow: outer blocks at either end that are always computed.
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range, or no block lies within the outer ones.
@@ -33,5 +33,5 @@ def deepcache(*, every: int = 3, shallow: int = 1, retain: int | float = 0, prot
         guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps"),
         gate=Open(),
         predictor=Repeat(),
-        lifetime="generation",
+        lifetime="chunk",
     )

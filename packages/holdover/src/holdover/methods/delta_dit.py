@@ -1,4 +1,4 @@
-"""Δ-DiT (arXiv 2406.01125): rear blocks are held over early in a generation, front blocks late."""
+"""Δ-DiT (arXiv 2406.01125): rear blocks are held over early in a chunk, front blocks late."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def delta_dit(
         every: N, how many steps apart those that are computed in full are.
         early: share of the steps, rounded down, in which the rear half is held over; in the others it is the front.
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range, or the model has one block only.
@@ -35,5 +35,5 @@ def delta_dit(
         guard=for_steps(retain=retain, last=False, protection=protection) | OneHalf(early) | Interval(every, "steps"),
         gate=Open(),
         predictor=Residual(),
-        lifetime="generation",
+        lifetime="chunk",
     )

@@ -24,7 +24,7 @@ def dicache(
         threshold: of the sum.
         probe: first blocks that are always computed.
         retain: first steps that are computed in full, by number or as a share.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -36,6 +36,6 @@ def dicache(
         gate=Accumulate(metric="change", threshold=threshold),
         signal=RelativeChange("input", follows=True),
         predictor=Extrapolate(gamma="ratio", clamp=(1.0, 2.0)),
-        lifetime="generation",
+        lifetime="chunk",
         reads_entry=True,
     )

@@ -21,7 +21,7 @@ def easycache(*, threshold: float = 0.025, retain: int | float = 5, protection: 
     Args:
         threshold: of the sum.
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -33,5 +33,5 @@ def easycache(*, threshold: float = 0.025, retain: int | float = 5, protection: 
         gate=ExpectedChange(threshold),
         signal=InputStep(),
         predictor=LastPair(),
-        lifetime="generation",
+        lifetime="chunk",
     )

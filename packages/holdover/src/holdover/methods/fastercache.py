@@ -27,7 +27,7 @@ def fastercache(
 
     Added to that is the difference between the model's outputs for the two branches when both were last computed,
     weighted by frequency: its low frequencies, up to a fifth of the picture's shorter side, by ``low`` in the first
-    part of a generation, the others by ``high`` in the rest. The conditional branch is always computed, in a pass that
+    part of a chunk, the others by ``high`` in the rest. The conditional branch is always computed, in a pass that
     comes first; as rows of one batch both are.
 
     Left open and chosen here: the steps 0, N, 2N, ... are computed; the weights do not grow with the steps since then,
@@ -42,7 +42,7 @@ def fastercache(
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
         grids: token grids of the model's output, such as its view groups, where that is ``[B, tokens, C]``; by default
             its last two axes are rows and columns.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -56,6 +56,6 @@ def fastercache(
         guard=guards | Interval(every, "steps"),
         gate=DatedByGuide(guide),
         predictor=FromGuide(guide=guide, low=low, high=high, switch=switch, grids=tuple(grids)),
-        lifetime="generation",
+        lifetime="chunk",
         level="model",
     )

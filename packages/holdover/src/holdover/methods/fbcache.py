@@ -18,7 +18,7 @@ def fbcache(*, threshold: float = 0.05, protection: Protection = "pass") -> Poli
 
     Args:
         threshold: of the relative change.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -30,6 +30,6 @@ def fbcache(*, threshold: float = 0.05, protection: Protection = "pass") -> Poli
         gate=Below("change", threshold),
         signal=RelativeChange("probe residual"),
         predictor=Residual(),
-        lifetime="generation",
+        lifetime="chunk",
         reads_entry=True,
     )

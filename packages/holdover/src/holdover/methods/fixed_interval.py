@@ -14,31 +14,31 @@ from holdover.methods.policy import Policy
 def fixed_interval(
     *,
     every: int = 4,
-    over: Literal["steps", "generations"] = "generations",
+    over: Literal["steps", "chunks"] = "chunks",
     span: Literal["block", "all"] = "block",
     front_anchors: int = 1,
     back_anchors: int = 0,
     warmup: int = 1,
-    protection: Protection = "generation",
+    protection: Protection = "chunk",
 ) -> Policy:
     """Compute at fixed intervals and hold residuals over in between.
 
     Args:
-        every: over steps, passes 0, every, 2·every, ... of each generation are computed; over generations, a slot is
-            reused until it was computed ``every`` generations ago.
-        over: ``"steps"`` holds over within a generation, ``"generations"`` from one to the next at the same pass index.
+        every: over steps, passes 0, every, 2·every, ... of each chunk are computed; over chunks, a slot is
+            reused until it was computed ``every`` chunks ago.
+        over: ``"steps"`` holds over within a chunk, ``"chunks"`` from one to the next at the same pass index.
         span: hold the residual of each ``"block"``, or one of ``"all"`` blocks between the anchors.
         front_anchors, back_anchors: first and last blocks that are always computed.
-        warmup: generations at a stream's start that are computed.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        warmup: chunks at a stream's start that are computed.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
     """
-    one_of("protection", protection, ("generation", "pass"))
+    one_of("protection", protection, ("chunk", "pass"))
     one_of("span", span, ("block", "all"))
     guards: list[Guard] = [WarmUp(warmup)]
-    if protection == "generation":
+    if protection == "chunk":
         guards.append(KVProtection())
     guards += [Anchors(front_anchors, back_anchors), Interval(every, over)]
     return Policy(
@@ -47,6 +47,6 @@ def fixed_interval(
         guard=AnyOf(tuple(guards)),
         gate=Open(),
         predictor=Residual(),
-        per_index=over == "generations",
-        lifetime="stream" if over == "generations" else "generation",
+        per_index=over == "chunks",
+        lifetime="stream" if over == "chunks" else "chunk",
     )

@@ -23,7 +23,7 @@ def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: P
     Args:
         threshold: ε, of the sum.
         retain: first steps of a chunk that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -35,5 +35,5 @@ def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: P
         gate=Accumulate(metric="change", threshold=threshold),
         signal=RelativeChange("input", follows=True),
         predictor=Residual(),
-        lifetime="generation",
+        lifetime="chunk",
     )

@@ -28,7 +28,7 @@ def magcache(
     them::
 
         with holdover.attach(model, measure_magnitudes()) as cache:
-            ...                                                # one generation
+            ...                                                # one chunk
             ratios = magnitude_ratios(cache.snapshot())
 
     Left open and chosen here: one set of ratios serves all guidance branches.
@@ -38,7 +38,7 @@ def magcache(
         threshold: of the summed error.
         max_skips: K, steps in a row for which the residual may stand in.
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range, or there are no ratios. Also in a pass, if they are not one per step.
@@ -49,7 +49,7 @@ def magcache(
         guard=for_steps(retain=retain, last=False, protection=protection),
         gate=MagnitudeError(ratios=tuple(ratios), threshold=threshold, max_skips=max_skips),
         predictor=Residual(),
-        lifetime="generation",
+        lifetime="chunk",
     )
 
 
@@ -61,15 +61,15 @@ def measure_magnitudes() -> Policy:
         guard=AnyOf(()),
         gate=MeasureMagnitudes(),
         predictor=Residual(),
-        lifetime="generation",
+        lifetime="chunk",
     )
 
 
 def magnitude_ratios(snapshot: Snapshot, branch: str = "") -> tuple[float, ...]:
-    """The ratios of the stream's latest generation, one per step, measured under `measure_magnitudes`.
+    """The ratios of the stream's latest chunk, one per step, measured under `measure_magnitudes`.
 
     Raises:
-        ValueError: the snapshot has none of this branch, or the generation is not finished.
+        ValueError: the snapshot has none of this branch, or the chunk is not finished.
     """
     measured = {held["key"][0]: held["numbers"] for held in snapshot.stream["held"] if "steps" in held["numbers"]}
     if branch not in measured:
@@ -78,5 +78,5 @@ def magnitude_ratios(snapshot: Snapshot, branch: str = "") -> tuple[float, ...]:
     numbers = dict(measured[branch])
     steps = int(numbers.pop("steps"))
     if len(numbers) < steps:
-        raise ValueError(f"{len(numbers)} of {steps} passes have run; take the snapshot after a whole generation")
+        raise ValueError(f"{len(numbers)} of {steps} passes have run; take the snapshot after a whole chunk")
     return tuple(numbers[str(index)] for index in range(steps))

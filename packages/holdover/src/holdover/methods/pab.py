@@ -21,7 +21,7 @@ def pab(
 ) -> Policy:
     """Compute attention every N-th step, N by its kind; in between, repeat what it gave.
 
-    What attention gives changes least in the middle of a generation, cross-attention least of all and spatial attention
+    What attention gives changes least in the middle of a chunk, cross-attention least of all and spatial attention
     most, hence the pyramid. The model declares its attention modules as slots of level ``"sublayer"`` and says of which
     kind they are (`holdover.Slot`); attention over space and time at once counts as ``"spatial"``.
 
@@ -31,7 +31,7 @@ def pab(
     Args:
         spatial, temporal, cross: N by the kind of attention; 1 computes it always.
         start, stop: shares of the steps, rounded down, between which attention is held over.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -43,6 +43,6 @@ def pab(
         guard=for_steps(retain=0, last=False, protection=protection) | Middle(start, stop) | by_kind,
         gate=Open(),
         predictor=Repeat(),
-        lifetime="generation",
+        lifetime="chunk",
         level="sublayer",
     )

@@ -22,9 +22,9 @@ class Policy:
         gate: decides where the guard does not.
         signal: what the gate looks at; None if it needs no tensor.
         predictor: stands in for a span; None for a policy that computes everything.
-        per_index: each pass index of a generation has state of its own.
-        lifetime: what is held serves the whole ``stream``, or the ``generation`` in which it was computed; of several
-            generations in flight each keeps its own.
+        per_index: each pass index of a chunk has state of its own.
+        lifetime: what is held serves the whole ``stream``, or the ``chunk`` in which it was computed; of several
+            chunks in flight each keeps its own.
         level: the slots are a model's ``block``s, the ``sublayer``s within these, or the ``model`` as a whole.
         reads_entry: signal or predictor read what entered the pass's first block.
         one_for_all_branches: guidance branches, which keep states of their own, share the first one's decision.
@@ -37,7 +37,7 @@ class Policy:
     signal: Signal | None = None
     predictor: Predictor | None = None
     per_index: bool = False
-    lifetime: Literal["stream", "generation"] = "stream"
+    lifetime: Literal["stream", "chunk"] = "stream"
     level: Level = "block"
     reads_entry: bool = False
     one_for_all_branches: bool = False

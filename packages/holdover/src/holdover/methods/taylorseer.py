@@ -18,7 +18,7 @@ def taylorseer(
     retain: int | float = 0,
     protection: Protection = "pass",
 ) -> Policy:
-    """Compute every N-th step of a generation; in between, forecast the output from the backward differences.
+    """Compute every N-th step of a chunk; in between, forecast the output from the backward differences.
 
     ``k`` steps after the last computed one, ``y = y0 + Σ Δⁱy·kⁱ / (i!·Nⁱ)`` for i up to the order: exact on lines, not
     on parabolas, because the second backward difference belongs to a point one interval back.
@@ -31,7 +31,7 @@ def taylorseer(
         order: how many differences are used; 0 repeats the output.
         span: forecast what ``"all"`` blocks together give, or each ``"block"`` by itself.
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -43,5 +43,5 @@ def taylorseer(
         guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps"),
         gate=Dated(),
         predictor=Taylor(order),
-        lifetime="generation",
+        lifetime="chunk",
     )

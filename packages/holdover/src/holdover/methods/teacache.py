@@ -22,13 +22,13 @@ def teacache(*, threshold: float = 0.1, polynomial: Sequence[float] = (), protec
     The model declares the tap ``modulated`` (`holdover.Slot`). ``holdover calibrate`` fits the polynomial; by hand::
 
         with holdover.attach(model, measure_changes()) as cache:
-            ...                                                # some generations
+            ...                                                # some chunks
             moved, output_moved = zip(*changes(cache.snapshot()))
 
     Args:
         threshold: of the sum.
         polynomial: its coefficients, highest power first; identity if there are none.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -40,7 +40,7 @@ def teacache(*, threshold: float = 0.1, polynomial: Sequence[float] = (), protec
         gate=Accumulate(metric="change", threshold=threshold, polynomial=tuple(polynomial)),
         signal=RelativeChange("modulated", follows=True),
         predictor=Residual(),
-        lifetime="generation",
+        lifetime="chunk",
     )
 
 
@@ -59,7 +59,7 @@ def measure_changes() -> Policy:
 def changes(snapshot: Snapshot, branch: str = "") -> list[tuple[float, float]]:
     """Per pair of successive steps the relative changes (L1) of the modulated input and of what all blocks gave.
 
-    Of all the stream's generations, measured under `measure_changes`; a pair of which one is not finite is left out.
+    Of all the stream's chunks, measured under `measure_changes`; a pair of which one is not finite is left out.
 
     Raises:
         ValueError: the snapshot has none of this branch.
@@ -74,6 +74,6 @@ def changes(snapshot: Snapshot, branch: str = "") -> list[tuple[float, float]]:
         known = ", ".join(map(repr, measured)) or "none"
         raise ValueError(
             f"no changes of branch {branch!r}, branches that ran are: {known}; attach measure_changes() and run "
-            f"generations of two steps or more"
+            f"chunks of two steps or more"
         )
     return pairs

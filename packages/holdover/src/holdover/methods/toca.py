@@ -34,7 +34,7 @@ def toca(
         fresh: share of the tokens, rounded up, that an MLP computes in between.
         age: weight of the steps since a token was computed.
         retain: first steps that are computed, by number or, as a float, as a share of the steps.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -45,6 +45,6 @@ def toca(
         guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps"),
         gate=SomeTokens(fresh),
         predictor=FreshTokens(fresh=fresh, age=age, every=every),
-        lifetime="generation",
+        lifetime="chunk",
         level="sublayer",
     )

@@ -45,7 +45,7 @@ def worldcache_htc(
             share of the mean squared velocity.
         pinned: tokens of a given condition, which no statistics are taken of: how many first ones, or which.
         modalities: how many tokens each modality has, for quantiles of its own; by default they are pooled.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -66,7 +66,7 @@ def worldcache_htc(
             pinned=pinned if isinstance(pinned, int) else tuple(pinned),
             modalities=tuple(modalities),
         ),
-        lifetime="generation",
+        lifetime="chunk",
         level="model",
         one_for_all_branches=True,
     )

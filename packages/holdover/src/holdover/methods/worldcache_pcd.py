@@ -53,7 +53,7 @@ def worldcache_pcd(
             since they were computed; off where there are none.
         retain: first steps that are computed in full, by number or as a share.
         last: compute the last step, which the paper does not.
-        protection: ``"generation"`` computes generations whose latents are committed; ``"pass"`` the clean pass alone.
+        protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
@@ -78,6 +78,6 @@ def worldcache_pcd(
         ),
         signal=signal,
         predictor=extrapolate,
-        lifetime="generation",
+        lifetime="chunk",
         reads_entry=True,
     )

@@ -13,9 +13,9 @@ from holdover.methods.xcache import xcache
 
 
 def xcache_reactive(*, scale: float | Sequence[float] = 0.05, **options: Any) -> Policy:
-    """`xcache`, but a new action recomputes the whole generation.
+    """`xcache`, but a new action recomputes the whole chunk.
 
-    An action is new when ``max_i |a_i - b_i| / scale_i >= 1``, ``b`` being the action of the latest generation that was
+    An action is new when ``max_i |a_i - b_i| / scale_i >= 1``, ``b`` being the action of the latest chunk that was
     computed in full. This replaces the action's entry in X-Cache's cosine.
 
     Args:

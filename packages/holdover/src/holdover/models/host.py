@@ -38,7 +38,7 @@ class Host:
         writes_kv: blocks write keys and values in place in denoising passes too.
         block_kv_update: of a block, whether this call writes the persistent KV cache, where blocks are told.
         kv_update: of the model, whether this pass writes the persistent KV cache, where the model is told.
-        autoregressive: what one generation makes is history of the next by way of a KV cache.
+        autoregressive: what one chunk makes is history of the next by way of a KV cache.
         grid: of the model, rows and columns of tokens of a latent frame; None: tokens are a plain sequence.
         condition: the model's arguments with what steers the video but the action.
         action: the model's argument with the action, if it has one.

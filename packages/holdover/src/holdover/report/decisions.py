@@ -33,10 +33,10 @@ def category(decision: Decision) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Ribbon:
-    """Decisions by generation, pass and block.
+    """Decisions by chunk, pass and block.
 
     Attributes:
-        passes: what the passes of a generation are called, such as "step 0" or "KV update".
+        passes: what the passes of a chunk are called, such as "step 0" or "KV update".
         blocks: how many.
         cells: per chunk, ``(pass, block) -> decision``.
     """
@@ -47,7 +47,7 @@ class Ribbon:
 
 
 def ribbon(decisions: Sequence[Decision]) -> Ribbon:
-    """Lay decisions out as steps x blocks of each generation; passes that are no steps come last."""
+    """Lay decisions out as steps x blocks of each chunk; passes that are no steps come last."""
     order = sorted({(d.role != "denoise", d.role, d.branch, d.index) for d in decisions})
     place = {key[1:]: row for row, key in enumerate(order)}
     cells: dict[int, dict[tuple[int, int], Decision]] = {}

@@ -24,7 +24,7 @@ def method_rows() -> Iterator[tuple[str, ...]]:
         source, _, _ = (inspect.getdoc(inspect.getmodule(method(name))) or "").partition(":")
         yield (
             name,
-            "generations" if policy.lifetime == "stream" else "steps",
+            "chunks" if policy.lifetime == "stream" else "steps",
             {"model": "the whole model", "sublayer": "attention and MLPs"}.get(policy.level, repr(policy.spans)),
             repr(policy.signal) if policy.signal else "–",
             repr(policy.gate),

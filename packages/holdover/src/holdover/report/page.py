@@ -133,7 +133,7 @@ def _playable(run_dir: Path, r: Recorded) -> dict[str, Any]:
         "cameras": r.canvas.rects,
         "video": _video(run_dir, r, "video.mp4", r.video),
         "difference": _video(run_dir, r, "difference.mp4", r.difference),
-        "generations": _generations(r),
+        "chunks": _chunks(r),
         "ribbon": _ribbon(r),
     }
 
@@ -142,12 +142,12 @@ def _video(run_dir: Path, r: Recorded, name: str, whole: bool) -> str | None:
     return (r.folder / name).relative_to(run_dir).as_posix() if whole else None
 
 
-def _generations(r: Recorded) -> list[dict[str, Any]]:
+def _chunks(r: Recorded) -> list[dict[str, Any]]:
     by_chunk: dict[int, list[Any]] = {}
     for decision in r.decisions or ():
         by_chunk.setdefault(decision.chunk, []).append(decision)
     rows, first = [], 0
-    for g in r.generations or ():
+    for g in r.chunks or ():
         rows.append(
             {
                 "chunk": g.chunk,
@@ -163,8 +163,8 @@ def _generations(r: Recorded) -> list[dict[str, Any]]:
 
 
 def _ribbon(r: Recorded) -> dict[str, Any] | None:
-    """The decisions as columns, per generation one entry for each cell, row by row; -1 where nothing was decided."""
-    if not r.decisions or not r.generations:
+    """The decisions as columns, per chunk one entry for each cell, row by row; -1 where nothing was decided."""
+    if not r.decisions or not r.chunks:
         return None
     laid = ribbon(r.decisions)
     reasons = sorted({(d.reason, category(d)) for d in r.decisions})
@@ -172,7 +172,7 @@ def _ribbon(r: Recorded) -> dict[str, Any] | None:
     places = [(row, block) for row in range(len(laid.passes)) for block in range(laid.blocks)]
     number = {reason: i for i, reason in enumerate(reasons)}
     cells, values = [], []
-    for g in r.generations:
+    for g in r.chunks:
         found = [laid.cells.get(g.chunk, {}).get(place) for place in places]
         cells.append([-1 if d is None else number[d.reason, category(d)] for d in found])
         values.append([None if d is None or not d.scores else [_short(d.scores.get(n)) for n in scores] for d in found])

@@ -72,27 +72,27 @@ def plot_psnr(path: Path, curves: Mapping[str, Mapping[str, NDArray[np.float64]]
     _save(path, figure)
 
 
-def plot_generations(
+def plot_chunks(
     path: Path,
     curves: Mapping[str, NDArray[np.float64]],
     *,
     label: str,
     bounds: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> None:
-    """Draw a quantity per generation ``[G]``, one line per run; dotted, the bound of the run of that name."""
+    """Draw a quantity per chunk ``[G]``, one line per run; dotted, the bound of the run of that name."""
     figure, axes = _figure(6.4, 3.0)
     for colour, (name, values) in zip(_colours(len(curves)), curves.items(), strict=True):
         axes.plot(values, color=colour, linewidth=1.2, label=name)
         if bounds and name in bounds:
             axes.plot(bounds[name], ":", color=colour, linewidth=1.2, label=f"{name}, bound")
-    axes.set(xlabel="generation", ylabel=label)
+    axes.set(xlabel="chunk", ylabel=label)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(path, figure, axes, legend=bool(curves))
 
 
 def plot_reactions(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
-    """Draw response ratios: per run and event one value for each generation from the event on; 1 is right."""
+    """Draw response ratios: per run and event one value for each chunk from the event on; 1 is right."""
     events = list(dict.fromkeys(event for by_event in curves.values() for event in by_event))
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     panels = figure.subplots(1, len(events), squeeze=False, sharey=True)[0]
@@ -103,7 +103,7 @@ def plot_reactions(path: Path, curves: Mapping[str, Mapping[str, Sequence[float 
             axes.plot(ratios, "o-", color=colour, markersize=5, label=name)
         axes.set_title(event.replace("_", " "), fontsize=9, color=INK)
         longest = max((len(by_event.get(event, ())) for by_event in curves.values()), default=1)
-        axes.set(xlabel="generations later", xlim=(-0.5, longest - 0.5), xticks=range(longest))
+        axes.set(xlabel="chunks later", xlim=(-0.5, longest - 0.5), xticks=range(longest))
         _dress(axes)
     lowest, highest = panels[0].get_ylim()  # of all panels: they share it
     panels[0].set(ylabel="response ratio", ylim=(min(-0.1, lowest), max(1.3, highest)))

@@ -23,7 +23,7 @@ from holdover.engine.step import ActionLike, Step
 from holdover.engine.trace import Decision
 from holdover.report.canvas import arrange
 from holdover.report.decisions import skip_rate
-from holdover.report.run_dir import STITCHED, Frames, Generation, Rollout, require_comparable, write_rollout
+from holdover.report.run_dir import STITCHED, ChunkRecord, Frames, Rollout, require_comparable, write_rollout
 from holdover.report.video import frame_rate
 from holdover_world.measure.fidelity import psnr, squared_errors, ssim
 from holdover_world.measure.measure import environment
@@ -114,7 +114,7 @@ class Recording:
     def __init__(
         self, run_dir: Path, rollout: Rollout, *, cache: Cache | None, stream: str, reference: Recording | None
     ) -> None:
-        self.rollout, self.generations = rollout, list[Generation]()
+        self.rollout, self.chunks = rollout, list[ChunkRecord]()
         self._run_dir, self._cache, self._stream, self._reference = run_dir, cache, stream, reference
         self._reels: dict[str, _Reel] = {}
         self._decisions: list[Decision] = []
@@ -126,7 +126,7 @@ class Recording:
         return self
 
     def add(self, frames: Frames, *, action: ActionLike = None, seconds: float | None = None) -> None:
-        """Note one generation.
+        """Note one chunk.
 
         Args:
             frames: what it emitted, per camera ``uint8 [T, height, width, 3]``, on the CPU.
@@ -141,14 +141,12 @@ class Recording:
         count = self._keep(frames)
         decided = self._new_decisions()
         # Where chunks are in flight together, the oldest of them is the one emitted.
-        chunk = min((d.chunk for d in decided if d.role == "denoise"), default=len(self.generations))
-        if any(chunk == generation.chunk for generation in self.generations):
-            raise ValueError(
-                f"two generations are chunk {chunk}; give every generation its own in cache.step(chunk=...)"
-            )
+        chunk = min((d.chunk for d in decided if d.role == "denoise"), default=len(self.chunks))
+        if any(chunk == record.chunk for record in self.chunks):
+            raise ValueError(f"chunk {chunk} came twice; number every chunk anew in cache.step(chunk=...)")
         self._decisions += decided
-        self.generations.append(
-            Generation(
+        self.chunks.append(
+            ChunkRecord(
                 chunk=chunk,
                 frames=count,
                 seconds=took,
@@ -165,8 +163,8 @@ class Recording:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
             return
-        if not self.generations:
-            raise ValueError(f"recording {self.rollout.name!r} has no generation; call add(frames) in the loop")
+        if not self.chunks:
+            raise ValueError(f"recording {self.rollout.name!r} has no chunk; call add(frames) in the loop")
         self._decisions += self._new_decisions()  # a KV update may follow the last frames
         frames, reference = self.video(), self._reference.video() if self._reference else None
         if reference is not None:
@@ -175,7 +173,7 @@ class Recording:
             self._run_dir,
             replace(self.rollout, figures=self._figures(frames, reference)),
             frames,
-            generations=self.generations,
+            chunks=self.chunks,
             decisions=self._decisions,
             reference=reference,
         )
@@ -186,15 +184,15 @@ class Recording:
         if len(lengths) != 1 or any(v.ndim != 4 or v.shape[3] != 3 or v.dtype != np.uint8 for v in frames.values()):
             raise ValueError("frames are no videos; give uint8 [T, height, width, 3] per camera, of one length")
         for name, video in frames.items():
-            if not self.generations and min(video.shape[1:3]) < _SMALLEST:
+            if not self.chunks and min(video.shape[1:3]) < _SMALLEST:
                 raise ValueError(f"camera {name!r} is smaller than {_SMALLEST} pixels, the window of SSIM")
-            if not self.generations:
+            if not self.chunks:
                 file = tempfile.TemporaryFile()  # noqa: SIM115
                 weakref.finalize(self, file.close)
                 self._reels[name] = _Reel(file, video.shape[1:])
         known = {name: reel.shape for name, reel in self._reels.items()}
         if {name: video.shape[1:] for name, video in frames.items()} != known:
-            raise ValueError(f"the cameras of this recording are {known}; give the same in every generation")
+            raise ValueError(f"the cameras of this recording are {known}; give the same in every chunk")
         for name, video in frames.items():
             self._reels[name].file.write(np.ascontiguousarray(video).data)
             self._reels[name].count += len(video)
@@ -211,26 +209,26 @@ class Recording:
 
     def _figures(self, frames: Frames, reference: Frames | None) -> dict[str, Any]:
         """What the page's table shows, under the names of ``report.json``."""
-        skip, seconds = skip_rate(self._decisions), _mean_seconds(self.generations)
+        skip, seconds = skip_rate(self._decisions), _mean_seconds(self.chunks)
         figures: dict[str, Any] = {
             "name": self.rollout.name,
             "policy": self.rollout.policy,
             "skip": skip,
-            "end_to_end_ms_per_generation": 1e3 * seconds,
-            "bytes_held": max((g.bytes_held or 0 for g in self.generations), default=0),
+            "end_to_end_ms_per_chunk": 1e3 * seconds,
+            "bytes_held": max((g.bytes_held or 0 for g in self.chunks), default=0),
             "reasons": dict(Counter(decision.reason for decision in self._decisions)),
             **_fidelity(frames, reference),
         }
         if self._reference is not None:
-            figures["speedup"] = _mean_seconds(self._reference.generations) / seconds
+            figures["speedup"] = _mean_seconds(self._reference.chunks) / seconds
             if self.rollout.block_share is not None:
                 figures["speedup_bound"] = amdahl_bound(self.rollout.block_share, skip or 0.0)
         return figures
 
 
-def _mean_seconds(generations: Sequence[Generation]) -> float:
-    """Of a generation; the first, which warms up, is left out where there are others."""
-    return fmean(g.seconds for g in generations[1:] or generations)
+def _mean_seconds(chunks: Sequence[ChunkRecord]) -> float:
+    """Of a chunk; the first, which warms up, is left out where there are others."""
+    return fmean(g.seconds for g in chunks[1:] or chunks)
 
 
 def _fidelity(frames: Frames, reference: Frames | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ RUN_DIR/<scenario>/<rollout>/
   video.mp4             all cameras on one canvas, as generated
   difference.mp4        |rollout - reference|, mean of red, green and blue, times `GAIN`; if it has a reference
   decisions.parquet     one row per block of a pass, as `Decision`, each score a column score_<name>; if it has a cache
-  generations.parquet   one row per generation, as `Generation`
+  chunks.parquet   one row per chunk, as `ChunkRecord`
   frames.parquet        one row per frame: mean squared error against the reference, in units of 1/255, per camera
                         and "stitched"; if it has a reference
   SHA256SUMS            of these files, as sha256sum -c reads them; written last
@@ -91,8 +91,8 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One generation.
+class ChunkRecord:
+    """One chunk.
 
     Attributes:
         chunk: its number in the decisions.
@@ -116,7 +116,7 @@ def write_rollout(
     rollout: Rollout,
     frames: Frames,
     *,
-    generations: Sequence[Generation],
+    chunks: Sequence[ChunkRecord],
     decisions: Sequence[Decision] = (),
     reference: Frames | None = None,
 ) -> Path:
@@ -130,18 +130,18 @@ def write_rollout(
 
     Raises:
         ValueError: the frames are none, differ from the reference's in cameras, sizes or length, or are not those of
-            the generations.
+            the chunks.
     """
     canvas, count = _measure(frames)
     if (rollout.reference is None) != (reference is None):
         raise ValueError(f"reference={rollout.reference!r}: give its name and its frames, or neither")
     if reference is not None:
         require_comparable(rollout, frames, reference)
-    if sum(generation.frames for generation in generations) != count:
-        raise ValueError(f"{len(generations)} generations do not add up to {count} frames")
+    if sum(chunk.frames for chunk in chunks) != count:
+        raise ValueError(f"{len(chunks)} chunks do not add up to {count} frames")
     folder = run_dir / rollout.scenario / rollout.name
     (folder / SUMS).unlink(missing_ok=True)
-    files = ["video.mp4", "generations.parquet"]
+    files = ["video.mp4", "chunks.parquet"]
     pictures = (canvas.compose({name: video[t] for name, video in frames.items()}) for t in range(count))
     write_video(folder / "video.mp4", pictures, fps=rollout.fps)
     if reference is not None:
@@ -153,9 +153,9 @@ def write_rollout(
     if rollout.policy is not None:
         write_table(folder / "decisions.parquet", decision_table(decisions))
         files.append("decisions.parquet")
-    columns = {f.name: [getattr(g, f.name) for g in generations] for f in fields(Generation)}
-    columns["action"] = [None if g.action is None else list(g.action) for g in generations]
-    write_table(folder / "generations.parquet", _arrow.table(columns))
+    columns = {f.name: [getattr(g, f.name) for g in chunks] for f in fields(ChunkRecord)}
+    columns["action"] = [None if g.action is None else list(g.action) for g in chunks]
+    write_table(folder / "chunks.parquet", _arrow.table(columns))
     shape = {"frames": count, **asdict(canvas), "files": files}
     write_json(folder / "rollout.json", {"format": FORMAT, **asdict(rollout), **shape})
     write_text(folder / SUMS, "".join(f"{digest(folder / name)}  {name}\n" for name in ["rollout.json", *files]))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from holdover.report import plots
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block, skip_rate
 from holdover.report.files import write_text
-from holdover.report.run_dir import STITCHED, Generation
+from holdover.report.run_dir import STITCHED, ChunkRecord
 from holdover.report.run_read import Recorded
 
 _Curve = NDArray[np.float64]
@@ -58,25 +58,25 @@ def draw_scenario(run_dir: Path, scenario: str, rollouts: Sequence[Recorded]) ->
     decided = {r.about.name: r for r in rollouts if r.decisions}
     if decided:
         _decisions(book, decided)
-    generations = {r.about.name: r.generations for r in rollouts if r.generations}
-    if generations:
-        _times(book, rollouts, generations)
-    held = {name: [(g.bytes_held or 0) / 2**20 for g in made] for name, made in generations.items() if _holds(made)}
+    chunks = {r.about.name: r.chunks for r in rollouts if r.chunks}
+    if chunks:
+        _times(book, rollouts, chunks)
+    held = {name: [(g.bytes_held or 0) / 2**20 for g in made] for name, made in chunks.items() if _holds(made)}
     if held:
         path = book.add(
             "held",
             "Memory held",
-            "MiB of tensors that the cache holds after each generation.",
-            ("rollout", "generation", "mebibytes"),
+            "MiB of tensors that the cache holds after each chunk.",
+            ("rollout", "chunk", "mebibytes"),
             [(name, i, value) for name, values in held.items() for i, value in enumerate(values)],
         )
-        plots.plot_generations(path, {n: np.array(v) for n, v in held.items()}, label="MiB held")
+        plots.plot_chunks(path, {n: np.array(v) for n, v in held.items()}, label="MiB held")
     reactions = {r.about.name: r.about.figures["reaction"] for r in rollouts if _reacts(r)}
     if reactions:
         _reactions(
             book,
             {name: {event: [ratio] for event, ratio in of.items()} for name, of in reactions.items()},
-            "How much of an abrupt action shows in its own generation: 1 is right, 0 drives on as if nothing was said.",
+            "How much of an abrupt action shows in its own chunk: 1 is right, 0 drives on as if nothing was said.",
         )
     return book.plots
 
@@ -108,12 +108,12 @@ def draw_run(run_dir: Path, rollouts: Sequence[Recorded], problems: list[str]) -
             curves: dict[str, dict[str, Sequence[float | None]]] = {}
             for row in rows:
                 curves.setdefault(row["policy"], {})[row["event"]] = [
-                    None if value is None else float(value) for value in row["ratio_by_generation"]
+                    None if value is None else float(value) for value in row["ratio_by_chunk"]
                 ]
         except (ValueError, KeyError, TypeError):
             problems.append("reaction.json is damaged: it is not what holdover bench reaction writes")
         else:
-            _reactions(book, curves, "How much of an abrupt action shows, from its own generation on: 1 is right.")
+            _reactions(book, curves, "How much of an abrupt action shows, from its own chunk on: 1 is right.")
     return book.plots
 
 
@@ -171,41 +171,41 @@ def _decisions(book: Sketchbook, decided: Mapping[str, Recorded]) -> None:
         plots.plot_cosine_maps(path, maps)
 
 
-def _times(book: Sketchbook, rollouts: Sequence[Recorded], made: Mapping[str, tuple[Generation, ...]]) -> None:
-    """Time per generation; where the share of block time was measured, also what its skip allows at most."""
-    curves = {name: np.array([1e3 * _seconds(g) for g in generations]) for name, generations in made.items()}
+def _times(book: Sketchbook, rollouts: Sequence[Recorded], made: Mapping[str, tuple[ChunkRecord, ...]]) -> None:
+    """Time per chunk; where the share of block time was measured, also what its skip allows at most."""
+    curves = {name: np.array([1e3 * _seconds(g) for g in chunks]) for name, chunks in made.items()}
     bounds = {}
     for r in rollouts:
         about = r.about
-        if r.generations and r.decisions and about.block_share is not None and about.reference in curves:
+        if r.chunks and r.decisions and about.block_share is not None and about.reference in curves:
             by_chunk: dict[int, list[Any]] = {}
             for d in r.decisions:
                 by_chunk.setdefault(d.chunk, []).append(d)
-            skip = np.array([skip_rate(by_chunk.get(g.chunk, ())) or 0.0 for g in r.generations])
+            skip = np.array([skip_rate(by_chunk.get(g.chunk, ())) or 0.0 for g in r.chunks])
             bounds[about.name] = float(np.median(curves[about.reference])) * (1 - about.block_share * skip)
     path = book.add(
         "time",
-        "Time per generation",
-        "Milliseconds in the transformer, where measured, else in all. Dotted: what the skip of each generation allows "
+        "Time per chunk",
+        "Milliseconds in the transformer, where measured, else in all. Dotted: what the skip of each chunk allows "
         "at best, from the median of the reference.",
-        ("rollout", "generation", "milliseconds", "bound_milliseconds"),
+        ("rollout", "chunk", "milliseconds", "bound_milliseconds"),
         [(n, i, v, bounds[n][i] if n in bounds else "") for n, values in curves.items() for i, v in enumerate(values)],
     )
-    plots.plot_generations(path, curves, label="ms", bounds=bounds)
+    plots.plot_chunks(path, curves, label="ms", bounds=bounds)
 
 
 def _reactions(book: Sketchbook, curves: Mapping[str, Mapping[str, Sequence[float | None]]], caption: str) -> None:
     rows = [(n, event, i, r) for n, by in curves.items() for event, ratios in by.items() for i, r in enumerate(ratios)]
-    path = book.add("reaction", "Reaction", caption, ("rollout", "event", "generations_later", "ratio"), rows)
+    path = book.add("reaction", "Reaction", caption, ("rollout", "event", "chunks_later", "ratio"), rows)
     plots.plot_reactions(path, curves)
 
 
-def _seconds(generation: Generation) -> float:
-    return generation.seconds if generation.dit_seconds is None else generation.dit_seconds
+def _seconds(chunk: ChunkRecord) -> float:
+    return chunk.seconds if chunk.dit_seconds is None else chunk.dit_seconds
 
 
-def _holds(generations: Sequence[Generation]) -> bool:
-    return any(g.bytes_held is not None for g in generations)
+def _holds(chunks: Sequence[ChunkRecord]) -> bool:
+    return any(g.bytes_held is not None for g in chunks)
 
 
 def _reacts(r: Recorded) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from holdover.engine.trace import Decision
 from holdover.report.canvas import Canvas
-from holdover.report.run_dir import FORMAT, SUMS, Generation, Rollout, decisions_of, digest
+from holdover.report.run_dir import FORMAT, SUMS, ChunkRecord, Rollout, decisions_of, digest
 
 _parquet: Any = pyarrow.parquet
 _Content = TypeVar("_Content")
@@ -41,7 +41,7 @@ class Recorded:
     video: bool
     difference: bool
     decisions: tuple[Decision, ...] | None
-    generations: tuple[Generation, ...] | None
+    chunks: tuple[ChunkRecord, ...] | None
     errors: Mapping[str, NDArray[np.float64]] | None
 
 
@@ -51,7 +51,7 @@ def read_run(run_dir: Path) -> tuple[list[Recorded], list[str]]:
     Raises:
         FileNotFoundError: the folder holds no rollout.
     """
-    named = ("rollout.json", "video.mp4", "generations.parquet", SUMS)
+    named = ("rollout.json", "video.mp4", "chunks.parquet", SUMS)
     folders = sorted({path.parent for name in named for path in run_dir.glob(f"*/*/{name}")})
     if not folders:
         raise FileNotFoundError(f"{run_dir} holds no rollout; holdover demo and lab.record write them")
@@ -94,7 +94,7 @@ class _Folder:
             video=self._file("video.mp4", Path.is_file) or False,
             difference=self._file("difference.mp4", Path.is_file) or False,
             decisions=self._file("decisions.parquet", lambda path: tuple(decisions_of(_parquet.read_table(path)))),
-            generations=self._file("generations.parquet", _generations),
+            chunks=self._file("chunks.parquet", _chunks),
             errors=self._file("frames.parquet", _errors),
         )
 
@@ -130,10 +130,10 @@ def _about(path: Path) -> tuple[Rollout, int, Canvas, list[str]]:
     return rollout, content["frames"], canvas, content["files"]
 
 
-def _generations(path: Path) -> tuple[Generation, ...]:
+def _chunks(path: Path) -> tuple[ChunkRecord, ...]:
     rows = _parquet.read_table(path).to_pylist()
     return tuple(
-        Generation(**{**row, "action": None if row["action"] is None else tuple(row["action"])}) for row in rows
+        ChunkRecord(**{**row, "action": None if row["action"] is None else tuple(row["action"])}) for row in rows
     )
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from holdover.engine.trace import Decision
 from holdover.report.decisions import CATEGORIES, LETTERS, category, ribbon, skip_rate
 from holdover.report.files import whole, write_json
-from holdover.report.run_dir import Generation, decision_table, write_table
+from holdover.report.run_dir import ChunkRecord, decision_table, write_table
 from holdover.report.run_read import Recorded
 from holdover.report.tables import percent
 
@@ -37,7 +37,7 @@ _REUSED_WIDTH = 0.1
 
 
 def print_ribbons(rollouts: Sequence[Recorded], console: Console) -> None:
-    """Print every generation of every rollout: one coloured letter for each block of each step."""
+    """Print every chunk of every rollout: one coloured letter for each block of each step."""
     console.print(*(Text(f"{LETTERS[name]} {name} ", STYLES[name]) for name in CATEGORIES))
     for rollout in _decided(rollouts):
         decisions = rollout.decisions or ()
@@ -55,19 +55,19 @@ def print_ribbons(rollouts: Sequence[Recorded], console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def print_generation(rollouts: Sequence[Recorded], chunk: int, console: Console) -> None:
-    """Print every decision of one generation with its reason and scores.
+def print_chunk(rollouts: Sequence[Recorded], chunk: int, console: Console) -> None:
+    """Print every decision of one chunk with its reason and scores.
 
     Raises:
-        ValueError: no rollout has such a generation.
+        ValueError: no rollout has such a chunk.
     """
     found = [(r, [d for d in r.decisions or () if d.chunk == chunk]) for r in _decided(rollouts)]
     if not any(decisions for _, decisions in found):
-        raise ValueError(f"generation={chunk}: no decision was recorded for it; leave it out to see those there are")
+        raise ValueError(f"chunk={chunk}: no decision was recorded for it; leave it out to see those there are")
     for rollout, decisions in found:
         scores = sorted({name for d in decisions for name in d.scores})
         table = Table("role", "branch", "step", "block", "reason", *scores, title_justify="left")
-        table.title = f"{rollout.about.scenario} / {rollout.about.name}, generation {chunk}"
+        table.title = f"{rollout.about.scenario} / {rollout.about.name}, chunk {chunk}"
         for d in decisions:
             values = (f"{d.scores[name]:.6g}" if name in d.scores else "" for name in scores)
             reason = Text(d.reason, STYLES[category(d)])
@@ -114,9 +114,9 @@ def _decided(rollouts: Sequence[Recorded]) -> Iterator[Recorded]:
 
 
 def _events(rollouts: Sequence[Recorded]) -> Iterator[dict[str, Any]]:
-    """Chrome trace events: each rollout a process; a generation holds its passes, a pass its blocks.
+    """Chrome trace events: each rollout a process; a chunk holds its passes, a pass its blocks.
 
-    Generations begin and end when they did. Within one, nobody measured single blocks: computed ones share its time
+    Chunks begin and end when they did. Within one, nobody measured single blocks: computed ones share its time
     equally, reused ones are drawn a tenth as long.
     """
     for pid, rollout in enumerate(rollouts):
@@ -125,13 +125,13 @@ def _events(rollouts: Sequence[Recorded]) -> Iterator[dict[str, Any]]:
         by_chunk: dict[int, list[Decision]] = {}
         for decision in rollout.decisions or ():
             by_chunk.setdefault(decision.chunk, []).append(decision)
-        known = {generation.chunk: generation for generation in rollout.generations or ()}
+        known = {record.chunk: record for record in rollout.chunks or ()}
         start = 0.0
         for chunk, decisions in by_chunk.items():
-            generation = known.get(chunk, Generation(chunk=chunk, frames=0, seconds=1e-3 * len(decisions)))
-            length = 1e6 * generation.seconds
-            args = {"action": list(generation.action or ()), "skip": skip_rate(decisions)}
-            yield _slice(pid, f"generation {chunk}", start, length, args)
+            record = known.get(chunk, ChunkRecord(chunk=chunk, frames=0, seconds=1e-3 * len(decisions)))
+            length = 1e6 * record.seconds
+            args = {"action": list(record.action or ()), "skip": skip_rate(decisions)}
+            yield _slice(pid, f"chunk {chunk}", start, length, args)
             yield from _passes(pid, decisions, start, length)
             start += length
 

@@ -18,7 +18,7 @@ from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.loop.scenarios import load_scenario
 from holdover_world.model.transformer import WorldModel
 
-#: Runs some generations of the stream "default", every pass within a step of the attached cache.
+#: Runs some chunks of the stream "default", every pass within a step of the attached cache.
 Loop = Callable[[Cache], object]
 
 
@@ -27,16 +27,16 @@ def run_calibration(model: nn.Module, loop: Loop, out: Path, *, degree: int = 4,
 
     Args:
         model: its first slot declares the tap ``modulated``.
-        loop: some generations; the same ones each time it is called, if possible.
+        loop: some chunks; the same ones each time it is called, if possible.
         degree: of TeaCache's polynomial.
         branch: the guidance branch that is measured.
 
     Returns:
-        The options for ``holdover.policy("teacache", ...)``, of all generations, and for ``"magcache"``, of the last
+        The options for ``holdover.policy("teacache", ...)``, of all chunks, and for ``"magcache"``, of the last
         one, by name; and how well the polynomial fits: ``points`` and their ``rms_error``.
 
     Raises:
-        ValueError: there are too few different points for the degree, or the last generation is not finished.
+        ValueError: there are too few different points for the degree, or the last chunk is not finished.
     """
     with attach(model, measure_changes()) as cache:
         loop(cache)
@@ -66,7 +66,7 @@ def fit(pairs: Sequence[tuple[float, float]], degree: int) -> list[float]:
     different = len(np.unique(moved))
     if not 0 <= degree < different:
         raise ValueError(
-            f"degree={degree} cannot be fitted to {different} different changes; run more steps or generations, or "
+            f"degree={degree} cannot be fitted to {different} different changes; run more steps or chunks, or "
             f"give a lower degree, 0 or more"
         )
     fitted = np.polynomial.Polynomial.fit(moved, output_moved, degree).convert().coef
@@ -75,9 +75,9 @@ def fit(pairs: Sequence[tuple[float, float]], degree: int) -> list[float]:
     return [float(coefficient) for coefficient in coefficients[::-1]]
 
 
-def world_loop(model: WorldModel, *, steps: int, generations: int, seed: int, clips: Path | None) -> Loop:
+def world_loop(model: WorldModel, *, steps: int, chunks: int, seed: int, clips: Path | None) -> Loop:
     """Drives the world model through the start of the urban scenario."""
-    scenario = load_scenario("urban", model, clips=clips, generations=generations)
+    scenario = load_scenario("urban", model, clips=clips, chunks=chunks)
     config = LoopConfig(steps=steps)
 
     def loop(cache: Cache) -> None:

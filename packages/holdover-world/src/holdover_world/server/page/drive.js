@@ -1,5 +1,5 @@
 "use strict";
-// Drives one session: keys become actions, generations become pictures.
+// Drives one session: keys become actions, chunks become pictures.
 
 const $ = (id) => document.getElementById(id);
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
@@ -70,7 +70,7 @@ function player(view, { type, init }, seconds) {
   return (fragment) => { waiting.push(fragment); next(); };
 }
 
-/** Show a generation's frames at the video's rate; they follow those of the one before. */
+/** Show a chunk's frames at the video's rate; they follow those of the one before. */
 async function play(message, period) {
   const type = `image/${message.format}`;
   const pictures = await Promise.all(Object.entries(message.frames).map(async ([camera, frames]) =>
@@ -107,8 +107,8 @@ function receive(message, hello) {
   }
   if (message.index <= state.last) return;
   state.last = message.index;
-  state.socket.send(msgpack.encode({ type: "ack", generation: message.index }));
-  $("generation").textContent = String(message.index);
+  state.socket.send(msgpack.encode({ type: "ack", chunk: message.index }));
+  $("chunk").textContent = String(message.index);
   $("latency").textContent = `${message.latency_ms.toFixed(0)} ms${message.late ? ", late" : ""}`;
   $("model").textContent = `${message.milliseconds.toFixed(0)} ms`;
   document.body.dataset.policy = message.policy;

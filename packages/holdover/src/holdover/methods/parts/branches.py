@@ -61,7 +61,7 @@ class FromGuide(Predictor):
     """Adds to the guide's output of this step the difference between the two, weighted by frequency.
 
     Attributes:
-        low, high: weights of the low frequencies in the first part of a generation, of the others in the second.
+        low, high: weights of the low frequencies in the first part of a chunk, of the others in the second.
         switch: share of the steps, rounded down, that are the first part.
         grids: of the tokens; if there are none, the last two axes are rows and columns.
     """

@@ -17,15 +17,15 @@ from holdover.methods.parts.signals import mean_change, relative
 
 @dataclass(frozen=True)
 class MeasureChanges(Never):
-    """Keeps, by generation and pass index, the relative change of the signal and of the output since the pass before.
+    """Keeps, by chunk and pass index, the relative change of the signal and of the output since the pass before.
 
     Goes with a predictor that holds the output.
     """
 
     def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
         held, index = before(call), call.step.index
-        numbers = {**(held.numbers if held else {}), "generation": float(call.generation), "index": float(index)}
-        if held is None or (held.numbers["generation"], held.numbers["index"] + 1) != (call.generation, index):
+        numbers = {**(held.numbers if held else {}), "chunk": float(call.chunk), "index": float(index)}
+        if held is None or (held.numbers["chunk"], held.numbers["index"] + 1) != (call.chunk, index):
             return numbers
         assert call.signal is not None
         sizes = []
@@ -34,6 +34,6 @@ class MeasureChanges(Never):
         moved_in, size_in, moved_out, size_out = torch.stack(sizes).tolist()
         pair = relative(moved_in, size_in), relative(moved_out, size_out)
         if all(map(math.isfinite, pair)):
-            name = f"{call.generation} {index}"
+            name = f"{call.chunk} {index}"
             numbers |= {f"input {name}": pair[0], f"output {name}": pair[1]}
         return numbers

@@ -51,7 +51,7 @@ class DualMetric(Gate):
     ``d < tau_dev``.
 
     Attributes:
-        action: take the cosine of the generation's action with the held one as one more entry.
+        action: take the cosine of the chunk's action with the held one as one more entry.
         strict_first_step: at the first denoising pass the threshold is 0.999.
     """
 

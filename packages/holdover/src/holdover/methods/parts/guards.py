@@ -65,7 +65,7 @@ class Always(Guard):
 
 @dataclass(frozen=True)
 class WarmUp(Guard):
-    """Computes the first ``warmup`` generations of a stream."""
+    """Computes the first ``warmup`` chunks of a stream."""
 
     warmup: int
 
@@ -73,17 +73,17 @@ class WarmUp(Guard):
         _at_least("warmup", self.warmup, 0)
 
     def __call__(self, call: Call) -> str | None:
-        return WARM_UP if call.generation < self.warmup else None
+        return WARM_UP if call.chunk < self.warmup else None
 
 
-#: Which passes KV protection computes: the whole generation whose latents are committed, or the clean pass alone, which
+#: Which passes KV protection computes: the whole chunk whose latents are committed, or the clean pass alone, which
 #: the engine computes anyway.
-Protection = Literal["generation", "pass"]
+Protection = Literal["chunk", "pass"]
 
 
 @dataclass(frozen=True)
 class KVProtection(Guard):
-    """Computes the generation whose latents the KV update writes, every block at every step."""
+    """Computes the chunk whose latents the KV update writes, every block at every step."""
 
     def __call__(self, call: Call) -> str | None:
         return "kv cycle" if call.step.commits else None
@@ -107,7 +107,7 @@ class Anchors(Guard):
 
 @dataclass(frozen=True)
 class FirstStep(Guard):
-    """Computes the first denoising pass of a generation."""
+    """Computes the first denoising pass of a chunk."""
 
     def __call__(self, call: Call) -> str | None:
         return "step 0" if call.step.index == 0 else None
@@ -115,7 +115,7 @@ class FirstStep(Guard):
 
 @dataclass(frozen=True)
 class FirstSteps(Guard):
-    """Computes the first passes of a generation, by number or as a share of them, rounded down."""
+    """Computes the first passes of a chunk, by number or as a share of them, rounded down."""
 
     first: int | float
 
@@ -134,7 +134,7 @@ class FirstSteps(Guard):
 
 @dataclass(frozen=True)
 class LastStep(Guard):
-    """Computes the last pass of a generation."""
+    """Computes the last pass of a chunk."""
 
     def __call__(self, call: Call) -> str | None:
         return "last step" if call.step.index == call.step.num_steps - 1 else None
@@ -142,7 +142,7 @@ class LastStep(Guard):
 
 @dataclass(frozen=True)
 class Stale(Guard):
-    """Computes what would be held over for more than ``max_staleness`` generations in a row."""
+    """Computes what would be held over for more than ``max_staleness`` chunks in a row."""
 
     max_staleness: int
 
@@ -150,15 +150,15 @@ class Stale(Guard):
         _at_least("max_staleness", self.max_staleness, 1)
 
     def __call__(self, call: Call) -> str | None:
-        return "stale" if call.held and call.generation - call.held.generation > self.max_staleness else None
+        return "stale" if call.held and call.chunk - call.held.chunk > self.max_staleness else None
 
 
 @dataclass(frozen=True)
 class NewAction(Guard):
-    """Computes the generation whose action moved by its scale or more in any dimension.
+    """Computes the chunk whose action moved by its scale or more in any dimension.
 
-    It is compared with the action of the latest generation that was computed in full, so that small changes add up, and
-    one answer holds for the whole generation.
+    It is compared with the action of the latest chunk that was computed in full, so that small changes add up, and
+    one answer holds for the whole chunk.
 
     Attributes:
         scale: change that counts, in the action's units: one number, or one per dimension.
@@ -191,28 +191,28 @@ class NewAction(Guard):
 
 @dataclass(frozen=True)
 class Interval(Guard):
-    """Computes every ``every``-th pass of a generation, or a slot every ``every`` generations."""
+    """Computes every ``every``-th pass of a chunk, or a slot every ``every`` chunks."""
 
     every: int
-    over: Literal["steps", "generations"]
+    over: Literal["steps", "chunks"]
 
     def __post_init__(self) -> None:
         if self.every < 2:
             raise ValueError(f"every={self.every} reuses nothing; give 2 or more, or use never()")
-        one_of("over", self.over, ("steps", "generations"))
+        one_of("over", self.over, ("steps", "chunks"))
 
     def __call__(self, call: Call) -> str | None:
         if self.over == "steps":
             due = call.step.index % self.every == 0
         else:
-            due = call.held is not None and call.generation - call.held.generation >= self.every
+            due = call.held is not None and call.chunk - call.held.chunk >= self.every
         return "interval" if due else None
 
 
 def for_steps(*, retain: int | float, last: bool, protection: Protection) -> AnyOf:
     """The guards of a method that looks from step to step: protection, first steps, last step."""
-    one_of("protection", protection, ("generation", "pass"))
-    guards: list[Guard] = [KVProtection()] if protection == "generation" else []
+    one_of("protection", protection, ("chunk", "pass"))
+    guards: list[Guard] = [KVProtection()] if protection == "chunk" else []
     first = FirstSteps(retain)  # refuses what is no number of steps
     if retain:
         guards.append(first)

@@ -23,7 +23,7 @@ class Halves:
 
 @dataclass(frozen=True)
 class OneHalf(Guard):
-    """Computes the front half in a generation's first steps, the rear half in the others.
+    """Computes the front half in a chunk's first steps, the rear half in the others.
 
     Attributes:
         early: the share of first steps, rounded down.

@@ -35,7 +35,7 @@ class MagnitudeError(Gate):
             raise ValueError(f"max_skips={self.max_skips!r}: give a whole number, 1 or more")
         if not self.ratios:
             raise ValueError(
-                "ratios is empty; give one magnitude ratio per step: attach measure_magnitudes() for one generation, "
+                "ratios is empty; give one magnitude ratio per step: attach measure_magnitudes() for one chunk, "
                 "then magnitude_ratios(cache.snapshot()), both of holdover.methods.magcache"
             )
         if not all(math.isfinite(ratio) and ratio > 0 for ratio in self.ratios):
@@ -53,7 +53,7 @@ class MagnitudeError(Gate):
     def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
         if len(self.ratios) != call.step.num_steps:
             raise ValueError(
-                f"magcache has {len(self.ratios)} ratios and the generation {call.step.num_steps} steps; measure the "
+                f"magcache has {len(self.ratios)} ratios and the chunk {call.step.num_steps} steps; measure the "
                 f"ratios with measure_magnitudes() at {call.step.num_steps} steps"
             )
         return {"ratio": 1.0, "drift": 0.0, "skips": 0.0}

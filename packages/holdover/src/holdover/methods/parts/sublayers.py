@@ -20,7 +20,7 @@ from holdover.methods.parts.predictors import Repeat
 
 @dataclass(frozen=True)
 class Middle(Guard):
-    """Computes the steps before and after the middle of a generation; its ends are shares, rounded down."""
+    """Computes the steps before and after the middle of a chunk; its ends are shares, rounded down."""
 
     start: float
     stop: float
@@ -36,7 +36,7 @@ class Middle(Guard):
 
 @dataclass(frozen=True)
 class EveryByKind(Guard):
-    """Computes a slot every so many passes of a generation, by its kind; slots of other kinds always."""
+    """Computes a slot every so many passes of a chunk, by its kind; slots of other kinds always."""
 
     every: tuple[tuple[str, int], ...]
 

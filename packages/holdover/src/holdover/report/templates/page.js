@@ -48,7 +48,7 @@ class Player {
     this.rollouts = scenario.rollouts;
     this.films = new Map();
     this.frame = -1;
-    this.generation = undefined;
+    this.chunk = undefined;
     root.append(document.getElementById("page:player").content.cloneNode(true));
     this.find = (selector) => root.querySelector(selector);
     const playable = this.rollouts.filter((r) => r.video);
@@ -59,7 +59,7 @@ class Player {
     }
     this.left = this.referenceOf(this.right);
     this.find(".stage").setAttribute("aria-label", `${scenario.name}: two rollouts at the same frame`);
-    this.find(".ribbon .wide").setAttribute("aria-label", `${scenario.name}: decisions of the generation on display`);
+    this.find(".ribbon .wide").setAttribute("aria-label", `${scenario.name}: decisions of the chunk on display`);
     this.fillControls(playable, scenario.name);
     this.listen();
     this.choose("curtain");
@@ -164,7 +164,7 @@ class Player {
     this.find(".tag.one").textContent = mode === "heat map" ? `${this.right.name} − ${this.right.reference}` : this.left.name;
     this.find(".tag.two").textContent = this.right.name;
     this.find(".time").max = this.last;
-    this.generation = undefined;
+    this.chunk = undefined;
     this.refresh();
   }
 
@@ -204,9 +204,9 @@ class Player {
     this.go((this.busy ? this.wish : this.frame) + by);
   }
 
-  stepGeneration(by) {
-    const list = this.right.generations;
-    const at = this.generationAt(this.busy ? this.wish : this.frame);
+  stepChunk(by) {
+    const list = this.right.chunks;
+    const at = this.chunkAt(this.busy ? this.wish : this.frame);
     this.stop();
     if (at === null) return;
     this.go(list[Math.max(0, Math.min(list.length - 1, at + by))].first);
@@ -252,7 +252,7 @@ class Player {
     if (cell && this.moveCell(cell, event.key)) return event.preventDefault();
     const direction = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     const mode = Object.keys(MODES).find((name) => MODES[name] === event.key.toLowerCase());
-    if (direction) event.shiftKey ? this.stepGeneration(direction) : this.step(direction);
+    if (direction) event.shiftKey ? this.stepChunk(direction) : this.step(direction);
     else if (event.key === " " && !target.matches("button")) this.toggle();
     else if (event.key === "Home") this.step(-this.frame);
     else if (event.key === "End") this.step(this.last);
@@ -263,36 +263,36 @@ class Player {
 
   // The ribbon
 
-  generationAt(frame) {
-    const at = this.right.generations.findIndex((g) => frame >= g.first && frame < g.first + g.frames);
+  chunkAt(frame) {
+    const at = this.right.chunks.findIndex((g) => frame >= g.first && frame < g.first + g.frames);
     return at < 0 ? null : at;
   }
 
   tell() {
-    const at = this.generationAt(this.frame);
+    const at = this.chunkAt(this.frame);
     const seconds = (this.frame / this.right.fps).toFixed(2);
     this.find(".time").value = this.frame;
-    this.find(".time").setAttribute("aria-valuetext", `frame ${this.frame} of ${this.last}, generation ${at ?? "unknown"}`);
+    this.find(".time").setAttribute("aria-valuetext", `frame ${this.frame} of ${this.last}, chunk ${at ?? "unknown"}`);
     this.find(".clock").textContent = `${this.frame} of ${this.last} · ${seconds} s`;
-    if (at === this.generation) return;
-    this.generation = at;
-    this.tellGeneration(at === null ? null : this.right.generations[at], at);
+    if (at === this.chunk) return;
+    this.chunk = at;
+    this.tellChunk(at === null ? null : this.right.chunks[at], at);
   }
 
-  tellGeneration(generation, at) {
+  tellChunk(chunk, at) {
     const now = [];
-    if (generation) {
-      now.push(`generation ${at}`, `frames ${generation.first} to ${generation.first + generation.frames - 1}`);
-      if (generation.action) now.push(`action ${generation.action.map((a) => a.toFixed(3)).join(", ")}`);
-      if (generation.skip !== null) now.push(`${(100 * generation.skip).toFixed(1)} % skipped`);
-      now.push(`${Math.round(generation.ms)} ms`);
+    if (chunk) {
+      now.push(`chunk ${at}`, `frames ${chunk.first} to ${chunk.first + chunk.frames - 1}`);
+      if (chunk.action) now.push(`action ${chunk.action.map((a) => a.toFixed(3)).join(", ")}`);
+      if (chunk.skip !== null) now.push(`${(100 * chunk.skip).toFixed(1)} % skipped`);
+      now.push(`${Math.round(chunk.ms)} ms`);
     }
     const ribbon = this.right.ribbon;
     if (!ribbon) now.push(this.right.reference ? "its decisions are missing or damaged" : "computed in full: no decisions");
     this.find(".now").textContent = `${this.right.name}: ${now.join(" · ")}`;
     this.find(".cell-text").textContent = "";
     const table = this.find(".ribbon table");
-    if (!ribbon || !generation) return table.replaceChildren();
+    if (!ribbon || !chunk) return table.replaceChildren();
     if (table.dataset.of !== this.right.name) this.layOut(table, ribbon);
     [...table.querySelectorAll("td")].forEach((cell, i) => {
       const reason = ribbon.reasons[ribbon.cells[at][i]];

@@ -1,4 +1,4 @@
-"""Runs to be compared, interleaved generation by generation in one process.
+"""Runs to be compared, interleaved chunk by chunk in one process.
 
 Every run has its own copy of the model, so that one policy's cache never meets another's. What a cached run is compared
 with computes everything under the same cadence, seed and actions *and commits the same windows*: where a commit rule
@@ -39,28 +39,28 @@ class Arm:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
-class Lane:
+class ArmRun:
     """An arm under way, and what it has made.
 
     Attributes:
         frames: per camera the decoded pieces, each ``uint8 [frames_per_latent, height, width, 3]``.
-        dit_seconds, end_to_end_seconds: per generation; the latter with decoding to frames.
-        exact: per generation, whether every block was computed.
+        dit_seconds, end_to_end_seconds: per chunk; the latter with decoding to frames.
+        exact: per chunk, whether every block was computed.
         pieces: the newest as generated, those of one cycle.
     """
 
     def __init__(self, arm: Arm, loop: ClosedLoop) -> None:
         self.arm, self.loop = arm, loop
         self.frames: dict[str, list[NDArray[np.uint8]]] = {}
-        self.pieces: deque[Piece] = deque(maxlen=loop.chunk_frames)
+        self.pieces: deque[Piece] = deque(maxlen=loop.window_frames)
         self.dit_seconds: list[float] = []
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
         self._made: list[tuple[Tensor, Tensor]] = []  # latents, and those shown before them
-        self._committed: dict[int, Tensor] = {}  # latents, by how many generations had been shown
+        self._committed: dict[int, Tensor] = {}  # latents, by how many chunks had been shown
 
     @classmethod
-    def start(cls, arm: Arm, model: WorldModel, scenario: Scenario, *, seed: int) -> Lane:
+    def start(cls, arm: Arm, model: WorldModel, scenario: Scenario, *, seed: int) -> ArmRun:
         """A new run on a copy of the model. `close` takes its cache off again."""
         own = copy.deepcopy(model)
         cache = attach(own, arm.policy) if arm.policy is not None else None
@@ -84,8 +84,8 @@ class Lane:
 
     @property
     def position(self) -> int:
-        """Where in its cycle the next generation stands."""
-        return self.loop.generation % self.loop.chunk_frames
+        """Where in its cycle the next chunk stands."""
+        return self.loop.chunk % self.loop.window_frames
 
     def step(self, action: Tensor) -> Piece:
         """Generate the next piece under ``action [A]``, and keep it."""
@@ -97,13 +97,13 @@ class Lane:
         self._keep(piece, frames, seconds)
         return piece
 
-    def share(self, other: Lane) -> None:
-        """Take the newest generation of another lane as one's own."""
+    def share(self, other: ArmRun) -> None:
+        """Take the newest chunk of another lane as one's own."""
         frames = {name: pieces[-1] for name, pieces in other.frames.items()}
         self._keep(other.pieces[-1], frames, other.end_to_end_seconds[-1])
 
-    def adopt(self, other: Lane) -> None:
-        """Take the newest generation of another lane, which began it from the same, as what one's own loop has made.
+    def adopt(self, other: ArmRun) -> None:
+        """Take the newest chunk of another lane, which began it from the same, as what one's own loop has made.
 
         Frames are one's own, for what was shown before may differ.
         """
@@ -132,7 +132,7 @@ class Lane:
         """
         codec, found = self.loop.model.codec, []
         for shown, latents in self._committed.items():
-            first = shown - self.loop.chunk_frames
+            first = shown - self.loop.window_frames
             written = codec.decode(latents, self._made[first][1])
             found.append(
                 [
@@ -155,7 +155,7 @@ class Lane:
 
     def _see_commit(self, _model: Any, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
         if kwargs.get("write") and kwargs["cache"] is self.loop.kv:  # and not that of a fork
-            self._committed[len(self._made) + 1] = args[0].clone()  # with the generation under way
+            self._committed[len(self._made) + 1] = args[0].clone()  # with the chunk under way
 
     def _keep(self, piece: Piece, frames: Mapping[str, NDArray[np.uint8]], seconds: float) -> None:
         for name, video in frames.items():
@@ -178,9 +178,9 @@ def fork(loop: ClosedLoop, stream: str) -> ClosedLoop:
 
 
 class _Echo:
-    """Stands where a loop expects its cache and repeats whether the leader computed its generation in full."""
+    """Stands where a loop expects its cache and repeats whether the leader computed its chunk in full."""
 
-    def __init__(self, leader: Lane) -> None:
+    def __init__(self, leader: ArmRun) -> None:
         self._leader = leader
 
     def step(self, **_fields: Any) -> AbstractContextManager[None]:
@@ -198,9 +198,9 @@ class Follower:
     bit for bit, is what this loop would compute, and is not computed again.
     """
 
-    def __init__(self, leader: Lane, base: Lane) -> None:
+    def __init__(self, leader: ArmRun, base: ArmRun) -> None:
         self.leader, self.base = leader, base
-        self.lane = Lane(Arm(name=f"full, committing as {leader.arm.name}", loop=leader.arm.loop), base.loop)
+        self.lane = ArmRun(Arm(name=f"full, committing as {leader.arm.name}", loop=leader.arm.loop), base.loop)
         self._abreast = False
 
     @property
@@ -208,11 +208,11 @@ class Follower:
         return self.lane.loop is not self.base.loop
 
     def before_leader(self) -> None:
-        """Before the leader's generation: see whether both are to make the same of it."""
+        """Before the leader's chunk: see whether both are to make the same of it."""
         self._abreast = self.split and _abreast(self.leader.loop, self.lane.loop)
 
     def before_base(self, position: int) -> None:
-        """Between the leader's generation and the base's: part from the base if the leader did."""
+        """Between the leader's chunk and the base's: part from the base if the leader did."""
         if not self.split and position > 0 and self.leader.exact[-1]:
             twin = fork(self.base.loop, STREAM)
             twin.config = replace(twin.config, commit=self.leader.arm.loop.commit)
@@ -229,9 +229,9 @@ class Follower:
 
 
 def _abreast(one: ClosedLoop, other: ClosedLoop) -> bool:
-    """Whether the next generations of two loops that commit `last_full` are made from the same, bit for bit."""
+    """Whether the next chunks of two loops that commit `last_full` are made from the same, bit for bit."""
     first, second = one.state.tensors(), other.state.tensors()
-    if one.config.protected == "first":  # then what was shown before is not known to a generation, see `LoopConfig`
+    if one.config.protected == "first":  # then what was shown before is not known to a chunk, see `LoopConfig`
         first, second = ({k: v for k, v in each.items() if "emitted." not in k} for each in (first, second))
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
@@ -254,15 +254,15 @@ class Race:
             raise ValueError(f"two arms are called {twice[0]!r}; give every arm its own name")
         self.arms = {arm.name: arm for arm in arms}
         #: The cached runs.
-        self.lanes: dict[str, Lane] = {}
-        self._bases: dict[LoopConfig, Lane] = {}
+        self.lanes: dict[str, ArmRun] = {}
+        self._bases: dict[LoopConfig, ArmRun] = {}
         self._followers: dict[str, Follower] = {}
         for arm in arms:
             key = _base_config(arm.loop)
             if key not in self._bases:
-                self._bases[key] = Lane.start(Arm(name="full", loop=key), model, scenario, seed=seed)
+                self._bases[key] = ArmRun.start(Arm(name="full", loop=key), model, scenario, seed=seed)
             if arm.policy is not None:
-                self.lanes[arm.name] = Lane.start(arm, model, scenario, seed=seed)
+                self.lanes[arm.name] = ArmRun.start(arm, model, scenario, seed=seed)
                 if arm.loop.commit == "last_full":
                     self._followers[arm.name] = Follower(self.lanes[arm.name], self._bases[key])
 
@@ -273,18 +273,18 @@ class Race:
         for lane in self.lanes.values():
             lane.close()
 
-    def reference(self, name: str) -> Lane:
+    def reference(self, name: str) -> ArmRun:
         """The full-compute run that an arm is compared with."""
         if name in self._followers:
             return self._followers[name].lane
         return self.base(name)
 
-    def base(self, name: str) -> Lane:
+    def base(self, name: str) -> ArmRun:
         """The full-compute run of an arm's cadence: what its time is compared with."""
         return self._bases[_base_config(self.arms[name].loop)]
 
     def step(self, action: Tensor) -> None:
-        """One generation of every run under ``action [A]``, arms first: their references may follow them."""
+        """One chunk of every run under ``action [A]``, arms first: their references may follow them."""
         if not self._followers:  # then the order is free, and nobody always comes last
             runs = [*self.lanes.values(), *self._bases.values()]
             turn = len(runs[0].exact) % len(runs)
@@ -305,6 +305,6 @@ class Race:
 
 
 def _base_config(loop: LoopConfig) -> LoopConfig:
-    """The cadence of a reference: which generation is announced as committed matters only to a cache."""
+    """The cadence of a reference: which chunk is announced as committed matters only to a cache."""
     emitted = loop.commit == "emitted" and loop.cadence == "window"
     return replace(loop, protected="first", commit="emitted" if emitted else "first")

@@ -15,13 +15,13 @@ from torch import Tensor
 import holdover
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
-from holdover_world.measure.lanes import Arm, Lane, Race, fork
+from holdover_world.measure.race import Arm, ArmRun, Race, fork
 from holdover_world.model.transformer import WorldModel
 
 
 @pytest.fixture
 def scenario(model: WorldModel, clips: Path) -> Scenario:
-    return load_scenario("urban", model, clips=clips, generations=10)
+    return load_scenario("urban", model, clips=clips, chunks=10)
 
 
 def alone(model: WorldModel, scenario: Scenario, **changes: str) -> Tensor:
@@ -85,21 +85,21 @@ def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: S
 def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_window(
     model: WorldModel, clips: Path
 ) -> None:
-    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    steady = load_scenario("urban-steady", model, clips=clips, chunks=9)
     eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
         for action in steady.actions:
             race.step(action)
         assert race.reference("eager").loop is race.base("eager").loop
         jump = steady.actions[0] + torch.tensor([0.3, 0.0])
-        race.step(jump)  # generation 9, in mid-cycle: the gate makes it a full one
+        race.step(jump)  # chunk 9, in mid-cycle: the gate makes it a full one
         assert race.reference("eager").loop is not race.base("eager").loop
         assert race.lanes["eager"].exact[-1]
 
 
 def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldModel, clips: Path) -> None:
-    """A generation in full may follow others from cache: arm and reference still write the same, bit for bit."""
-    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    """A chunk in full may follow others from cache: arm and reference still write the same, bit for bit."""
+    steady = load_scenario("urban-steady", model, clips=clips, chunks=9)
     eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
         shown, action = Shown(race), steady.actions[0]
@@ -115,8 +115,8 @@ def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldM
 
 
 def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldModel, clips: Path) -> None:
-    """Against a loop that computes every generation itself and is told which ones its leader computed in full."""
-    steady = load_scenario("urban-steady", model, clips=clips, generations=9)
+    """Against a loop that computes every chunk itself and is told which ones its leader computed in full."""
+    steady = load_scenario("urban-steady", model, clips=clips, chunks=9)
     eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     actions = [steady.actions[0] + torch.tensor([0.3, 0.0]) * sum(n >= at for at in (1, 6, 7, 11)) for n in range(12)]
     with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
@@ -131,13 +131,13 @@ def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldMo
         exact, frames = race.lanes["eager"].exact, race.reference("eager").video()
 
     class Told:
-        generation = -1
+        chunk = -1
 
         def step(self, **_: object) -> nullcontext[None]:
             return nullcontext()
 
         def exact(self, _: str) -> bool:
-            return exact[loop.generation]
+            return exact[loop.chunk]
 
     config = LoopConfig(commit="last_full")
     loop = ClosedLoop(
@@ -152,7 +152,7 @@ def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldMo
 
 
 def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
-    lane = Lane.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
+    lane = ArmRun.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
     for action in scenario.actions[:5]:
         lane.step(action)
     twin = fork(lane.loop, "twin")
