@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from holdover.engine.slots import find_blocks
+from holdover.engine.blocks import find_blocks
 from holdover.engine.snapshot import model_digest
 from holdover.report.files import write_json, write_text
 from holdover_world.measure.measure import environment

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from holdover.engine.attach import attach
-from holdover.engine.contract import Policy
-from holdover.engine.trace import Decision
+from holdover.method import Policy
+from holdover.decision import Decision
 from holdover.methods.magcache import magnitude_ratios, measure_magnitudes
 from holdover.methods.teacache import changes, measure_changes
 from holdover.report.plots import plot_fronts

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from holdover.engine.contract import Policy
+from holdover.method import Policy
 from holdover.methods.registry import policy
 from holdover_world.loop.closed_loop import Cadence, LoopConfig
 from lab.triggers import with_trigger

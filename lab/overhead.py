@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 
 import holdover
-from holdover.engine.contract import Policy
+from holdover.method import Policy
 from holdover.report.tables import markdown, percent
 from holdover_world.loop.scenarios import load_scenario
 from holdover_world.measure.measure import environment

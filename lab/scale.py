@@ -14,7 +14,7 @@ from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile
 
 from holdover.engine.attach import attach
-from holdover.engine.contract import Call, Policy, Verdict
+from holdover.method import Call, Policy, Verdict
 from holdover.methods.parts.gates import Gate
 from holdover.methods.xcache import xcache
 from holdover.report.tables import markdown, percent

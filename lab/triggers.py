@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from holdover.engine.contract import Policy as Contract
+from holdover.method import Policy as Contract
 from holdover.methods.parts.tokens import CurvatureDrift, TokenCurvature
-from holdover.methods.policy import Policy
+from holdover.method import Policy
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holdover import Slot, ViewGroup
-from holdover.engine.slots import Kind
+from holdover.slot import Kind
 
 GROUPS = (ViewGroup("front", 1, 4, 6), ViewGroup("side", 2, 3, 4))
 PER_FRAME = sum(group.tokens for group in GROUPS)

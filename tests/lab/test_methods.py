@@ -12,7 +12,7 @@ import pytest
 from rich.progress import Progress
 
 import holdover
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover.report.plots import unbeaten
 from holdover_world.model.transformer import WorldModel
 from lab import methods, methods_settings

@@ -43,6 +43,18 @@ class Stack(nn.Module):
         return list(self.blocks)
 
 
+class FailOnce:
+    """A forward hook that fails the first time, when the module has run."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def __call__(self, *_: Any) -> None:
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("out of order")
+
+
 def ones(value: float = 1.0, *, tokens: int = 3, batch: int = 1) -> Tensor:
     return torch.full((batch, tokens, 2), float(value))
 

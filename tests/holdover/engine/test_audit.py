@@ -98,7 +98,7 @@ def test_an_audit_of_nonsense_alarms() -> None:
     model = Stack(Scale())
     with holdover.attach(model, EAGER, audit=1.0) as cache:
         play(model, cache, range(1))
-        cache._runtime.streams["default"].held.popitem()[1].tensors["residual"].fill_(float("nan"))
+        cache._runtimes[0].streams["default"].entries.popitem()[1].tensors["residual"].fill_(float("nan"))
         play(model, cache, range(1, 2))
         model.blocks[0].factor.fill_(float("nan"))
         with pytest.warns(UserWarning, match="off by inf"):

@@ -38,7 +38,7 @@ def test_a_failed_pass_leaves_nothing_half_written() -> None:
     with holdover.attach(model, never_open) as cache:
         run(cache, model, ones(1), 0)
         before = cache.stats(), len(cache.trace), cache.nbytes
-        numbers = dict(cache._runtime.streams["default"].held)
+        numbers = dict(cache._runtimes[0].streams["default"].entries)
         model.blocks[1].broken = True
         with pytest.raises(OSError, match="out of order"):
             run(cache, model, ones(7), 1)
@@ -48,7 +48,7 @@ def test_a_failed_pass_leaves_nothing_half_written() -> None:
         model.blocks[1].broken = False
         run(cache, model, ones(1), 1)
         assert reasons(cache)[3:] == ["interrupted", "cosine", "cosine"]
-        held = cache._runtime.streams["default"].held
+        held = cache._runtimes[0].streams["default"].entries
         assert {key.block: entry.chunk for key, entry in held.items()} == {0: 1, 1: 1, 2: 1}
         assert numbers.keys() == held.keys()
 
@@ -362,7 +362,7 @@ def test_chunks_in_flight_keep_what_they_hold_until_they_are_over() -> None:
         both = cache.nbytes
         run(cache, model, ones(), 2, num_steps=3)  # the others are over, and give up what they held
         assert cache.nbytes == both // 2
-        assert [key.chunk for key in cache._runtime.streams["default"].held] == [2]
+        assert [key.chunk for key in cache._runtimes[0].streams["default"].entries] == [2]
 
 
 def test_a_chunk_that_is_given_up_is_freed_once_another_could_have_been_done() -> None:
@@ -372,7 +372,7 @@ def test_a_chunk_that_is_given_up_is_freed_once_another_could_have_been_done() -
         for chunk in range(5):
             for index in range(2):  # of three: none is ever over
                 run(cache, model, ones(), chunk, index=index, num_steps=3)
-            held.append([key.chunk for key in cache._runtime.streams["default"].held])
+            held.append([key.chunk for key in cache._runtimes[0].streams["default"].entries])
         assert held == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
 
 
@@ -386,7 +386,7 @@ def test_a_chunk_that_its_caller_gives_up_is_freed_at_once() -> None:
         cache.give_up(7, "a")
         cache.give_up(0, "unknown")
         assert cache.nbytes == 2 * one
-        assert [key.chunk for key in cache._runtime.streams["a"].held] == [1]
+        assert [key.chunk for key in cache._runtimes[0].streams["a"].entries] == [1]
         run(cache, model, ones(5), 0, index=1, num_steps=3, stream="a")  # it goes on nevertheless
         assert reasons(cache)[3:] == ["first"]
         run(cache, model, ones(5), 1, index=1, num_steps=3, stream="a")

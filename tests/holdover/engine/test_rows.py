@@ -82,8 +82,8 @@ def test_a_fork_shares_memory_until_it_diverges() -> None:
         with cache.step(stream="a", chunk=0, condition=False, commits=False):
             model(ones(), torch.tensor([1.0]))
         cache.fork("a", "b")
-        streams = cache._runtime.streams
-        held = [[t.data_ptr() for h in streams[name].held.values() for t in h.all_tensors()] for name in "ab"]
+        streams = cache._runtimes[0].streams
+        held = [[t.data_ptr() for h in streams[name].entries.values() for t in h.all_tensors()] for name in "ab"]
         assert held[0] == held[1]
         for stream, chunk, expected in (("b", 1, 1 + 18), ("b", 2, 1 + 18), ("a", 1, 1 + 2)):
             with cache.step(stream=stream, chunk=chunk, condition=stream == "b", commits=False):  # new for b: computed
@@ -137,7 +137,7 @@ def test_two_branches_of_a_stream_in_one_batch() -> None:
             with cache.step(rows=[Step(branch=branch, chunk=chunk, commits=False) for branch in ("cond", "uncond")]):
                 output = model(torch.cat([ones(value) for value in pair]))
         assert output[:, 0, 0].tolist() == [11, 22]
-        assert cache.nbytes == sum(held.nbytes for held in cache._runtime.streams["default"].held.values())
+        assert cache.nbytes == sum(held.nbytes for held in cache._runtimes[0].streams["default"].entries.values())
 
 
 class TupledRows(nn.Module):

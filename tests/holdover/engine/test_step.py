@@ -106,5 +106,5 @@ def test_a_long_stream_does_not_collect_chunks() -> None:
         for chunk in range(200):
             with cache.step(chunk=chunk, commits=False):
                 model(ones())
-        stream = cache._runtime.streams["default"]
+        stream = cache._runtimes[0].streams["default"]
         assert (len(stream.chunks), stream.count) == (64, 200)

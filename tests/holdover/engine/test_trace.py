@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import holdover
-from holdover.engine.step import Role
+from holdover.step import Role
 from tests.holdover.engine.models import EAGER, Scale, Stack, ones
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import holdover
 from holdover import ViewGroup
-from holdover.methods.parts.branches import low_frequencies
+from holdover.methods.fastercache import low_frequencies
 
 ROWS, COLUMNS = 12, 15
 

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import holdover
-from holdover.engine.contract import Call
-from holdover.engine.slots import Span
-from holdover.engine.state import FullChunk, Held
-from holdover.methods.parts.gates import DualMetric, vector_cosine
-from holdover.methods.parts.guards import Always, Anchors, Guard, Interval, NewAction, Stale, WarmUp
+from holdover.method import Call, Entry, Guard, Signal, Span
+from holdover.methods.fingerprint import Fingerprint, grid_counts, uniform
+from holdover.methods.fixed_interval import OneSpan
+from holdover.methods.never import Always
+from holdover.methods.parts.guards import Anchors, AnyOf, Interval, WarmUp
 from holdover.methods.parts.predictors import Residual
-from holdover.methods.parts.signals import Fingerprint, FingerprintReading, grid_counts, uniform
-from holdover.methods.parts.spans import EachBlock, OneSpan
+from holdover.methods.parts.spans import EachBlock
+from holdover.methods.xcache import DualMetric, Stale, vector_cosine
+from holdover.methods.xcache_reactive import NewAction
 from tests.holdover.naive import xcache as naive
 
 few = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -32,21 +33,22 @@ grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 
 def call(**fields: Any) -> Call:
     """A call of block 2 of 6, as a part sees it."""
     held = fields.pop("held", {})
-    given: dict[str, Any] = {"span": Span(2, 2), "blocks": 6, "chunk": 5, "full": None, "x": torch.zeros(1, 1, 1)}
+    given: dict[str, Any] = {"span": Span(2, 2), "blocks": 6, "chunk": 5, "full_action": None, "part": None}
+    given["x"] = torch.zeros(1, 1, 1)
     given |= {name: fields.pop(name) for name in list(fields) if name in given}
-    given |= {"entry": fields.pop("entry", given["x"]), "tap": lambda name: given["x"]}
-    given |= {"peer": lambda block, branch=None: None, "compute": lambda x: x, "kind": fields.pop("kind", "block")}
+    given |= {"pass_input": fields.pop("pass_input", given["x"]), "tap": lambda name: given["x"]}
+    given |= {"peer": lambda block, branch=None: None, "kind": fields.pop("kind", "block")}
     kind: dict[str, Any] = {"shape": torch.Size([1, 1, 1]), "dtype": torch.float32, "device": torch.device("cpu")}
     kind |= {"out_dtype": torch.float32, "chunk": 4, "epoch": 0, "action": None}
-    entry = None if held is None else Held(**{**kind, **held})
+    entry = None if held is None else Entry(**{**kind, **held})
     step = {"chunk": 5, "num_steps": 4, "commits": False}
-    return Call(step=holdover.Step(**{**step, **fields}), held=entry, **given)
+    return Call(step=holdover.Step(**{**step, **fields}), entry=entry, **given)
 
 
 # The fingerprint.
 
 
-def compared(reading: FingerprintReading, now: Tensor, then: Tensor) -> list[float]:
+def compared(reading: Signal, now: Tensor, then: Tensor) -> list[float]:
     metrics = reading.metrics(reading.compare(now, then).tolist())
     assert list(metrics) == ["cosine", "deviation"]
     return list(metrics.values())
@@ -302,16 +304,13 @@ def test_a_residual_is_written_into_the_buffer_of_before() -> None:
 
 def test_guards_combine() -> None:
     a, b, silent = Always("a"), Always("b"), WarmUp(0)
-    assert (a | b)(call()) == "a"
-    assert (silent | b)(call()) == "b"
-    assert (silent | silent)(call()) is None
-    assert (silent | a | b)(call()) == "a"
-    assert (a | b | silent).guards == (a, b, silent)
-    assert (a & b)(call()) == "a"
-    assert (a & silent)(call()) is (silent & a)(call()) is None
-    assert (
-        repr(WarmUp(2) | Anchors(1, 0)) == "AnyOf(guards=(WarmUp(warmup=2), Anchors(front_anchors=1, back_anchors=0)))"
-    )
+    assert AnyOf((a, b))(call()) == "a"
+    assert AnyOf((silent, b))(call()) == "b"
+    assert AnyOf((silent, silent))(call()) is AnyOf(())(call()) is None
+    assert (AnyOf((silent,)) | a | b)(call()) == "a"
+    assert (AnyOf((a, b)) | silent).guards == (a, b, silent)
+    both = AnyOf((WarmUp(2), Anchors(1, 0)))
+    assert repr(both) == "AnyOf(guards=(WarmUp(warmup=2), Anchors(front_anchors=1, back_anchors=0)))"
 
 
 @pytest.mark.parametrize(
@@ -346,20 +345,20 @@ def test_an_action_is_new_when_any_dimension_moved_by_its_scale(series: list[tup
     action, known, scale = zip(*series, strict=True)
     moved = max(abs(a - b) / s for a, b, s in series)
     assume(abs(moved - 1) > 1e-9)
-    fields = {"action": action, "full": FullChunk(3, known)}
+    fields = {"action": action, "full_action": known}
     assert NewAction(scale)(call(**fields)) == ("action" if moved > 1 else None)
 
 
 def test_an_action_without_anything_to_compare_with_is_new() -> None:
     guard = NewAction(0.05)
     assert guard(call(action=[0.1])) == "action"
-    assert guard(call(action=[0.1], full=FullChunk(3, None))) == "action"
-    assert guard(call(action=[0.1], full=FullChunk(3, (0.1, 0.0)))) == "action"
-    assert guard(call(action=[0.1], full=FullChunk(3, (0.1,)))) is None
+    assert guard(call(action=[0.1], full_action=None)) == "action"
+    assert guard(call(action=[0.1], full_action=(0.1, 0.0))) == "action"
+    assert guard(call(action=[0.1], full_action=(0.1,))) is None
     with pytest.raises(ValueError, match=r"the step has none; pass step\(action="):
         guard(call())
     with pytest.raises(ValueError, match="scale has 2 dimensions, the action 1"):
-        NewAction((0.1, 0.2))(call(action=[0.1], full=FullChunk(3, (0.1,))))
+        NewAction((0.1, 0.2))(call(action=[0.1], full_action=(0.1,)))
 
 
 # Spans.

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import holdover
-from holdover.methods.parts.flow import Warp, lucas_kanade, sample
-from holdover.methods.parts.probe import Extrapolate, SalientChange, ScheduledAccumulate
+from holdover.methods.dicache import Extrapolate
+from holdover.methods.optical_flow import Warp, lucas_kanade, sample
 from holdover.methods.parts.signals import RelativeChange
+from holdover.methods.worldcache_pcd import SalientChange, ScheduledAccumulate
 from tests.holdover.engine.models import Scale, Stack
 from tests.holdover.methods.test_parts import call, few
 from tests.holdover.naive import worldcache_pcd as naive
@@ -33,7 +34,7 @@ def play(policy: holdover.Policy) -> tuple[list[Tensor], list[Any], holdover.Cac
 def metrics(signal: Any, now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Of pairs of probe output and input."""
     reading = signal.prepare(now[0].shape, now[0].device, ())
-    read = [reading.read(call(x=z, entry=x)) for z, x in (now, then)]
+    read = [reading.read(call(x=z, pass_input=x)) for z, x in (now, then)]
     found: dict[str, float] = reading.metrics(reading.compare(*read).tolist())
     return found
 
@@ -65,7 +66,7 @@ def test_drift_counts_more_where_the_picture_has_structure() -> None:
     assert metrics(SalientChange(0.5), (z, x), (z_prev, x))["change"] == pytest.approx((1 * 1 + 1 * 1.5) / 2)
     frames = (holdover.ViewGroup("front", 1, 1, 1),)  # two frames of one token: one place, and nothing stands out
     reading = SalientChange(0.5).prepare(z.shape, z.device, frames)
-    pair = [reading.read(call(x=value, entry=x)) for value in (z, z_prev)]
+    pair = [reading.read(call(x=value, pass_input=x)) for value in (z, z_prev)]
     assert reading.metrics(reading.compare(*pair).tolist())["change"] == pytest.approx(1)
     with pytest.raises(ValueError, match="2 tokens is not whole frames of the 3"):
         SalientChange(0.5).prepare(z.shape, z.device, (holdover.ViewGroup("front", 1, 1, 3),))
@@ -106,7 +107,7 @@ def test_the_threshold_falls_with_motion_and_rises_with_the_step() -> None:
 def test_on_a_line_both_factors_agree(seed: int, along: float) -> None:
     P1, P2, R1, R2, x = torch.randn(5, 1, 12, 5, generator=torch.Generator().manual_seed(seed))
     z = x + P2 + along * (P1 - P2)
-    told = call(x=z, entry=x, held={"tensors": {"P1": P1, "P2": P2, "R1": R1, "R2": R2}})
+    told = call(x=z, pass_input=x, held={"tensors": {"P1": P1, "P2": P2, "R1": R1, "R2": R2}})
     ratio, projection = Extrapolate(gamma="ratio", clamp=(1, 2)), Extrapolate(gamma="projection", clamp=(0, 2))
     assert float(projection.factor(told)) == pytest.approx(float(ratio.factor(told)), abs=1e-5)
     torch.testing.assert_close(projection.predict(told), x + R2 + along * (R1 - R2), rtol=1e-4, atol=1e-4)
@@ -117,7 +118,7 @@ def test_the_factor_is_clamped() -> None:
     held = {"tensors": {"P1": one, "P2": zero, "R1": one, "R2": zero}}
     factors = {}
     for gone in (-3, 0, 0.5, 3):
-        told = call(x=one * gone, entry=zero, held=held)
+        told = call(x=one * gone, pass_input=zero, held=held)
         kinds = (("ratio", (1.0, 2.0)), ("projection", (0.0, 2.0)), ("projection", (0.2, 1.8)))
         factors[gone] = [float(Extrapolate(gamma=g, clamp=c).factor(told)) for g, c in kinds]  # type: ignore[arg-type]
     assert factors == {
@@ -128,7 +129,7 @@ def test_the_factor_is_clamped() -> None:
     }
     still = {"tensors": {"P1": one, "P2": one, "R1": one, "R2": zero}}  # the probe did not move, the tail did
     for gamma in ("ratio", "projection"):
-        told = call(x=one, entry=zero, held=still)
+        told = call(x=one, pass_input=zero, held=still)
         assert Extrapolate(gamma=gamma, clamp=(0, 2)).predict(told).isfinite().all()  # type: ignore[arg-type]
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import holdover
+from holdover.method import Policy
 from holdover.methods.magcache import magnitude_ratios, measure_magnitudes
-from holdover.methods.policy import Policy
 from tests.holdover.engine.models import Scale, Stack, ones, reasons
 from tests.holdover.naive.magcache import measured
 from tests.holdover.toy import BLOCKS, MANY, ToyLoop, ToyModel, cached

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import holdover
-from holdover.methods.parts.tokens import CHAOTIC, LINEAR, PINNED, STABLE, TokenCurvature
+from holdover.methods.worldcache_htc import CHAOTIC, LINEAR, PINNED, STABLE, TokenCurvature
 from tests.holdover.methods.test_parts import call, few
 from tests.holdover.toy import MANY, ToyLoop, ToyModel, cached, drive
 
@@ -145,7 +145,7 @@ def test_a_drift_that_is_no_number_is_computed(reduction: str, name: str) -> Non
             with cache.step(chunk=0, index=index, num_steps=20):
                 model(torch.zeros(1, 20, 3), index / 20)
             if index == 2:
-                (entry,) = cache._runtime.streams["default"].held.values()
+                (entry,) = cache._runtimes[0].streams["default"].entries.values()
                 quiet = int((entry.tensors["group"] == STABLE).flatten().nonzero()[0])  # not one that is counted
                 entry.tensors[name][0, quiet] = math.nan
     assert [d.reason for d in cache.trace] == ["retained"] * 3 + ["reuse", "nan", "reuse"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import StepTwin, change
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class BWCache(StepTwin):
@@ -38,3 +40,17 @@ class BWCache(StepTwin):
             return "history", {}
         average = sum(change(*reversed(memory[block][-2:])) for block in range(self.blocks)) / self.blocks
         return ("reuse" if average < self.threshold else "change"), {"change": average, "threshold": self.threshold}
+
+
+def case(**options: Any) -> Case:
+    return Case("bwcache", BWCache, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(threshold=0.035, run=3, retain=0.2, protection="chunk"),
+    case(run=0.2),
+]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import StepTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class DeepCache(StepTwin):
@@ -33,3 +35,16 @@ class DeepCache(StepTwin):
         if self.now["fields"]["index"] % self.every == 0:
             return "interval"
         return forced or "reuse"
+
+
+def case(**options: Any) -> Case:
+    return Case("deepcache", DeepCache, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(retain=1.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(every=2, shallow=0, retain=3, protection="chunk"),
+]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import StepTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class DeltaDiT(StepTwin):
@@ -39,3 +41,16 @@ class DeltaDiT(StepTwin):
         if forced == "condition":
             return forced
         return "reuse" if half in self.now["memory"] else "first"
+
+
+def case(**options: Any) -> Case:
+    return Case("delta_dit", DeltaDiT, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(retain=1.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(every=3, early=0.3, retain=2, protection="chunk"),
+]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import TailTwin, change
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class DiCache(TailTwin):
@@ -42,3 +44,16 @@ class DiCache(TailTwin):
     def learn(self, y: Any) -> None:
         entry = self.now["entry"]
         self.now["memory"].setdefault("history", []).append((self.now["x"] - entry, y - entry))
+
+
+def case(**options: Any) -> Case:
+    return Case("dicache", DiCache, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(threshold=0.3, probe=2, retain=1, protection="chunk"),
+]

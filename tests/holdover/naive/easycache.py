@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import TailTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class EasyCache(TailTwin):
@@ -47,3 +49,17 @@ class EasyCache(TailTwin):
 
 def mean(value: Any) -> float:
     return float(value.abs().mean())
+
+
+def case(**options: Any) -> Case:
+    return Case("easycache", EasyCache, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case(threshold=0.06)  # of 0.025, the default, a step of the toy is on the very edge
+#: Options under which the trigger always computes.
+CLOSED = case(threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(threshold=0.1, retain=2, protection="chunk"),
+    case(retain=0),
+]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import StepTwin
+from tests.holdover.toy import BLOCKS, GROUPS, MANY
 
 
 class FasterCache(StepTwin):
@@ -90,3 +93,19 @@ class FasterCache(StepTwin):
                 down, across = min(i, h - i), min(j, w - j)
                 spectrum[i, j] *= low if down**2 + across**2 <= (min(h, w) // 5) ** 2 else high
         return np.fft.ifft2(spectrum).real
+
+
+def case(**options: Any) -> Case:
+    options["grids"] = GROUPS
+    branches = ("cond", "uncond")
+    return Case("fastercache", FasterCache, options, MANY, {"blocks": BLOCKS}, branches=branches, tolerance=1e-5)
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(retain=1.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(every=3, low=0.8, high=1.5, switch=0.7, retain=2, protection="chunk"),
+    replace(case(every=2, branch="a", guide="b"), branches=("b", "a")),
+]

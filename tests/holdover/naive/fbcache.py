@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import TailTwin, change
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class FBCache(TailTwin):
@@ -24,3 +26,16 @@ class FBCache(TailTwin):
         if reason != "reuse":
             memory["first"] = first
         return reason, scores
+
+
+def case(**options: Any) -> Case:
+    return Case("fbcache", FBCache, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(threshold=0.2, protection="chunk"),
+]

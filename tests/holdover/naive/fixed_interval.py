@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
+from tests.holdover.toy import BLOCKS
+
 
 class FixedInterval:
     """``last`` residuals by slot: (branch, block) over steps, (branch, pass, block) over chunks."""
@@ -91,3 +94,20 @@ class FixedInterval:
     def _note(self, block: int, reason: str, y: Any) -> Any:
         self.decisions.append({"block": block, "computed": reason != "reuse", "reason": reason, "scores": {}})
         return y
+
+
+def case(**options: Any) -> Case:
+    return Case("fixed_interval", FixedInterval, options, known={"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(warmup=10**6)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(over="steps", every=2),
+    case(over="steps", every=3, protection="pass", warmup=0, front_anchors=0),
+    case(every=2, protection="pass"),
+    case(every=3, protection="pass", span="all", back_anchors=1),
+    case(over="steps", every=2, span="all", front_anchors=0),
+]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import TailTwin, change
+from tests.holdover.toy import BLOCKS, MANY, StaggeredLoop, ToyLoop
 
 
 class FlowCache(TailTwin):
@@ -25,3 +28,18 @@ class FlowCache(TailTwin):
         if reason != "reuse":
             memory["drift"] = 0.0
         return reason, scores
+
+
+def case(**options: Any) -> Case:
+    """FlowCache is for chunks in flight at staggered noise levels."""
+    return Case("flowcache", FlowCache, options, MANY, {"blocks": BLOCKS}, loops=StaggeredLoop)
+
+
+DEFAULT = case(threshold=0.1)  # of 0.01, the default, the toy moves more in any step
+#: Options under which the trigger always computes.
+CLOSED = case(threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(threshold=0.3, retain=0.2, protection="chunk"),
+    replace(case(threshold=0.2, retain=3), loops=ToyLoop),
+]

@@ -6,7 +6,9 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import TailTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class MagCache(TailTwin):
@@ -40,3 +42,21 @@ def measured(residuals: list[Any]) -> list[float]:
         each = [float((b**2).sum() ** 0.5 / (a**2).sum() ** 0.5) for a, b in tokens]
         ratios.append(sum(each) / len(each))
     return ratios
+
+
+def case(**options: Any) -> Case:
+    return Case("magcache", MagCache, options, MANY, {"blocks": BLOCKS})
+
+
+#: What calibration gives for a model that keeps to MagCache's law: ratios fall slowly, at the end steeply.
+RATIOS = tuple(1 - 0.008 - 0.1 * (n / 23) ** 8 for n in range(24))
+
+
+DEFAULT = case(ratios=RATIOS)
+#: Options under which the trigger always computes.
+CLOSED = case(ratios=RATIOS, threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(ratios=RATIOS, threshold=0.2, max_skips=2, retain=1, protection="chunk"),
+    case(ratios=(1.02,) * 24, max_skips=9),
+]

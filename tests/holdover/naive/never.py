@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
+
 
 class Never:
     def __init__(self) -> None:
@@ -17,3 +19,14 @@ class Never:
             return compute(x)
 
         return run(apply=apply)
+
+
+def case() -> Case:
+    return Case("never", Never)
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case()
+#: Every option away from its default.
+VARIED: list[Case] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import SublayerTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class PAB(SublayerTwin):
@@ -41,3 +43,17 @@ class PAB(SublayerTwin):
         if index % self.every[kind] == 0:
             return "interval"
         return "condition" if forced == "condition" else "reuse"
+
+
+def case(**options: Any) -> Case:
+    return Case("pab", PAB, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(start=1.0, stop=1.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(spatial=1, temporal=3, cross=2, start=0.3, stop=1.0, protection="chunk"),
+    case(start=0.0),
+]

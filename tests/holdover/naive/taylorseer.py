@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import StepTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class TaylorSeer(StepTwin):
@@ -53,3 +55,18 @@ def forecast(history: list[Any], step: int) -> Any:
         bend = (slope - (y1 - y2) / (s1 - s2)) / (s0 - s1)
         y = y + bend * (k * k / 2)
     return y
+
+
+def case(**options: Any) -> Case:
+    return Case("taylorseer", TaylorSeer, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(retain=1.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(every=3, order=2, span="block", retain=0.15, protection="chunk"),
+    case(every=4, order=0, retain=2),
+    case(every=4, order=2),
+]

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import TailTwin, change
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class TeaCache(TailTwin):
@@ -28,3 +30,16 @@ class TeaCache(TailTwin):
         if reason != "reuse":
             memory["drift"] = 0.0
         return reason, scores
+
+
+def case(**options: Any) -> Case:
+    return Case("teacache", TeaCache, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(threshold=0.3, protection="chunk", polynomial=(2.0, 0.5, 0.001)),
+]

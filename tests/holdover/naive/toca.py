@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import SublayerTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class ToCa(SublayerTwin):
@@ -46,3 +48,17 @@ class ToCa(SublayerTwin):
         if self.now["fields"]["index"] % self.every == 0:
             return "interval"
         return "condition" if forced == "condition" else "reuse"
+
+
+def case(**options: Any) -> Case:
+    return Case("toca", ToCa, options, MANY, {"blocks": BLOCKS}, tolerance=1e-5)
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(retain=1.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(every=3, fresh=0.3, age=2.0, retain=0.2, protection="chunk"),
+    case(every=6, fresh=0.02, age=0.0),
+]

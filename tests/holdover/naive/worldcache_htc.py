@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.holdover.case import Case
 from tests.holdover.naive.steps import StepTwin
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class WorldCacheHTC(StepTwin):
@@ -120,3 +122,19 @@ class WorldCacheHTC(StepTwin):
         chaotic = [i for i, group in enumerate(memory["group"]) if group == "chaotic"]
         total = sum(memory["kappa"][i] * moved[i] for i in chaotic)
         return float(total / len(chaotic if self.reduction == "chaotic" else memory["free"]))
+
+
+def case(**options: Any) -> Case:
+    return Case("worldcache_htc", WorldCacheHTC, options, MANY, {"blocks": BLOCKS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(eta=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(chaotic=0.7, n_max=6, eta=3.33, retain=5),
+    case(drift_reduction="all", retain=0, stable=0.2, protection="chunk"),
+    case(n_max=5, retain=0.2, relative_epsilon=0.1, pinned=48, modalities=(96, 96)),
+    case(eta=0.02, pinned=(0, 7, 100)),
+]

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from tests.holdover.case import TOY_GROUPS, Case
 from tests.holdover.naive.dicache import DiCache
 from tests.holdover.naive.steps import change
+from tests.holdover.toy import BLOCKS, MANY
 
 
 class WorldCachePCD(DiCache):
@@ -111,3 +113,19 @@ def bilinear(x: Any, row: float, column: float) -> Any:
     top = (1 - (column - j)) * x[i, j] + (column - j) * x[i, j1]
     bottom = (1 - (column - j)) * x[i1, j] + (column - j) * x[i1, j1]
     return (1 - (row - i)) * top + (row - i) * bottom
+
+
+def case(**options: Any) -> Case:
+    return Case("worldcache_pcd", WorldCachePCD, options, MANY, {"blocks": BLOCKS, "groups": TOY_GROUPS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(threshold=0.0)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(threshold=0.2, probe=1, beta_s=0.5, alpha=0.5, beta_d="code", gamma=(0.2, 1.8), retain=1, last=True),
+    case(threshold=0.3, swd=False, ats=False, retain=0.1, protection="chunk"),
+    case(probe=1, swd=False, cfc=False, ats=False, ofa=False),
+    case(cfc=False, ofa=False),
+]

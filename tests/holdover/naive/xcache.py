@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.holdover.case import TOY_GROUPS, Case
+from tests.holdover.toy import BLOCKS
+
 EPSILON = 1e-8
 
 
@@ -172,3 +175,22 @@ class XCache:
     def note(self, block: int, reason: str, scores: dict[str, float], y: Any) -> Any:
         self.decisions.append({"block": block, "computed": reason != "reuse", "reason": reason, "scores": scores})
         return y
+
+
+def case(**options: Any) -> Case:
+    return Case("xcache", XCache, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(tau_floor=1.5)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(front_anchors=2, back_anchors=1, warmup=3),
+    case(front_anchors=0, warmup=0, protection="pass", max_staleness=2),
+    case(tau_floor=0.9, margin=0.00015),
+    case(tau_dev=0.22, alpha=1.0),
+    case(step0="full", tokens=5),
+    case(step0="relaxed", tokens=200, tau_floor=0.9),
+    case(max_staleness=1),
+]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.holdover.case import TOY_GROUPS, Case
 from tests.holdover.naive.xcache import XCache, cosine
+from tests.holdover.toy import BLOCKS
 
 
 class XCacheReactive(XCache):
@@ -46,3 +48,17 @@ class XCacheReactive(XCache):
     def entries_cosine(self, slot: Any, fields: dict[str, Any], spatial: Any, mean: Any) -> float:
         cosines = [cosine(a, b) for a, b in zip(spatial, self.spatial[slot], strict=True)]
         return min(cosines + [cosine(a, b) for a, b in zip(mean, self.mean[slot], strict=True)])
+
+
+def case(**options: Any) -> Case:
+    return Case("xcache_reactive", XCacheReactive, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS})
+
+
+DEFAULT = case()
+#: Options under which the trigger always computes.
+CLOSED = case(tau_floor=1.5)
+#: Every option away from its default.
+VARIED: list[Case] = [
+    case(scale=(2.0, 0.3)),
+    case(scale=0.012, protection="pass"),
+]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover.report.run_dir import ChunkRecord, Rollout, write_rollout
 
 FPS, FRAMES, PER_CHUNK = 12, 96, 4

@@ -13,7 +13,7 @@ import imageio.v3
 import numpy as np
 import pytest
 
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover.report.decisions import category, ribbon
 from holdover.report.page import build_page
 from holdover.report.run_read import read_run

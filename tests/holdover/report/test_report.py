@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover.report import plots, tables
 from holdover.report.canvas import arrange
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block

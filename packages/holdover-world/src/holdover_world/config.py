@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.engine.slots import ViewGroup
+from holdover.slot import ViewGroup
 from holdover_world.codec.autoencoder import FRAMES, SCALE
 from holdover_world.scene.cameras import RIG, Camera, enlarged
 from holdover_world.scene.clips import read_cameras

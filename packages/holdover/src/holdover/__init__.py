@@ -5,19 +5,19 @@ with holdover.attach(model, holdover.xcache()) as cache:
         velocity = model(...)
 """
 
-from holdover.engine.attach import Cache
-from holdover.engine.contract import Audit
-from holdover.engine.slots import Slot, ViewGroup
+from holdover.decision import Stats
+from holdover.engine.audit import Audit
+from holdover.engine.cache import Cache
 from holdover.engine.snapshot import Snapshot
-from holdover.engine.step import Step
-from holdover.engine.trace import Stats
+from holdover.method import Policy
 from holdover.methods.fixed_interval import fixed_interval
 from holdover.methods.never import never
-from holdover.methods.policy import Policy
 from holdover.methods.registry import policies, policy
 from holdover.methods.xcache import xcache
 from holdover.methods.xcache_reactive import xcache_reactive
 from holdover.models.attach import attach
+from holdover.slot import Slot, ViewGroup
+from holdover.step import Step
 
 __all__ = [
     "Audit",

@@ -22,8 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdover.engine import condition as conditions
-from holdover.engine.attach import Cache, StepContext
-from holdover.engine.contract import Policy
+from holdover.engine.cache import Cache, StepContext
+from holdover.method import Policy
 from holdover.models.attach import attach
 from holdover.models.registry import find, hosts, unwrapped
 

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from holdover.engine.attach import Cache
-from holdover.engine.step import Step
+from holdover.engine.cache import Cache
+from holdover.step import Step
 from holdover_world.codec.autoencoder import FRAMES
 from holdover_world.model.kv_cache import KVBatch, KVCache
 from holdover_world.model.sampler import Sampler, denoise, noise_levels

@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.engine.attach import Cache, attach
-from holdover.engine.contract import Policy
-from holdover.engine.trace import Decision, Stats
+from holdover.engine.attach import attach
+from holdover.engine.cache import Cache
+from holdover.method import Policy
+from holdover.decision import Decision, Stats
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig, Piece
 from holdover_world.loop.scenarios import Scenario
 from holdover_world.model.transformer import WorldModel

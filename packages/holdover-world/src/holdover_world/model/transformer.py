@@ -28,7 +28,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from holdover.engine.slots import Slot, ViewGroup
+from holdover.slot import Slot, ViewGroup
 from holdover_world.codec.checkpoints import DIFFERENCE, add_difference, read_network, write_network
 from holdover_world.codec.latents import Codec
 from holdover_world.conditioning.reprojection import Reprojection

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 
 _msgpack: Any = msgpack  # typed loosely: it ships no types
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover_world.loop import closed_loop
 from holdover_world.loop.closed_loop import ClosedLoop, LoopState
 from holdover_world.scene.cameras import FPS

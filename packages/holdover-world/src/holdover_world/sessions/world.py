@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.engine.attach import Cache, attach
-from holdover.engine.contract import Policy
-from holdover.engine.slots import find_blocks
+from holdover.engine.attach import attach
+from holdover.engine.cache import Cache
+from holdover.method import Policy
+from holdover.engine.blocks import find_blocks
 from holdover.engine.snapshot import model_digest
 from holdover.methods.registry import policy as policy_by_name
 from holdover_world.loop.closed_loop import LoopConfig, Piece

@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from holdover.engine.slots import Block
+from holdover.engine.blocks import Block
 
 #: Instance attribute by which an attached block is known.
 MARK = "_holdover"
+
+
+class Shortcuts:
+    """The blocks of the pass in progress that need no decision: whether they are computed or give back their input.
+
+    The pass opens them and each is taken once, by the block's dispatcher.
+    """
+
+    def __init__(self) -> None:
+        #: Blocks that have not run yet: whether they are computed.
+        self.left: dict[int, bool] = {}
+        self._opened: set[int] = set()
+        self._known: dict[tuple[int, int, bool], tuple[dict[int, bool], list[tuple[str, int]]]] = {}
+
+    def open(self, blocks: Sequence[Block], *, computed: bool) -> list[tuple[str, int]]:
+        """Ask the pass no more about these blocks; returns the labels of those that this holds for.
+
+        A block that can tell whether a call writes the KV cache is asked at every call.
+        """
+        if not blocks:
+            return []
+        key = blocks[0].index, blocks[-1].index, computed
+        if key not in self._known:
+            found = [block for block in blocks if block.slot.kv_update is None]
+            self._known[key] = {block.index: computed for block in found}, [block.label for block in found]
+        left, labels = self._known[key]
+        self.left.update(left)
+        self._opened.update(left)
+        return labels
+
+    def taken(self, index: int) -> bool:
+        """Whether a block was opened in this pass and has run since."""
+        return index in self._opened and index not in self.left
+
+    def close(self) -> set[int]:
+        """End the pass; returns the blocks that were opened and never ran."""
+        never_ran = set(self.left)
+        self.left.clear()
+        self._opened.clear()
+        return never_ran
 
 
 class Hook:
@@ -25,7 +65,7 @@ class Hook:
     def __init__(
         self,
         block: Block,
-        settled: dict[int, bool],
+        shortcuts: Shortcuts,
         dispatch: Callable[[Block, tuple[Any, ...], dict[str, Any]], Any],
     ) -> None:
         self._block, self._dispatch = block, dispatch
@@ -40,13 +80,13 @@ class Hook:
         disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
         untraced = disable(lambda args, kwargs: self._dispatch(block, args, kwargs))
         # Every block of every pass comes by here, and finds the processor's caches emptied by the one before.
-        is_traced, settled_how = torch.compiler.is_dynamo_compiling, settled.pop
+        is_traced, shortcut = torch.compiler.is_dynamo_compiling, shortcuts.left.pop
         index, compute, read = block.index, block.compute, block.read
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if is_traced():
                 return untraced(args, kwargs)
-            computed = settled_how(index, None)
+            computed = shortcut(index, None)
             if computed:
                 return compute(*args, **kwargs)
             return self._dispatch(block, args, kwargs) if computed is None else read(args, kwargs)

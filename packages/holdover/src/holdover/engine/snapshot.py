@@ -1,4 +1,4 @@
-"""A stream's held state, outside the process that made it: tensors and JSON, never pickle."""
+"""A stream outside the process that made it: tensors and JSON, never pickle."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from holdover.engine import condition as conditions
-from holdover.engine.slots import Block
-from holdover.engine.state import ChunkState, Condition, FullChunk, Held, Key, Run, Stream
+from holdover.engine.blocks import Block
+from holdover.engine.streams import BranchRun, ChunkState, Condition, Key, Stream
+from holdover.method import Entry
 
-FORMAT = "stream 2"
+FORMAT = "stream 3"
 
 #: Values sampled per parameter to tell one model's weights from another's.
 SAMPLES = 16
@@ -30,15 +31,15 @@ class Snapshot:
     """What `Cache.snapshot` took: restore it with `Cache.restore`, here or in another process.
 
     Attributes:
-        policy: the policy's repr; it restores under the same policy only.
-        model: a digest of the slots and of a sample of their weights; in another model, nothing held is reused.
-        stream: everything but tensors, in JSON's terms.
-        tensors: the held tensors.
+        policies: the repr of each policy, outermost first; a snapshot restores under the same policies only.
+        model: a digest of the slots and of a sample of their weights; in another model no entry is reused.
+        streams: per policy everything but tensors, in JSON's terms.
+        tensors: the entries' tensors.
     """
 
-    policy: str
+    policies: tuple[str, ...]
     model: str
-    stream: Mapping[str, Any]
+    streams: tuple[Mapping[str, Any], ...]
     tensors: Mapping[str, Tensor]
 
     @property
@@ -47,7 +48,7 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file, whole or not at all."""
-        header = {"format": FORMAT, "policy": self.policy, "model": self.model, "stream": self.stream}
+        header = {"format": FORMAT, "policies": self.policies, "model": self.model, "streams": self.streams}
         write_tensors(Path(path), header, self.tensors)
 
     @classmethod
@@ -59,7 +60,8 @@ class Snapshot:
             ValueError: the file is not a snapshot, or of another format.
         """
         header, tensors = read_tensors(Path(path), "write one with cache.snapshot(stream).save(path)", format=FORMAT)
-        return cls(policy=header["policy"], model=header["model"], stream=header["stream"], tensors=tensors)
+        policies, streams = tuple(header["policies"]), tuple(header["streams"])
+        return cls(policies=policies, model=header["model"], streams=streams, tensors=tensors)
 
 
 def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -107,25 +109,29 @@ def model_digest(blocks: Sequence[Block]) -> str:
     return sha.hexdigest()
 
 
-def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A stream as JSON and tensors; the tensors are copies."""
+def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A stream as JSON and tensors, whose names begin with the prefix; the tensors are copies."""
     tensors: dict[str, Tensor] = {}
 
     def put(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return {"value": value}
-        tensors[name] = value.clone()
-        return {"tensor": name}
+        tensors[prefix + name] = value.clone()
+        return {"tensor": prefix + name}
 
-    held = []
-    for n, (key, entry) in enumerate(stream.held.items()):
-        held.append(
+    entries = []
+    for n, (key, entry) in enumerate(stream.entries.items()):
+        entries.append(
             {
                 "key": list(key),
                 "tensors": {name: put(f"{n}.{name}", tensor) for name, tensor in entry.tensors.items()},
                 "extras": {
                     str(block): [put(f"{n}.extra.{block}.{i}", item) for i, item in enumerate(items)]
                     for block, items in entry.extras.items()
+                },
+                "memory": {
+                    str(block): {name: put(f"{n}.memory.{block}.{name}", tensor) for name, tensor in own.items()}
+                    for block, own in entry.memory.items()
                 },
                 "numbers": dict(entry.numbers),
                 "chunk": entry.chunk,
@@ -167,12 +173,12 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for branch, known in stream.conditions.items()
     }
     plain = {
-        "held": held,
+        "entries": entries,
         "chunks": chunks,
         "count": stream.count,
         "latest": stream.latest,
         "conditions": known,
-        "full": {branch: [full.chunk, _listed(full.action)] for branch, full in stream.full.items()},
+        "full_actions": {branch: _listed(action) for branch, action in stream.full_actions.items()},
         "reuses": stream.reuses,
         "alarmed": stream.alarmed,
         "barren": stream.barren,
@@ -180,9 +186,9 @@ def encode(stream: Stream) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return plain, tensors
 
 
-def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
-    """The stream of a snapshot, its tensors copied to where the blocks are."""
-    plain = snapshot.stream
+def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
+    """The stream under the n-th policy, its tensors copied to where the blocks are."""
+    plain = snapshot.streams[n]
     stream = Stream(
         count=plain["count"],
         latest=plain["latest"],
@@ -190,16 +196,17 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
         alarmed=plain["alarmed"],
         barren=plain["barren"],
     )
-    for entry in plain["held"]:
+    for entry in plain["entries"]:
         key = Key(*entry["key"])
         device = _device(blocks[key.block]) if key.block < len(blocks) else torch.device("cpu")
 
         def get(item: Mapping[str, Any], device: torch.device = device) -> Any:
             return snapshot.tensors[item["tensor"]].to(device, copy=True) if "tensor" in item else item["value"]
 
-        stream.held[key] = Held(
+        stream.entries[key] = Entry(
             tensors={name: get(item) for name, item in entry["tensors"].items()},
             extras={int(b): tuple(get(item) for item in items) for b, items in entry["extras"].items()},
+            memory={int(b): {name: get(item) for name, item in own.items()} for b, own in entry["memory"].items()},
             numbers=entry["numbers"],
             chunk=entry["chunk"],
             epoch=entry["epoch"],
@@ -214,14 +221,14 @@ def decode(snapshot: Snapshot, blocks: Sequence[Block]) -> Stream:
         chunk = ChunkState(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
         for branch, run in item["runs"].items():
             action, indices = _vector(run["action"]), set(run["indices"])
-            chunk.runs[branch] = Run(run["num_steps"], action, run["epoch"], indices, run["exact"], run["idle"])
+            chunk.runs[branch] = BranchRun(run["num_steps"], action, run["epoch"], indices, run["exact"], run["idle"])
         chunk.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
         stream.chunks[item["chunk"]] = chunk
     for branch, known in plain["conditions"].items():
         stream.conditions[branch] = Condition(known["epoch"], digest=known["digest"], by_digest=True)
-    for branch, (ordinal, action) in plain["full"].items():
-        stream.full[branch] = FullChunk(ordinal, _vector(action))
-    stream.nbytes = sum(held.nbytes for held in stream.held.values())
+    for branch, action in plain["full_actions"].items():
+        stream.full_actions[branch] = _vector(action)
+    stream.nbytes = sum(entry.nbytes for entry in stream.entries.values())
     return stream
 
 

@@ -1,4 +1,4 @@
-"""What was decided, block by block, and why."""
+"""The trace of what was decided, and counts of it."""
 
 from __future__ import annotations
 
@@ -8,43 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, overload
 
-from holdover.engine.step import Role, Step
-
-#: Reasons of the engine itself. Policies add their own.
-#:   kv update, prefill   the pass has a role that is never served from cache
-#:   condition            the condition changed since the slot was computed, or within this chunk
-#:   first                nothing is held yet
-#:   interrupted          what was held was given up in a pass that failed
-#:   snapshot             what was held came from another model
-#:   shape, dtype, device the hidden state is not of the kind that was held
-#:   bytes                it does not fit under max_bytes
-#:   nan                  the signal is not finite
-#:   audit                an audit of this stream found an error past its limit
-#:   batch, group, branch another row of the batch, rank of the group, or guidance branch of the pass needed it
-#:   reuse                held over
-REUSE = "reuse"
-WARM_UP = "warm-up"
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One block of one pass.
-
-    ``scores`` holds what the gate looked at, such as ``cosine``, ``threshold`` and ``deviation``; it is empty where a
-    guard decided. ``audit`` appears in it where a reused span was computed as well: the relative error in L2.
-    """
-
-    stream: str
-    branch: str
-    chunk: int
-    index: int
-    slot: str
-    block: int
-    role: Role
-    computed: bool
-    reason: str
-    scores: Mapping[str, float]
-    sigma: float | None
+from holdover.decision import WARM_UP, AuditResult, Decision, Stats
+from holdover.step import Role, Step
 
 
 @dataclass(slots=True)
@@ -152,56 +117,6 @@ class Trace(Sequence[Decision]):
         return [
             {name: getattr(decision, name) for name in names} | {"scores": dict(decision.scores)} for decision in self
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditResult:
-    """Relative error in L2 of the reused spans that were computed as well."""
-
-    samples: int
-    mean_error: float
-    max_error: float
-    alarmed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Decisions, counted.
-
-    Attributes:
-        computed: block calls computed, KV updates and prefills included.
-        reused: block calls held over.
-        skip: reused / all block calls of denoising passes after warm-up, anchors and protected chunks included.
-        bytes_held: bytes of held tensors; after `detach`, what was held until then.
-        reasons: block calls per reason.
-        audit: what the audit found, None where it looked at nothing.
-    """
-
-    computed: int
-    reused: int
-    skip: float
-    bytes_held: int
-    reasons: Mapping[str, int]
-    audit: AuditResult | None
-
-    def __str__(self) -> str:
-        lines = [
-            f"skipped   {self.skip:6.1%} of the block calls after warm-up",
-            f"reused    {self.reused}",
-            f"computed  {self.computed}",
-            f"held      {self.bytes_held / 2**20:.1f} MiB",
-            "reasons   " + ", ".join(f"{reason} {n}" for reason, n in sorted(self.reasons.items(), key=_by_count)),
-        ]
-        if self.audit:
-            lines.append(
-                f"audit     {self.audit.samples} samples, relative error mean {self.audit.mean_error:.2e}, "
-                f"max {self.audit.max_error:.2e}{', past the limit' if self.audit.alarmed else ''}"
-            )
-        return "\n".join(lines)
-
-
-def _by_count(item: tuple[str, int]) -> tuple[int, str]:
-    return -item[1], item[0]
 
 
 @dataclass(slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from holdover.methods.parts.gates import Open
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from holdover.method import Policy, Span
 from holdover.methods.parts.guards import Interval, Protection, for_steps
 from holdover.methods.parts.predictors import Repeat
-from holdover.methods.parts.spans import DeepPart
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Open
 
 
 def deepcache(*, every: int = 3, shallow: int = 1, retain: int | float = 0, protection: Protection = "pass") -> Policy:
@@ -30,8 +32,25 @@ def deepcache(*, every: int = 3, shallow: int = 1, retain: int | float = 0, prot
     return Policy(
         name="deepcache",
         spans=DeepPart(shallow),
-        guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps"),
-        gate=Open(),
+        trigger=Open(guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps")),
         predictor=Repeat(),
         lifetime="chunk",
     )
+
+
+@dataclass(frozen=True)
+class DeepPart:
+    """Of a U-Net's blocks the outer ones, ``shallow`` at either end, are always computed; the others are one span."""
+
+    shallow: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shallow, int) or self.shallow < 0:
+            raise ValueError(f"shallow={self.shallow!r}: give a whole number of blocks, 0 or more")
+
+    def __call__(self, blocks: int) -> Sequence[Span]:
+        first, last = self.shallow, blocks - 1 - self.shallow
+        if first > last:
+            raise ValueError(f"shallow={self.shallow} leaves none of the model's {blocks} blocks to hold over")
+        outer = [Span(block, block, "shallow") for block in (*range(first), *range(last + 1, blocks))]
+        return [*outer[:first], Span(first, last), *outer[first:]]

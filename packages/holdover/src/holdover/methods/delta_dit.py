@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from holdover.methods.parts.gates import Open
-from holdover.methods.parts.guards import Interval, Protection, for_steps
-from holdover.methods.parts.halves import Halves, OneHalf
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from holdover.method import Call, Policy, Span
+from holdover.methods.parts.guards import Interval, Protection, for_steps, rounded_down, share_of_steps
 from holdover.methods.parts.predictors import Residual
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Open
 
 
 def delta_dit(
@@ -29,11 +31,40 @@ def delta_dit(
     Raises:
         ValueError: an option is out of range, or the model has one block only.
     """
+    guard = for_steps(retain=retain, last=False, protection=protection) | OneHalf(early) | Interval(every, "steps")
     return Policy(
         name="delta_dit",
         spans=Halves(),
-        guard=for_steps(retain=retain, last=False, protection=protection) | OneHalf(early) | Interval(every, "steps"),
-        gate=Open(),
+        trigger=Open(guard=guard),
         predictor=Residual(),
         lifetime="chunk",
     )
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The front half of the blocks, rounded down, and the rear half."""
+
+    def __call__(self, blocks: int) -> Sequence[Span]:
+        if blocks < 2:
+            raise ValueError(f"the model's {blocks} block has no halves; name two blocks or more as its slots")
+        return [Span(0, blocks // 2 - 1), Span(blocks // 2, blocks - 1)]
+
+
+@dataclass(frozen=True)
+class OneHalf:
+    """Computes the front half in a chunk's first steps, the rear half in the others.
+
+    Attributes:
+        early: the share of first steps, rounded down.
+    """
+
+    early: float
+
+    def __post_init__(self) -> None:
+        share_of_steps("early", self.early)
+
+    def __call__(self, call: Call) -> str | None:
+        is_early = call.step.index < rounded_down(self.early, call.step.num_steps)
+        is_front = call.span.first == 0
+        return "half" if is_early == is_front else None

@@ -1,13 +1,26 @@
-"""DiCache (arXiv 2508.17356): the first blocks, run at every step, decide for the others and steer their stand-in."""
+"""DiCache (arXiv 2508.17356): the first blocks, run at every step, decide for the others and steer their stand-in.
+
+x entered the pass, z left the probe, y the tail; P = z - x and R = y - x, 1 the newer, 2 the older of the last two
+computed steps.
+"""
 
 from __future__ import annotations
 
-from holdover.methods.parts.gates import Accumulate
-from holdover.methods.parts.guards import Protection
-from holdover.methods.parts.probe import Extrapolate, steps_after_probe
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from holdover.method import Call, Policy, Predictor
+from holdover.methods.parts.guards import AnyOf, Protection, for_steps
+from holdover.methods.parts.predictors import before
 from holdover.methods.parts.signals import RelativeChange
 from holdover.methods.parts.spans import ProbeAndTail
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Accumulate
+
+EPSILON = 1e-8
 
 
 def dicache(
@@ -32,10 +45,87 @@ def dicache(
     return Policy(
         name="dicache",
         spans=ProbeAndTail(probe),
-        guard=steps_after_probe(probe=probe, retain=retain, last=False, protection=protection),
-        gate=Accumulate(metric="change", threshold=threshold),
-        signal=RelativeChange("input", follows=True),
+        trigger=Accumulate(
+            guard=steps_after_probe(probe=probe, retain=retain, last=False, protection=protection),
+            signal=RelativeChange("input", follows=True),
+            metric="change",
+            threshold=threshold,
+        ),
         predictor=Extrapolate(gamma="ratio", clamp=(1.0, 2.0)),
         lifetime="chunk",
-        reads_entry=True,
+        reads_pass_input=True,
     )
+
+
+class Mover(Protocol):
+    """Moves tokens along with the picture, such as WorldCache-PCD's `Warp`."""
+
+    def picture(self, x: Tensor) -> Tensor:
+        """What to hold of an input, to know its motion later."""
+        ...
+
+    def along(self, then_BL: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function that moves tokens from where they were then to where they are in ``x``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolate(Predictor):
+    """The tail along the line through its last two residuals, as far as the probe has gone: ``x + R2 + γ·(R1 - R2)``.
+
+    With one residual, ``x + R1``. Statistics in float32.
+
+    Attributes:
+        gamma: ``"ratio"`` is DiCache's ``mean|P - P2| / mean|P1 - P2|``; ``"projection"`` WorldCache-PCD's
+            ``<P - P2, P1 - P2> / ‖P1 - P2‖²`` (OFA).
+        clamp: of γ.
+        warp: moves R1 and R2 along with the picture; None leaves them in place.
+    """
+
+    gamma: Literal["ratio", "projection"]
+    clamp: tuple[float, float]
+    warp: Mover | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.clamp) != 2 or not self.clamp[0] <= self.clamp[1]:
+            raise ValueError(f"gamma={self.clamp} is not a range; give the least and the largest γ, such as (0.0, 2.0)")
+
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            kept = {"R1": y - call.pass_input, "P1": _probe(call)}
+            if self.warp is not None:
+                kept["picture"] = self.warp.picture(call.pass_input)
+        held = before(call)
+        if held is not None:
+            kept |= {"R2": held.tensors["R1"], "P2": held.tensors["P1"]}
+        return kept
+
+    def predict(self, call: Call) -> Tensor:
+        held = call.known.tensors
+        move = self.warp.along(held["picture"], call.pass_input) if self.warp is not None else lambda residual: residual
+        if "R2" not in held:
+            return call.pass_input + move(held["R1"])
+        older = move(held["R2"])
+        return call.pass_input + (older + self.factor(call) * (move(held["R1"]) - older))
+
+    def factor(self, call: Call) -> Tensor:
+        """γ, on the device; 0 before the clamp where the probe stood still between the two computed steps."""
+        held = call.known.tensors
+        now, then = _probe(call) - held["P2"], held["P1"] - held["P2"]
+        if self.gamma == "ratio":
+            gamma = now.abs().mean() / then.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        else:
+            gamma = (now * then).sum() / (then.square().sum() + EPSILON)
+        return gamma.clamp(*self.clamp)
+
+
+def steps_after_probe(*, probe: int, retain: int | float, last: bool, protection: Protection) -> AnyOf:
+    """The guards of a method with a probe of at least one block."""
+    if not isinstance(probe, int) or probe < 1:
+        raise ValueError(f"probe={probe!r}: give a whole number of blocks, 1 or more")
+    return for_steps(retain=retain, last=last, protection=protection)
+
+
+def _probe(call: Call) -> Tensor:
+    """P of this pass."""
+    return call.x.detach().float() - call.pass_input.detach().float()

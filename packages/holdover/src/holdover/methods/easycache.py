@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from holdover.methods.parts.guards import Protection, for_steps
-from holdover.methods.parts.rate import ExpectedChange, InputStep, LastPair
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdover.method import Call, Policy, Predictor, Signal, Trigger, Verdict
+from holdover.methods.parts.guards import Protection, at_least_zero, for_steps
+from holdover.methods.parts.predictors import before
+from holdover.methods.parts.signals import relative
 from holdover.methods.parts.spans import ProbeAndTail
-from holdover.methods.policy import Policy
 
 
 def easycache(*, threshold: float = 0.025, retain: int | float = 5, protection: Protection = "pass") -> Policy:
@@ -29,9 +36,74 @@ def easycache(*, threshold: float = 0.025, retain: int | float = 5, protection: 
     return Policy(
         name="easycache",
         spans=ProbeAndTail(0),
-        guard=for_steps(retain=retain, last=True, protection=protection),
-        gate=ExpectedChange(threshold),
-        signal=InputStep(),
+        trigger=ExpectedChange(
+            guard=for_steps(retain=retain, last=True, protection=protection), signal=InputStep(), threshold=threshold
+        ),
         predictor=LastPair(),
         lifetime="chunk",
     )
+
+
+@dataclass(frozen=True)
+class InputStep(Signal):
+    """How far the span's input moved since the latest pass: the metric ``moved`` is ``mean|now - then|``."""
+
+    follows: bool = True
+
+    def read(self, call: Call) -> Tensor:
+        return call.x.detach().to(torch.float32, copy=True)
+
+    def compare(self, now: Tensor, then: Tensor) -> Tensor:
+        return (now - then).abs().mean().reshape(1)
+
+    def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
+        return {"moved": numbers[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedChange(Trigger):
+    """Reuses while the output's expected relative change, summed since the span was computed, is below a threshold.
+
+    The change expected of a step is ``rate * moved / size``: ``moved`` is how far the input went, ``size`` is
+    ``mean|y|`` of the latest pass, ``rate`` is ``mean|y - y'| / mean|x - x'|`` between the last two computed passes.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        at_least_zero("threshold", self.threshold)
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        numbers = call.known.numbers
+        if "rate" not in numbers:
+            return Verdict("history")
+        change = relative(numbers["rate"] * metrics["moved"], numbers["size"])
+        drift = numbers["drift"] + change
+        reason = None if drift < self.threshold else "drift"
+        return Verdict(reason, {"change": change, "drift": drift, "threshold": self.threshold}, {"drift": drift})
+
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        x, held = call.x.detach(), before(call) if y.shape == call.x.shape else None
+        then_x, then_y = (held.tensors["input"], held.tensors["output"]) if held else (x, y)
+        steps = y.float(), y.float() - then_y.float(), x.float() - then_x.float()
+        size, moved_y, moved_x = torch.stack([step.abs().mean() for step in steps]).tolist()
+        numbers = {"drift": 0.0, "size": size}
+        if moved_x:  # an input that stood still says nothing of the rate
+            numbers["rate"] = moved_y / moved_x
+        elif held and "rate" in held.numbers:
+            numbers["rate"] = held.numbers["rate"]
+        return numbers
+
+
+@dataclass(frozen=True)
+class LastPair(Predictor):
+    """Adds what the span added when last computed, keeping its input and output apart; notes the output's size."""
+
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"input": call.x.detach().clone(), "output": y.clone()}
+
+    def predict(self, call: Call) -> Tensor:
+        return call.x + (call.known.tensors["output"] - call.known.tensors["input"])
+
+    def reused(self, call: Call, y: Tensor) -> Mapping[str, Tensor | float]:
+        return {"size": y.detach().float().abs().mean().item()}

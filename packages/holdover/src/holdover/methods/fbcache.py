@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from holdover.methods.parts.gates import Below
-from holdover.methods.parts.guards import Protection, for_steps
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from holdover.method import Call, Policy, Trigger, Verdict
+from holdover.methods.parts.guards import Protection, at_least_zero, for_steps
 from holdover.methods.parts.predictors import Residual
 from holdover.methods.parts.signals import RelativeChange
 from holdover.methods.parts.spans import ProbeAndTail
-from holdover.methods.policy import Policy
 
 
 def fbcache(*, threshold: float = 0.05, protection: Protection = "pass") -> Policy:
@@ -26,10 +28,28 @@ def fbcache(*, threshold: float = 0.05, protection: Protection = "pass") -> Poli
     return Policy(
         name="fbcache",
         spans=ProbeAndTail(1),
-        guard=for_steps(retain=0, last=False, protection=protection),
-        gate=Below("change", threshold),
-        signal=RelativeChange("probe residual"),
+        trigger=Below(
+            guard=for_steps(retain=0, last=False, protection=protection),
+            signal=RelativeChange("probe residual"),
+            metric="change",
+            threshold=threshold,
+        ),
         predictor=Residual(),
         lifetime="chunk",
-        reads_entry=True,
+        reads_pass_input=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Below(Trigger):
+    """Reuses while a metric stays below a threshold."""
+
+    metric: str
+    threshold: float
+
+    def __post_init__(self) -> None:
+        at_least_zero("threshold", self.threshold)
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        reason = None if metrics[self.metric] < self.threshold else self.metric
+        return Verdict(reason, {**metrics, "threshold": self.threshold})

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from holdover.methods.parts.gates import Open
-from holdover.methods.parts.guards import Anchors, AnyOf, Guard, Interval, KVProtection, Protection, WarmUp, one_of
+from holdover.method import Guard, Policy, Span
+from holdover.methods.parts.guards import Anchors, AnyOf, Interval, KVProtection, Protection, WarmUp, one_of
 from holdover.methods.parts.predictors import Residual
-from holdover.methods.parts.spans import EachBlock, OneSpan
-from holdover.methods.policy import Policy
+from holdover.methods.parts.spans import EachBlock
+from holdover.methods.parts.triggers import Open
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneSpan:
+    """All blocks as one, the anchors at either end left out."""
+
+    front_anchors: int
+    back_anchors: int
+
+    def __call__(self, blocks: int) -> Sequence[Span]:
+        first, last = self.front_anchors, blocks - 1 - self.back_anchors
+        if first >= last:  # anchors leave one block or none
+            return EachBlock()(blocks)
+        return [*EachBlock()(first), Span(first, last), *(Span(block, block) for block in range(last + 1, blocks))]
 
 
 def fixed_interval(
@@ -44,8 +60,7 @@ def fixed_interval(
     return Policy(
         name="fixed_interval",
         spans=OneSpan(front_anchors=front_anchors, back_anchors=back_anchors) if span == "all" else EachBlock(),
-        guard=AnyOf(tuple(guards)),
-        gate=Open(),
+        trigger=Open(guard=AnyOf(tuple(guards))),
         predictor=Residual(),
         per_index=over == "chunks",
         lifetime="stream" if over == "chunks" else "chunk",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from holdover.methods.parts.gates import Accumulate
+from holdover.method import Policy
 from holdover.methods.parts.guards import Protection, for_steps
 from holdover.methods.parts.predictors import Residual
 from holdover.methods.parts.signals import RelativeChange
 from holdover.methods.parts.spans import ProbeAndTail
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Accumulate
 
 
 def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: Protection = "pass") -> Policy:
@@ -31,9 +31,12 @@ def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: P
     return Policy(
         name="flowcache",
         spans=ProbeAndTail(0),
-        guard=for_steps(retain=retain, last=False, protection=protection),
-        gate=Accumulate(metric="change", threshold=threshold),
-        signal=RelativeChange("input", follows=True),
+        trigger=Accumulate(
+            guard=for_steps(retain=retain, last=False, protection=protection),
+            signal=RelativeChange("input", follows=True),
+            metric="change",
+            threshold=threshold,
+        ),
         predictor=Residual(),
         lifetime="chunk",
     )

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from holdover.engine.snapshot import Snapshot
-from holdover.methods.parts.guards import AnyOf, Protection, for_steps
-from holdover.methods.parts.magnitude import MagnitudeError, MeasureMagnitudes
-from holdover.methods.parts.predictors import Residual
+from holdover.method import Call, Policy, Trigger, Verdict
+from holdover.methods.parts.guards import Protection, at_least_zero, for_steps
+from holdover.methods.parts.predictors import Residual, before
 from holdover.methods.parts.spans import ProbeAndTail
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Measure
+
+#: Keeps the ratio finite for tokens to which a span added nothing.
+EPSILON = 1e-8
 
 
 def magcache(
@@ -46,8 +54,12 @@ def magcache(
     return Policy(
         name="magcache",
         spans=ProbeAndTail(0),
-        guard=for_steps(retain=retain, last=False, protection=protection),
-        gate=MagnitudeError(ratios=tuple(ratios), threshold=threshold, max_skips=max_skips),
+        trigger=MagnitudeError(
+            guard=for_steps(retain=retain, last=False, protection=protection),
+            ratios=tuple(ratios),
+            threshold=threshold,
+            max_skips=max_skips,
+        ),
         predictor=Residual(),
         lifetime="chunk",
     )
@@ -58,8 +70,7 @@ def measure_magnitudes() -> Policy:
     return Policy(
         name="measure_magnitudes",
         spans=ProbeAndTail(0),
-        guard=AnyOf(()),
-        gate=MeasureMagnitudes(),
+        trigger=MeasureMagnitudes(),
         predictor=Residual(),
         lifetime="chunk",
     )
@@ -71,7 +82,8 @@ def magnitude_ratios(snapshot: Snapshot, branch: str = "") -> tuple[float, ...]:
     Raises:
         ValueError: the snapshot has none of this branch, or the chunk is not finished.
     """
-    measured = {held["key"][0]: held["numbers"] for held in snapshot.stream["held"] if "steps" in held["numbers"]}
+    entries = snapshot.streams[0]["entries"]
+    measured = {entry["key"][0]: entry["numbers"] for entry in entries if "steps" in entry["numbers"]}
     if branch not in measured:
         known = ", ".join(map(repr, measured)) or "none"
         raise ValueError(f"no ratios of branch {branch!r}, measured are: {known}; attach measure_magnitudes() first")
@@ -80,3 +92,57 @@ def magnitude_ratios(snapshot: Snapshot, branch: str = "") -> tuple[float, ...]:
     if len(numbers) < steps:
         raise ValueError(f"{len(numbers)} of {steps} passes have run; take the snapshot after a whole chunk")
     return tuple(numbers[str(index)] for index in range(steps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeError(Trigger):
+    """Reuses while the error that the calibrated ratios foretell, summed since the span was computed, is small.
+
+    ``k`` steps after step ``t``, the magnitude has changed by the product of the ratios of ``t+1`` to ``t+k``; its
+    distance from 1 is that step's error.
+    """
+
+    ratios: tuple[float, ...]
+    threshold: float
+    max_skips: int
+
+    def __post_init__(self) -> None:
+        at_least_zero("threshold", self.threshold)
+        if not isinstance(self.max_skips, int) or self.max_skips < 1:
+            raise ValueError(f"max_skips={self.max_skips!r}: give a whole number, 1 or more")
+        if not self.ratios:
+            raise ValueError(
+                "ratios is empty; give one magnitude ratio per step: attach measure_magnitudes() for one chunk, "
+                "then magnitude_ratios(cache.snapshot()), both of holdover.methods.magcache"
+            )
+        if not all(math.isfinite(ratio) and ratio > 0 for ratio in self.ratios):
+            raise ValueError(f"ratios={self.ratios} are not all positive numbers; measure them again")
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        numbers = call.known.numbers
+        ratio = numbers["ratio"] * self.ratios[call.step.index]
+        drift, skips = numbers["drift"] + abs(1 - ratio), numbers["skips"] + 1
+        reason = "drift" if not drift < self.threshold else "stale" if skips > self.max_skips else None
+        kept = {"ratio": ratio, "drift": drift, "skips": skips}
+        return Verdict(reason, {"drift": drift, "threshold": self.threshold}, kept)
+
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        if len(self.ratios) != call.step.num_steps:
+            raise ValueError(
+                f"magcache has {len(self.ratios)} ratios and the chunk {call.step.num_steps} steps; measure the "
+                f"ratios with measure_magnitudes() at {call.step.num_steps} steps"
+            )
+        return {"ratio": 1.0, "drift": 0.0, "skips": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureMagnitudes(Measure):
+    """Keeps, by pass index, the mean over the tokens of ``|r| / |r'|``, the residual's norm over the pass before's."""
+
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        held = before(call) if y.shape == call.x.shape else None
+        if held is None:
+            return {"steps": float(call.step.num_steps), str(call.step.index): 1.0}
+        norm, residual = torch.linalg.vector_norm, y.float() - call.x.detach().float()
+        then = norm(held.tensors["residual"].float(), dim=-1).clamp_min(EPSILON)
+        return {**held.numbers, str(call.step.index): (norm(residual, dim=-1) / then).mean().item()}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from holdover.methods.parts.gates import Open
-from holdover.methods.parts.guards import Always
+from dataclasses import dataclass
+
+from holdover.method import Call, Policy
 from holdover.methods.parts.spans import EachBlock
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Open
+
+
+@dataclass(frozen=True)
+class Always:
+    """Computes everything."""
+
+    reason: str
+
+    def __call__(self, call: Call) -> str | None:
+        return self.reason
 
 
 def never() -> Policy:
     """A policy that holds nothing and computes every block."""
-    return Policy(name="never", spans=EachBlock(), guard=Always("never"), gate=Open())
+    return Policy(name="never", spans=EachBlock(), trigger=Open(guard=Always("never")))

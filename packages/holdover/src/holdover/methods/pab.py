@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from holdover.methods.parts.gates import Open
-from holdover.methods.parts.guards import Protection, for_steps
+from dataclasses import dataclass
+
+from holdover.method import Call, Policy
+from holdover.methods.parts.guards import Protection, for_steps, rounded_down
 from holdover.methods.parts.predictors import Repeat
 from holdover.methods.parts.spans import EachBlock
-from holdover.methods.parts.sublayers import EveryByKind, Middle
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Open
 
 
 def pab(
@@ -40,9 +41,42 @@ def pab(
     return Policy(
         name="pab",
         spans=EachBlock(),
-        guard=for_steps(retain=0, last=False, protection=protection) | Middle(start, stop) | by_kind,
-        gate=Open(),
+        trigger=Open(guard=for_steps(retain=0, last=False, protection=protection) | Middle(start, stop) | by_kind),
         predictor=Repeat(),
         lifetime="chunk",
         level="sublayer",
     )
+
+
+@dataclass(frozen=True)
+class Middle:
+    """Computes the steps before and after the middle of a chunk; its ends are shares, rounded down."""
+
+    start: float
+    stop: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= 1:
+            raise ValueError(f"start={self.start}, stop={self.stop}: give shares of the steps, 0 <= start <= stop <= 1")
+
+    def __call__(self, call: Call) -> str | None:
+        start, stop = (rounded_down(share, call.step.num_steps) for share in (self.start, self.stop))
+        return None if start <= call.step.index < stop else "retained"
+
+
+@dataclass(frozen=True)
+class EveryByKind:
+    """Computes a slot every so many passes of a chunk, by its kind; slots of other kinds always."""
+
+    every: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        for kind, every in self.every:
+            if not isinstance(every, int) or every < 1:
+                raise ValueError(f"{kind}={every!r}: give a whole number of steps, 1 or more")
+
+    def __call__(self, call: Call) -> str | None:
+        every = dict(self.every).get(call.kind)
+        if every is None:
+            return "kind"
+        return "interval" if call.step.index % every == 0 else None

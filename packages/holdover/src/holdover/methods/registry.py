@@ -1,62 +1,23 @@
-"""Policies by name."""
+"""Policies by name: every module of this package that has a function of its own name is a method."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
-from holdover.methods.bwcache import bwcache
-from holdover.methods.deepcache import deepcache
-from holdover.methods.delta_dit import delta_dit
-from holdover.methods.dicache import dicache
-from holdover.methods.easycache import easycache
-from holdover.methods.fastercache import fastercache
-from holdover.methods.fbcache import fbcache
-from holdover.methods.fixed_interval import fixed_interval
-from holdover.methods.flowcache import flowcache
-from holdover.methods.magcache import magcache
-from holdover.methods.never import never
-from holdover.methods.pab import pab
-from holdover.methods.policy import Policy
-from holdover.methods.taylorseer import taylorseer
-from holdover.methods.teacache import teacache
-from holdover.methods.toca import toca
-from holdover.methods.worldcache_htc import worldcache_htc
-from holdover.methods.worldcache_pcd import worldcache_pcd
-from holdover.methods.xcache import xcache
-from holdover.methods.xcache_reactive import xcache_reactive
-
-_METHODS: dict[str, Callable[..., Policy]] = {
-    method.__name__: method
-    for method in (
-        never,
-        fixed_interval,
-        xcache,
-        xcache_reactive,
-        teacache,
-        fbcache,
-        dicache,
-        worldcache_pcd,
-        worldcache_htc,
-        taylorseer,
-        delta_dit,
-        easycache,
-        bwcache,
-        magcache,
-        flowcache,
-        fastercache,
-        pab,
-        toca,
-        deepcache,
-    )
-}
+import holdover.methods as package
+from holdover.method import Policy
 
 
 def policies() -> list[str]:
     """The names that `policy` knows."""
-    return sorted(_METHODS)
+    return sorted(
+        name for _, name, is_package in pkgutil.iter_modules(package.__path__) if not is_package and _is(name)
+    )
 
 
 def method(name: str) -> Callable[..., Policy]:
@@ -65,9 +26,10 @@ def method(name: str) -> Callable[..., Policy]:
     Raises:
         ValueError: there is no such policy.
     """
-    if name not in _METHODS:
-        raise ValueError(f"there is no policy {name!r}{_meant(name, _METHODS)}; holdover.policies() lists them")
-    return _METHODS[name]
+    if name not in policies():
+        raise ValueError(f"there is no policy {name!r}{_meant(name, policies())}; holdover.policies() lists them")
+    function: Callable[..., Policy] = getattr(import_module(f"{package.__name__}.{name}"), name)
+    return function
 
 
 def policy(name: str, **options: Any) -> Policy:
@@ -81,15 +43,20 @@ def policy(name: str, **options: Any) -> Policy:
         if option not in known:
             listed = ", ".join(known) or "none"
             raise ValueError(f"{name} has no option {option!r}{_meant(option, known)}; its options are: {listed}")
-    return _METHODS[name](**options)
+    return method(name)(**options)
 
 
-def _options(method: Callable[..., Policy]) -> list[str]:
-    parameters = inspect.signature(method).parameters.values()
+def _is(name: str) -> bool:
+    """Whether a module holds a method; the registry itself holds none."""
+    return hasattr(import_module(f"{package.__name__}.{name}"), name)
+
+
+def _options(function: Callable[..., Policy]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
     own = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     # xcache_reactive passes what it does not know on to xcache.
     passed_on = len(own) < len(parameters)
-    return own + _options(xcache) if passed_on else own
+    return own + _options(method("xcache")) if passed_on else own
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

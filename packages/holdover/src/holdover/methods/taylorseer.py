@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
+from holdover.method import Call, Policy, Predictor
 from holdover.methods.parts.guards import Interval, Protection, for_steps, one_of
-from holdover.methods.parts.history import Dated, Taylor
+from holdover.methods.parts.predictors import before
 from holdover.methods.parts.spans import EachBlock, ProbeAndTail
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Open
 
 
 def taylorseer(
@@ -40,8 +45,51 @@ def taylorseer(
     return Policy(
         name="taylorseer",
         spans=ProbeAndTail(0) if span == "all" else EachBlock(),
-        guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps"),
-        gate=Dated(),
+        trigger=Dated(guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps")),
         predictor=Taylor(order),
         lifetime="chunk",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dated(Open):
+    """Reuses whatever the guard does not forbid, and notes the pass in which the span was computed."""
+
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        return {"index": float(call.step.index)}
+
+
+@dataclass(frozen=True)
+class Taylor(Predictor):
+    """Carries a span's output on from its differences, ``k`` passes after it was last computed, whatever enters.
+
+    TaylorSeer (arXiv 2503.06923): ``y = y0 + d1·k + d2·k²/2``. The differences are divided by the passes between them,
+    ``d1 = (y0 - y1) / n`` and ``d2 = (d1 - d1') / n``, which is the paper's ``Δⁱy / Nⁱ`` where all lie N apart. While
+    fewer outputs are known than the order takes, the order is lower. Goes with `Dated`.
+    """
+
+    order: int
+
+    def __post_init__(self) -> None:
+        if self.order not in (0, 1, 2):
+            raise ValueError(f"order={self.order!r}: give 0, 1 or 2")
+
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        now, held = [y.clone()], before(call)
+        passes = call.step.index - held.numbers["index"] if held else 0
+        if held is not None and passes > 0:  # a pass that runs again begins a new history
+            for order in range(self.order):
+                then = held.tensors.get(f"difference {order}")
+                if then is None:
+                    break
+                now.append((now[order] - then) / passes)
+        return {f"difference {order}": difference for order, difference in enumerate(now)}
+
+    def predict(self, call: Call) -> Tensor:
+        known, passes = call.known.tensors, call.step.index - call.known.numbers["index"]
+        y = known["difference 0"].clone()  # the model may write into what it is given
+        if "difference 1" in known:
+            y = y + known["difference 1"] * passes
+        if "difference 2" in known:
+            y = y + known["difference 2"] * (passes * passes / 2)
+        return y

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from holdover.engine.snapshot import Snapshot
-from holdover.methods.parts.changes import MeasureChanges
-from holdover.methods.parts.gates import Accumulate
-from holdover.methods.parts.guards import AnyOf, Protection, for_steps
-from holdover.methods.parts.predictors import Repeat, Residual
-from holdover.methods.parts.signals import RelativeChange
+from holdover.method import Call, Policy
+from holdover.methods.parts.guards import Protection, for_steps
+from holdover.methods.parts.predictors import Repeat, Residual, before
+from holdover.methods.parts.signals import RelativeChange, mean_change, relative
 from holdover.methods.parts.spans import ProbeAndTail
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Accumulate, Measure
 
 
 def teacache(*, threshold: float = 0.1, polynomial: Sequence[float] = (), protection: Protection = "pass") -> Policy:
@@ -36,9 +40,13 @@ def teacache(*, threshold: float = 0.1, polynomial: Sequence[float] = (), protec
     return Policy(
         name="teacache",
         spans=ProbeAndTail(0),
-        guard=for_steps(retain=1, last=True, protection=protection),
-        gate=Accumulate(metric="change", threshold=threshold, polynomial=tuple(polynomial)),
-        signal=RelativeChange("modulated", follows=True),
+        trigger=Accumulate(
+            guard=for_steps(retain=1, last=True, protection=protection),
+            signal=RelativeChange("modulated", follows=True),
+            metric="change",
+            threshold=threshold,
+            polynomial=tuple(polynomial),
+        ),
         predictor=Residual(),
         lifetime="chunk",
     )
@@ -49,9 +57,7 @@ def measure_changes() -> Policy:
     return Policy(
         name="measure_changes",
         spans=ProbeAndTail(0),
-        guard=AnyOf(()),
-        gate=MeasureChanges(),
-        signal=RelativeChange("modulated"),
+        trigger=MeasureChanges(signal=RelativeChange("modulated")),
         predictor=Repeat(),
     )
 
@@ -64,7 +70,7 @@ def changes(snapshot: Snapshot, branch: str = "") -> list[tuple[float, float]]:
     Raises:
         ValueError: the snapshot has none of this branch.
     """
-    measured = {held["key"][0]: held["numbers"] for held in snapshot.stream["held"]}
+    measured = {entry["key"][0]: entry["numbers"] for entry in snapshot.streams[0]["entries"]}
     pairs = [
         (moved, measured[branch]["output " + name.removeprefix("input ")])
         for name, moved in measured.get(branch, {}).items()
@@ -77,3 +83,27 @@ def changes(snapshot: Snapshot, branch: str = "") -> list[tuple[float, float]]:
             f"chunks of two steps or more"
         )
     return pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureChanges(Measure):
+    """Keeps, by chunk and pass index, the relative change of the signal and of the output since the pass before.
+
+    Goes with a predictor that holds the output.
+    """
+
+    def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
+        held, index = before(call), call.step.index
+        numbers = {**(held.numbers if held else {}), "chunk": float(call.chunk), "index": float(index)}
+        if held is None or (held.numbers["chunk"], held.numbers["index"] + 1) != (call.chunk, index):
+            return numbers
+        assert call.signal is not None
+        sizes = []
+        for now, then in ((call.signal, held.tensors["signal"]), (y.float(), held.tensors["output"].float())):
+            sizes += [mean_change(now, then), then.abs().mean(dtype=torch.float32)]
+        moved_in, size_in, moved_out, size_out = torch.stack(sizes).tolist()
+        pair = relative(moved_in, size_in), relative(moved_out, size_out)
+        if all(map(math.isfinite, pair)):
+            name = f"{call.chunk} {index}"
+            numbers |= {f"input {name}": pair[0], f"output {name}": pair[1]}
+        return numbers

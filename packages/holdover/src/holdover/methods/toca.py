@@ -1,11 +1,21 @@
-"""ToCa, token-wise caching (arXiv 2410.05317): between full steps only the tokens that matter most are computed."""
+"""ToCa, token-wise caching (arXiv 2410.05317): between full steps only the tokens that matter most are computed.
+
+Shape suffixes: B batch, L tokens, K tokens computed.
+"""
 
 from __future__ import annotations
 
-from holdover.methods.parts.guards import Interval, Protection, for_steps
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdover.method import Call, Policy, Trigger, Verdict
+from holdover.methods.parts.guards import Interval, Protection, at_least_zero, for_steps
+from holdover.methods.parts.predictors import Repeat
 from holdover.methods.parts.spans import EachBlock
-from holdover.methods.parts.sublayers import FreshTokens, SomeTokens
-from holdover.methods.policy import Policy
 
 
 def toca(
@@ -42,9 +52,62 @@ def toca(
     return Policy(
         name="toca",
         spans=EachBlock(),
-        guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps"),
-        gate=SomeTokens(fresh),
-        predictor=FreshTokens(fresh=fresh, age=age, every=every),
+        trigger=TokensByScore(
+            guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps"),
+            fresh=fresh,
+            age=age,
+            every=every,
+        ),
+        predictor=Aging(),
         lifetime="chunk",
         level="sublayer",
+        parts=("mlp",),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensByScore(Trigger):
+    """Reuses whatever the guard does not forbid; of an MLP it computes the tokens with the highest score.
+
+    The score of a token is ``‖y‖ / max‖y‖ + age·n/every``, with y what the slot last gave for it, n the steps since.
+
+    Attributes:
+        fresh: share of the tokens, rounded up.
+    """
+
+    fresh: float
+    age: float
+    every: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fresh <= 1:
+            raise ValueError(f"fresh={self.fresh} is not a share of the tokens; give 0.0 to 1.0")
+        at_least_zero("age", self.age)
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        if call.kind != "mlp":
+            return Verdict(None)
+        held = call.known.tensors
+        norm_BL = torch.linalg.vector_norm(held["output"].float(), dim=-1).flatten(1)
+        largest_B1 = norm_BL.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        score_BL = norm_BL / largest_B1 + self.age * (held["age"] + 1) / self.every
+        tokens = score_BL.shape[1]
+        count = math.ceil(self.fresh * tokens - 1e-9)
+        return Verdict(None, {"recomputed": count / tokens}, part=score_BL.topk(count, dim=1).indices)
+
+
+@dataclass(frozen=True)
+class Aging(Repeat):
+    """Repeats what a slot gave, and for an MLP holds how many steps ago each token was computed."""
+
+    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = super().remember(call, y, spare)
+        if call.kind == "mlp":
+            tensors["age"] = torch.zeros(y.shape[:-1], device=y.device).flatten(1)
+        return tensors
+
+    def reused(self, call: Call, y: Tensor) -> Mapping[str, Tensor | float]:
+        if call.part is None:
+            return {}
+        age_BL = (call.known.tensors["age"] + 1).scatter(1, call.part, 0.0)
+        return {"output": y.detach().clone(), "age": age_BL}

@@ -1,18 +1,29 @@
-"""WorldCache-PCD (arXiv 2603.22286): perception-constrained dynamical caching, built on DiCache."""
+"""WorldCache-PCD (arXiv 2603.22286): perception-constrained dynamical caching, built on DiCache.
+
+The notation is that of `holdover.methods.dicache`. Shape suffixes: B batch, F latent frames, N tokens of a frame, C
+channels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from holdover.engine.contract import Signal
-from holdover.engine.slots import ViewGroup
-from holdover.methods.parts.flow import Warp
-from holdover.methods.parts.guards import Protection
-from holdover.methods.parts.probe import Extrapolate, SalientChange, ScheduledAccumulate, steps_after_probe
-from holdover.methods.parts.signals import RelativeChange
+import torch
+from torch import Tensor
+
+from holdover.method import Call, Policy, Signal, Verdict
+from holdover.methods.dicache import EPSILON, Extrapolate, steps_after_probe
+from holdover.methods.optical_flow import Warp
+from holdover.methods.parts.guards import Protection, at_least_zero
+from holdover.methods.parts.signals import RelativeChange, relative
 from holdover.methods.parts.spans import ProbeAndTail
-from holdover.methods.policy import Policy
+from holdover.methods.parts.triggers import Accumulate
+from holdover.slot import ViewGroup
+
+#: The steps for which the released code of WorldCache-PCD was tuned.
+STEPS = 35
 
 
 def worldcache_pcd(
@@ -69,15 +80,107 @@ def worldcache_pcd(
     return Policy(
         name="worldcache_pcd",
         spans=ProbeAndTail(probe),
-        guard=steps_after_probe(probe=probe, retain=retain, last=last, protection=protection),
-        gate=ScheduledAccumulate(
+        trigger=ScheduledAccumulate(
+            guard=steps_after_probe(probe=probe, retain=retain, last=last, protection=protection),
+            signal=signal,
             metric="change",
             threshold=threshold,
             alpha=alpha if cfc else None,
             beta_d=beta_d if ats else None,
         ),
-        signal=signal,
         predictor=extrapolate,
         lifetime="chunk",
-        reads_entry=True,
+        reads_pass_input=True,
     )
+
+
+@dataclass(frozen=True)
+class SalientChange(Signal):
+    """Drift of the probe, more where the picture has structure, and motion of the input (arXiv 2603.22286, SWD, CFC).
+
+    Compared with the latest pass, ``change`` is ``mean[mean_c|z - z_prev| · (1 + beta_s·S)] / mean|z_prev|`` with S the
+    variance of z over channels, averaged over batch and time, brought to 0..1. ``motion`` is
+    ``mean|x - x_prev| / mean|x_prev|``. Frames are those of the view groups; without these, all tokens are one frame.
+    """
+
+    beta_s: float
+    follows: bool = True
+    reads_layout: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least_zero("beta_s", self.beta_s)
+
+    def prepare(self, shape: torch.Size, device: torch.device, view_groups: tuple[ViewGroup, ...]) -> Signal:
+        """Precompute for hidden states ``[B, F·N, C]``, or with more axes, the frames first.
+
+        Raises:
+            ValueError: the tokens are not whole frames of the view groups.
+        """
+        length = torch.Size(shape[1:-1] if len(shape) > 2 else shape[:1]).numel()
+        if len(shape) > 3:
+            return PreparedSalientChange(self.beta_s, shape[1], length // shape[1])
+        per_frame = sum(group.tokens for group in view_groups) or length
+        if length % per_frame:
+            raise ValueError(
+                f"a hidden state of {length} tokens is not whole frames of the {per_frame} tokens that view_groups "
+                f"name; correct them, or pass view_groups=() to take all tokens as one frame"
+            )
+        return PreparedSalientChange(self.beta_s, length // per_frame, per_frame)
+
+
+class PreparedSalientChange(Signal):
+    def __init__(self, beta_s: float, frames: int, per_frame: int) -> None:
+        self._beta_s, self._grid = beta_s, (frames, per_frame)
+
+    def read(self, call: Call) -> Tensor:
+        """z and x, stacked."""
+        return torch.stack([call.x.detach().float(), call.pass_input.detach().float()])
+
+    def compare(self, now: Tensor, then: Tensor) -> Tensor:
+        z_BFNC, z_prev_BFNC = (value[0].reshape(-1, *self._grid, value.shape[-1]) for value in (now, then))
+        drift_N = (z_BFNC - z_prev_BFNC).abs().mean(3).mean((0, 1))
+        saliency_N = z_BFNC.var(3, correction=0).mean((0, 1))
+        low, high = saliency_N.min(), saliency_N.max()
+        saliency_N = (saliency_N - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+        drift = (drift_N * (1 + self._beta_s * saliency_N)).mean()
+        return torch.stack([drift, then[0].abs().mean(), (now[1] - then[1]).abs().mean(), then[1].abs().mean()])
+
+    def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
+        """``change``: 0 where nothing moved, infinite where something did that was zero; and ``motion``."""
+        drift, size, motion, input_size = numbers
+        return {"change": relative(drift, size), "motion": motion / (input_size + EPSILON)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledAccumulate(Accumulate):
+    """Sums a metric against a threshold that falls with motion and rises towards the end (arXiv 2603.22286, CFC, ATS).
+
+    The threshold is ``threshold / (1 + alpha·motion) · (1 + beta_d·t/T)``, t of T steps counted from the noisiest.
+
+    Attributes:
+        alpha: None leaves the motion out.
+        beta_d: None leaves the step out; ``"code"`` is ``u²/6 + u/2 + 10/3`` with u = T/35, as in the released code.
+    """
+
+    alpha: float | None
+    beta_d: float | Literal["code"] | None
+
+    def __post_init__(self) -> None:
+        Accumulate.__post_init__(self)
+        if self.alpha is not None:
+            at_least_zero("alpha", self.alpha)
+        if self.beta_d is not None and self.beta_d != "code":
+            if isinstance(self.beta_d, str):
+                raise ValueError(f"beta_d={self.beta_d!r} is neither a number nor 'code'")
+            at_least_zero("beta_d", self.beta_d)
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        threshold = self.threshold
+        if self.alpha is not None:
+            threshold /= 1 + self.alpha * metrics["motion"]
+        if self.beta_d is not None:
+            steps = call.step.num_steps
+            u = steps / STEPS
+            beta = u * u / 6 + u / 2 + 10 / 3 if isinstance(self.beta_d, str) else self.beta_d
+            threshold *= 1 + beta * call.step.index / steps
+        return Accumulate(metric=self.metric, threshold=threshold, polynomial=self.polynomial).judge(call, metrics)

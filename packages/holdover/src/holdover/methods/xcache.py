@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-from holdover.methods.parts.gates import DualMetric
-from holdover.methods.parts.guards import (
-    Anchors,
-    AnyOf,
-    FirstStep,
-    Guard,
-    KVProtection,
-    Protection,
-    Stale,
-    WarmUp,
-    one_of,
-)
+from holdover.method import Call, Guard, Policy, Trigger, Verdict
+from holdover.methods.fingerprint import Fingerprint
+from holdover.methods.parts.guards import Anchors, AnyOf, KVProtection, Protection, WarmUp, at_least, one_of
 from holdover.methods.parts.predictors import Residual
-from holdover.methods.parts.signals import Fingerprint
 from holdover.methods.parts.spans import EachBlock
-from holdover.methods.policy import Policy
+
+#: The threshold of the relaxed step-0 protection.
+STRICT = 0.999
 
 
 def xcache(
@@ -71,11 +66,94 @@ def xcache(
     return Policy(
         name="xcache",
         spans=EachBlock(),
-        guard=AnyOf(tuple(guards)),
-        gate=DualMetric(
-            tau_floor=tau_floor, margin=margin, alpha=alpha, tau_dev=tau_dev, strict_first_step=step0 == "relaxed"
+        trigger=DualMetric(
+            guard=AnyOf(tuple(guards)),
+            signal=Fingerprint(tokens),
+            tau_floor=tau_floor,
+            margin=margin,
+            alpha=alpha,
+            tau_dev=tau_dev,
+            strict_first_step=step0 == "relaxed",
         ),
-        signal=Fingerprint(tokens),
         predictor=Residual(),
         per_index=True,
     )
+
+
+@dataclass(frozen=True)
+class Stale:
+    """Computes what would be held over for more than ``max_staleness`` chunks in a row."""
+
+    max_staleness: int
+
+    def __post_init__(self) -> None:
+        at_least("max_staleness", self.max_staleness, 1)
+
+    def __call__(self, call: Call) -> str | None:
+        return "stale" if call.entry and call.chunk - call.entry.chunk > self.max_staleness else None
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """Computes the first denoising pass of a chunk."""
+
+    def __call__(self, call: Call) -> str | None:
+        return "step 0" if call.step.index == 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualMetric(Trigger):
+    """The dual-metric gate: cosine against a threshold that follows it, and the largest deviation.
+
+    With ``s`` the least cosine of the fingerprint's entries and ``d`` the deviation, the running mean starts at the
+    first ``s`` and becomes ``alpha·s + (1-alpha)·mean``. Reuse if ``s >= max(tau_floor, mean - margin)`` and
+    ``d < tau_dev``.
+
+    Attributes:
+        action: take the cosine of the chunk's action with the held one as one more entry.
+        strict_first_step: at the first denoising pass the threshold is 0.999.
+    """
+
+    tau_floor: float
+    margin: float
+    alpha: float
+    tau_dev: float
+    action: bool = True
+    strict_first_step: bool = False
+
+    def __post_init__(self) -> None:
+        # A floor above 1 is allowed: it is the gate that never opens.
+        for name, low, high in (("tau_floor", -1.0, 2.0), ("margin", 0.0, 2.0), ("alpha", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)} is not between {low:g} and {high:g}")
+        if not self.tau_dev >= 0:
+            raise ValueError(f"tau_dev={self.tau_dev} is negative; give the relative deviation to stay below")
+
+    def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
+        cosine, deviation = metrics["cosine"], metrics["deviation"]
+        if self.action:
+            cosine = min(cosine, vector_cosine(call.step.action_vector, call.known.action))
+        mean = call.known.numbers.get("mean_cosine", cosine)
+        mean = self.alpha * cosine + (1 - self.alpha) * mean
+        threshold = max(self.tau_floor, mean - self.margin)
+        if self.strict_first_step and call.step.index == 0:
+            threshold = STRICT
+        reason = None
+        if cosine < threshold:
+            reason = "cosine"
+        elif deviation >= self.tau_dev:
+            reason = "deviation"
+        scores = {"cosine": cosine, "threshold": threshold, "deviation": deviation}
+        return Verdict(reason, scores, {"mean_cosine": mean})
+
+
+def vector_cosine(a: tuple[float, ...] | None, b: tuple[float, ...] | None) -> float:
+    """Cosine of two actions: 1 if both are zero or absent, 0 if one is, or if they differ in dimensions."""
+    if a is None or b is None:
+        return float(a is b)
+    if len(a) != len(b):
+        return 0.0
+    norm_a, norm_b = math.hypot(*a), math.hypot(*b)
+    if norm_a == 0 or norm_b == 0:
+        return float(norm_a == norm_b)
+    return sum(x / norm_a * (y / norm_b) for x, y in zip(a, b, strict=True))

@@ -8,26 +8,28 @@ import torch.distributed as dist
 from torch import nn
 
 from holdover.engine import attach as engine
-from holdover.engine.contract import Audit, Policy
-from holdover.engine.slots import Slot, ViewGroup
+from holdover.engine.audit import Audit
+from holdover.engine.cache import Cache
+from holdover.method import Policy
 from holdover.models.registry import find, unwrapped
+from holdover.slot import Slot, ViewGroup
 
 
 def attach(
     model: nn.Module,
-    policy: Policy,
+    policy: Policy | Sequence[Policy],
     *,
     slots: Sequence[Slot | nn.Module | str] | None = None,
     view_groups: Sequence[ViewGroup] | Callable[..., Sequence[ViewGroup]] | None = None,
     audit: float | Audit = 0.0,
     max_bytes: int | None = None,
     process_group: dist.ProcessGroup | None = None,
-) -> engine.Cache:
+) -> Cache:
     """Let a policy decide, block by block, what of a model is computed.
 
     Args:
         model: the transformer; every forward of it now happens within ``with cache.step(...)``.
-        policy: a caching method, such as ``holdover.xcache()``.
+        policy: a caching method, such as ``holdover.xcache()``; or several of different levels, outermost first.
         slots: its blocks, in the order in which it runs them: module names, modules, or `Slot`s where the hidden state
             is not the first argument. None asks ``model.holdover_slots()``, then the known models (docs/models.md), or
             takes the model itself for a policy of that level. A block returns its hidden state, or a tuple with it;
@@ -50,9 +52,10 @@ def attach(
         model = unwrapped(model)
     host = None if hasattr(model, "holdover_slots") else find(model)
     if host is not None:
-        if slots is None and policy.level == "block":
+        innermost = policy if isinstance(policy, Policy) else policy[-1]
+        if slots is None and innermost.level == "block":
             slots = host.slots(model)
-        if view_groups is None and host.grid is not None and policy.level == "block":
+        if view_groups is None and host.grid is not None and innermost.level == "block":
             view_groups = host.view_groups
     return engine.attach(
         model,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from holdover.engine.slots import Slot, ViewGroup
+from holdover.slot import Slot, ViewGroup
 
 #: Attributes by which accelerate and diffusers mark a module whose weights they move around its forward.
 ACCELERATE, DIFFUSERS, GROUP = "_hf_hook", "_diffusers_hook", "group_offloading"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from holdover.engine.attach import attach
-from holdover.engine.contract import Policy
-from holdover.engine.slots import Slot
+from holdover.method import Policy
+from holdover.slot import Slot
 
 
 @dataclass

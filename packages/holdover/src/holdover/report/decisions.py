@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.engine.trace import WARM_UP, Decision
+from holdover.decision import WARM_UP, Decision
 
 #: What a block's call counts as, for its colour; "computed" for every reason that is not here.
 REUSED, ANCHOR, PROTECTED, WARMING, COMPUTED = "reused", "anchor", "protected", "warm-up", "computed"

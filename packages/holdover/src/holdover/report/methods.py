@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import fields
 
 from rich.table import Table
 
-from holdover.engine.contract import Guard
+from holdover.method import Trigger
 from holdover.methods.parts.guards import AnyOf
 from holdover.methods.registry import method, policies
 
 #: Options without which a method cannot be made, here of no meaning.
 CALIBRATED = {"magcache": {"ratios": (1.0,)}}
-COLUMNS = ("method", "axis", "span", "signal", "gate", "predictor", "guards", "source")
+COLUMNS = ("method", "axis", "span", "signal", "trigger", "predictor", "guards", "source")
 
 
 def method_rows() -> Iterator[tuple[str, ...]]:
     """Per method, with its default options, the parts that it is composed of, under `COLUMNS`."""
     for name in policies():
         policy = method(name)(**CALIBRATED.get(name, {}))
-        guards: tuple[Guard, ...] = policy.guard.guards if isinstance(policy.guard, AnyOf) else (policy.guard,)
+        trigger = policy.trigger
+        guards = trigger.guard.guards if isinstance(trigger.guard, AnyOf) else (trigger.guard,)
         source, _, _ = (inspect.getdoc(inspect.getmodule(method(name))) or "").partition(":")
         yield (
             name,
             "chunks" if policy.lifetime == "stream" else "steps",
             {"model": "the whole model", "sublayer": "attention and MLPs"}.get(policy.level, repr(policy.spans)),
-            repr(policy.signal) if policy.signal else "–",
-            repr(policy.gate),
+            repr(trigger.signal) if trigger.signal else "–",
+            _options(trigger),
             repr(policy.predictor) if policy.predictor else "–",
             " or ".join(map(repr, guards)) or "–",
             source.strip() if "(" in source else "–",
         )
+
+
+def _options(trigger: Trigger) -> str:
+    """A trigger as its repr has it, without guard and signal, which have columns of their own."""
+    own = [field.name for field in fields(trigger) if field.name not in ("guard", "signal")]
+    return f"{type(trigger).__name__}({', '.join(f'{name}={getattr(trigger, name)!r}' for name in own)})"
 
 
 def method_table() -> Table:

@@ -18,13 +18,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.engine.attach import Cache
-from holdover.engine.step import ActionLike, Step
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
+from holdover.engine.cache import Cache
 from holdover.report.canvas import arrange
 from holdover.report.decisions import skip_rate
 from holdover.report.run_dir import STITCHED, ChunkRecord, Frames, Rollout, require_comparable, write_rollout
 from holdover.report.video import frame_rate
+from holdover.step import ActionLike, Step
 from holdover_world.measure.fidelity import psnr, squared_errors, ssim
 from holdover_world.measure.measure import environment
 from holdover_world.measure.timing import amdahl_bound

@@ -29,7 +29,7 @@ import pyarrow
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover.report.canvas import Canvas, arrange
 from holdover.report.files import whole, write_json, write_text
 from holdover.report.video import write_video

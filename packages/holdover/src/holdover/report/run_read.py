@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover.report.canvas import Canvas
 from holdover.report.run_dir import FORMAT, SUMS, ChunkRecord, Rollout, decisions_of, digest
 

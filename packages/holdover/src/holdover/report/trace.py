@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from holdover.engine.trace import Decision
+from holdover.decision import Decision
 from holdover.report.decisions import CATEGORIES, LETTERS, category, ribbon, skip_rate
 from holdover.report.files import whole, write_json
 from holdover.report.run_dir import ChunkRecord, decision_table, write_table

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from holdover.engine.attach import Cache, attach
+from holdover.engine.attach import attach
+from holdover.engine.cache import Cache
 from holdover.methods.magcache import magnitude_ratios, measure_magnitudes
 from holdover.methods.teacache import changes, measure_changes
 from holdover.report.files import write_json

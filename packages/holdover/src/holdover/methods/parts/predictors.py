@@ -1,37 +1,20 @@
-"""Predictors stand in for a span of blocks."""
+"""Predictors that several methods share."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from holdover.engine.contract import Call, Kept
-
-
-class Predictor:
-    """Stands in for a span."""
-
-    adds: ClassVar[bool] = True
-
-    @abstractmethod
-    def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
-
-    @abstractmethod
-    def predict(self, call: Call) -> Tensor: ...
-
-    def reused(self, call: Call, y: Tensor) -> Kept:
-        """By default a reuse leaves no trace."""
-        return Kept()
+from holdover.method import Call, Entry, Predictor
 
 
 @dataclass(frozen=True)
 class Residual(Predictor):
-    """What a span added when it was last computed, added to what enters now: ``y = x + (y_then - x_then)``.
+    """Adds what a span added when it was last computed: ``y = x + (y_then - x_then)``.
 
     X-Cache (arXiv 2604.20289), reuse.
     """
@@ -41,8 +24,14 @@ class Residual(Predictor):
         return {"residual": torch.sub(y, x, out=buffer if buffer is not None and _takes(buffer, x, y) else None)}
 
     def predict(self, call: Call) -> Tensor:
-        assert call.held is not None
-        return call.x + call.held.tensors["residual"]
+        return call.x + call.known.tensors["residual"]
+
+    def predict_run(self, calls: Sequence[Call]) -> Tensor:
+        """The residuals of several spans are summed, and added at once."""
+        total = calls[0].known.tensors["residual"]
+        for call in calls[1:]:
+            total = total + call.known.tensors["residual"]
+        return calls[0].x + total
 
 
 @dataclass(frozen=True)
@@ -55,8 +44,16 @@ class Repeat(Predictor):
         return {"output": y.clone()}
 
     def predict(self, call: Call) -> Tensor:
-        assert call.held is not None
-        return call.held.tensors["output"].clone()  # the model may write into what it is given
+        return call.known.tensors["output"].clone()  # the model may write into what it is given
+
+
+def before(call: Call) -> Entry | None:
+    """The entry, if a history can go on from it: it is there, and for hidden states of the kind that enters now."""
+    entry = call.entry
+    if entry is None or entry.void is not None:
+        return None
+    alike = (entry.shape, entry.dtype, entry.device) == (call.x.shape, call.x.dtype, call.x.device)
+    return entry if alike else None
 
 
 def _takes(buffer: Tensor, x: Tensor, y: Tensor) -> bool:

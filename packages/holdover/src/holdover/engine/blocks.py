@@ -1,98 +1,17 @@
-"""The places of a model that a policy may hold over, and what the engine knows of their tokens."""
+"""A model's slots, found in it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
-#: What slots are: the blocks of the backbone, what lies within them, or the model as a whole, whose hidden state is the
-#: noisy input.
-Level = Literal["block", "sublayer", "model"]
-
-#: What a slot is: a block; or attention within it, over space (or space and time at once), over time, or to another
-#: sequence; or an MLP, which works on each token by itself and takes nothing else with a row per token.
-Kind = Literal["block", "spatial", "temporal", "cross", "mlp"]
+from holdover.slot import Level, Slot, ViewGroup
 
 #: The keyword that carries the hidden state where a forward's signature does not tell.
 HIDDEN_STATES = "hidden_states"
-
-
-@dataclass(frozen=True)
-class ViewGroup:
-    """Cameras of one token grid, stacked: ``views`` grids of ``height`` x ``width`` tokens per latent frame.
-
-    The tokens of a hidden state ``[B, L, C]`` are ordered frame, group, view, row, column.
-    """
-
-    name: str
-    views: int
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        for name in ("views", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} of view group {self.name!r}: give at least 1")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per latent frame."""
-        return self.views * self.height * self.width
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A block and where its hidden state enters.
-
-    Attributes:
-        block: the module, or its name as `named_modules` gives it.
-        hidden: the argument with the hidden state: its position, or its keyword.
-        kind: what it is. A model may declare its blocks and what lies within them; a policy takes those of its level.
-        method: which of its methods the slot is, for attention, say, that is no module of its own.
-        returns: where in the tuple that the block returns the hidden state stands.
-        beside: what a reused block returns beside its hidden state, as a function of the block and the arguments of its
-            forward; by default what it returned when last computed. For what must not come twice, such as an update of
-            the KV cache that the model applies later.
-        kv_update: whether a call writes the persistent KV cache, as a function of the block and the arguments of its
-            forward, for blocks that are told. Such a call within a ``denoise`` step is refused.
-        writes_kv: the block writes keys and values in place in denoising passes too, so that it must not run twice;
-            `audit` is refused for such a model.
-        taps: tensors inside the block that a policy may read, by name. Each is a function of the block and the
-            arguments of its forward; ``modulated``, the timestep-modulated input, is what TeaCache reads.
-        rows: the arguments of the block's forward, positional and by keyword, for some rows of the batch: a function of
-            their numbers and the arguments. None: a batch of several streams is computed whole if any row needs it.
-    """
-
-    block: nn.Module | str
-    hidden: int | str = 0
-    kind: Kind = "block"
-    method: str = "forward"
-    returns: int = 0
-    beside: Callable[..., tuple[Any, ...]] | None = None
-    kv_update: Callable[..., bool] | None = None
-    writes_kv: bool = False
-    taps: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict, hash=False)
-    rows: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r} of a slot is not one of {', '.join(get_args(Kind))}")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A run of blocks held over as one, ``first`` and ``last`` included.
-
-    ``computed`` is the reason why a span is computed at every pass, such as "probe"; nothing is then remembered of it.
-    """
-
-    first: int
-    last: int
-    computed: str | None = None
 
 
 class Block:
@@ -138,6 +57,17 @@ class Block:
         """The same arguments for these rows of the batch alone."""
         assert self.slot.rows is not None
         return self.slot.rows(rows, *args, **kwargs)
+
+    def run_part(
+        self, tokens: Tensor | None, memory: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Mapping[str, Tensor]]:
+        """`Slot.part`: output for these tokens, and the memory afterwards."""
+        if self.slot.part is None:
+            raise ValueError(
+                f"the policy computes a part of block {self.name!r}, which does not say how; give "
+                f"holdover.Slot({self.name!r}, part=...)"
+            )
+        return self.slot.part(self.compute, tokens, memory, args, kwargs)
 
     def tap(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """A tensor that the slot declares."""

@@ -1,4 +1,4 @@
-"""Moving what is held along with the picture: optical flow over a token grid.
+"""Optical flow over a token grid: moves held tokens along with the picture.
 
 Shape suffixes: B batch, L tokens, M pictures (batch, frame and view), H rows, W columns, C channels.
 """
@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdover.engine.slots import ViewGroup
-from holdover.methods.parts.pictures import check_grids, join, split
+from holdover.slot import ViewGroup, check_grids, join_views, split_views
 
 #: Tokens per side of the window in which Lucas and Kanade take the flow to be one, at half resolution.
 WINDOW = 5
@@ -51,14 +50,14 @@ class Warp:
         flows = [
             lucas_kanade(then_MHW1[..., 0], now_MHW1[..., 0])
             for then_MHW1, now_MHW1 in zip(
-                split(then_BL[..., None], self.groups), split(now_BL[..., None], self.groups), strict=True
+                split_views(then_BL[..., None], self.groups), split_views(now_BL[..., None], self.groups), strict=True
             )
         ]
 
         def move(tokens: Tensor) -> Tensor:
-            pieces = split(tokens.reshape(*now_BL.shape, -1), self.groups)
+            pieces = split_views(tokens.reshape(*now_BL.shape, -1), self.groups)
             moved = [sample(piece, flow) for piece, flow in zip(pieces, flows, strict=True)]
-            return join(moved, self.groups, now_BL.shape[0]).reshape(tokens.shape).to(tokens.dtype)
+            return join_views(moved, self.groups, now_BL.shape[0]).reshape(tokens.shape).to(tokens.dtype)
 
         return move
 

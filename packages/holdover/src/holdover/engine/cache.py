@@ -1,0 +1,285 @@
+"""An attached model's cache, as its user sees it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, overload
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from holdover.decision import Stats
+from holdover.engine.blocks import Block
+from holdover.engine.hooks import Hook
+from holdover.engine.passes import Pass
+from holdover.engine.runtime import Runtime
+from holdover.engine.snapshot import Snapshot, decode, encode, model_digest
+from holdover.engine.streams import Stream
+from holdover.engine.trace import Tally, Trace
+from holdover.slot import ViewGroup
+from holdover.step import ActionLike, Role, Step
+
+
+class Cache:
+    """What `attach` returns: says where each pass stands, and tells what was decided. For use by one thread."""
+
+    def __init__(self, runtimes: Sequence[Runtime]) -> None:
+        self._runtimes = runtimes  # outermost policy first
+        self._passes: list[Pass] = []  # of the open step, one per policy
+        self._bytes_at_detach: dict[str, int] | None = None
+        self._asked: RemovableHandle | None = None
+        self._hooks = [
+            Hook(block, runtime.shortcuts, partial(self._dispatch, n))
+            for n, runtime in enumerate(runtimes)
+            for block in runtime.blocks
+        ]
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "detached" if self._bytes_at_detach is not None else f"{len(self._hooks)} blocks"
+        return f"<Cache of {', '.join(repr(runtime.policy) for runtime in self._runtimes)}, {state}>"
+
+    def detach(self) -> None:
+        """Restore the model exactly and free what is held; stats and trace stay. Detaching again does nothing."""
+        if self._bytes_at_detach is not None:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        if self._asked is not None:
+            self._asked.remove()
+        self._bytes_at_detach = self._bytes()
+        for runtime in self._runtimes:
+            runtime.streams.clear()
+
+    @overload
+    def step(self, *, rows: Sequence[Step]) -> StepContext: ...
+    @overload
+    def step(
+        self,
+        *,
+        chunk: int,
+        index: int = 0,
+        num_steps: int = 1,
+        sigma: Any = None,
+        action: ActionLike = None,
+        condition: Any = None,
+        commits: bool = True,
+        role: Role = "denoise",
+        stream: str = "default",
+        branch: str = "",
+    ) -> StepContext: ...
+    def step(self, *, rows: Sequence[Step] | None = None, **fields: Any) -> StepContext:
+        """Say where the next forward pass stands: ``with cache.step(chunk=n, index=i, ...): model(...)``.
+
+        Takes the fields of `Step`, or one `Step` per row of the batch: then every row has a state of its own, and a
+        span is computed for the rows that need it; where its slots do not say how to take rows, for all if any does.
+
+        Raises:
+            ValueError: a field is out of range or contradicts what was said about its chunk.
+        """
+        self._require_attached()
+        if rows is None:
+            return StepContext(self, [Step(**fields)], batched=False)
+        if fields:
+            raise ValueError(f"rows came together with {', '.join(fields)}; put these into each row's Step")
+        if not rows:
+            raise ValueError("rows is empty; pass one Step per row of the batch")
+        if len({step.role for step in rows}) > 1:
+            raise ValueError("rows differ in role; a pass either denoises or writes the KV cache")
+        names = [(step.stream, step.branch) for step in rows]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"rows name {max(names, key=names.count)} twice; a stream and branch has one row in a batch"
+            )
+        return StepContext(self, list(rows), batched=True)
+
+    @property
+    def trace(self) -> Trace:
+        """Every decision since `attach`."""
+        return self._runtimes[0].trace
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of held tensors, all streams together."""
+        return sum(self._bytes().values())
+
+    def stats(self, stream: str | None = None) -> Stats:
+        """Decisions counted since `attach`, of one stream or of all; resets do not clear them.
+
+        Of several policies these are the innermost one's blocks. A pass that an outer policy served counts as all of
+        them reused, with that policy's name as the reason.
+        """
+        tallies = self._runtimes[-1].tallies
+        total = Tally()
+        for name in tallies if stream is None else [stream]:
+            total.add(tallies.get(name, Tally()))
+        held = self._bytes() if self._bytes_at_detach is None else self._bytes_at_detach
+        return total.stats(sum(held.values()) if stream is None else held.get(stream, 0))
+
+    def exact(self, stream: str = "default", branch: str = "") -> bool:
+        """Whether every block call of the stream's latest chunk was computed so far; False before the first."""
+        return all(_exact(runtime.streams.get(stream), branch) for runtime in self._runtimes)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is open."""
+        return bool(self._passes)
+
+    def ask_view_groups(self, model: nn.Module, view_groups: Callable[..., Sequence[ViewGroup]]) -> None:
+        """Ask at every pass of the model, until `detach`, for the layout of its tokens."""
+
+        def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            groups = tuple(view_groups(module, *args, **kwargs))
+            for runtime in reading:
+                runtime.lay_out(groups)
+
+        reading = [runtime for runtime in self._runtimes if runtime.reads_layout]
+        if not reading:
+            return
+        self._asked = model.register_forward_pre_hook(ask, with_kwargs=True)
+
+    def reset(self, stream: str | None = None) -> None:
+        """Forget a stream, or all of them: its next chunk is its first."""
+        self._require_no_pass("reset")
+        for runtime in self._runtimes:
+            if stream is None:
+                runtime.streams.clear()
+            else:
+                runtime.streams.pop(stream, None)
+
+    def give_up(self, chunk: int, stream: str = "default") -> None:
+        """Free what a chunk holds for itself: it ends before its last pass, or another model runs the rest."""
+        self._require_no_pass("give_up")
+        for runtime in self._runtimes:
+            if stream in runtime.streams:
+                runtime.streams[stream].give_up(chunk)
+
+    def fork(self, src: str, dst: str) -> None:
+        """Let a new stream go on from where another stands; neither touches the other from then on.
+
+        They share memory until they diverge; `nbytes` counts it for each.
+
+        Raises:
+            ValueError: ``src`` holds nothing, or ``dst`` exists.
+        """
+        self._require_no_pass("fork")
+        self._require_stream(src)
+        if any(dst in runtime.streams for runtime in self._runtimes):
+            raise ValueError(f"stream {dst!r} exists; reset it first, or fork into a new name")
+        for runtime in self._runtimes:
+            runtime.streams[dst] = runtime.streams[src].fork()
+
+    def snapshot(self, stream: str = "default") -> Snapshot:
+        """A copy of a stream's state, to `restore` here or, once saved, elsewhere.
+
+        Raises:
+            ValueError: the stream holds nothing.
+        """
+        self._require_no_pass("snapshot")
+        self._require_stream(stream)
+        encoded = [encode(runtime.streams[stream], f"{n}.") for n, runtime in enumerate(self._runtimes)]
+        return Snapshot(
+            policies=self._policies,
+            model=self._digest(),
+            streams=tuple(plain for plain, _ in encoded),
+            tensors={name: tensor for _, tensors in encoded for name, tensor in tensors.items()},
+        )
+
+    def restore(self, stream: str, snapshot: Snapshot) -> None:
+        """Put a stream where a snapshot was taken. In another model every slot is computed once before it is reused.
+
+        Raises:
+            ValueError: the snapshot was taken under another policy.
+        """
+        self._require_attached()
+        self._require_no_pass("restore")
+        if snapshot.policies != self._policies:
+            raise ValueError(
+                f"the snapshot was taken under {', '.join(snapshot.policies)}, attached is "
+                f"{', '.join(self._policies)}; attach with the snapshot's policy"
+            )
+        other_model = snapshot.model != self._digest()
+        for n, runtime in enumerate(self._runtimes):
+            state = decode(snapshot, n, runtime.blocks)
+            if other_model:
+                state.entries = {key: entry.voided("snapshot") for key, entry in state.entries.items()}
+                state.nbytes = 0
+            runtime.streams[stream] = state
+
+    @property
+    def _policies(self) -> tuple[str, ...]:
+        return tuple(repr(runtime.policy) for runtime in self._runtimes)
+
+    def _digest(self) -> str:
+        return model_digest([block for runtime in self._runtimes for block in runtime.blocks])
+
+    def _bytes(self) -> dict[str, int]:
+        """Per stream, bytes of the entries' tensors."""
+        found: Counter[str] = Counter()
+        for runtime in self._runtimes:
+            found.update({name: stream.nbytes for name, stream in runtime.streams.items()})
+        return dict(found)
+
+    def _dispatch(self, n: int, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._passes:
+            raise ValueError(
+                f"block {block.name!r} ran outside any step; wrap the model's call: "
+                f"`with cache.step(chunk=n, index=i, num_steps=len(sigmas)): model(...)`, or detach() the cache"
+            )
+        return self._passes[n].run(block, args, kwargs)
+
+    def _require_stream(self, name: str) -> None:
+        self._require_attached()
+        known = self._runtimes[0].streams
+        if name not in known:
+            raise ValueError(
+                f"no stream {name!r}; streams that ran since reset: {', '.join(map(repr, known)) or 'none'}"
+            )
+
+    def _require_attached(self) -> None:
+        if self._bytes_at_detach is not None:
+            raise ValueError("the cache is detached; attach(model, policy) again")
+
+    def _require_no_pass(self, what: str) -> None:
+        if self._passes:
+            raise ValueError(f"{what} within a step; do it between passes")
+
+
+class StepContext:
+    """The span of time in which the model runs one pass; what `Cache.step` returns."""
+
+    def __init__(self, cache: Cache, steps: Sequence[Step], *, batched: bool) -> None:
+        self._cache, self._steps, self._batched = cache, steps, batched
+
+    def __enter__(self) -> None:
+        cache = self._cache
+        cache._require_attached()
+        cache._require_no_pass("a step")
+        cache._passes = [Pass(runtime, self._steps, self._batched) for runtime in cache._runtimes]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        passes, self._cache._passes = self._cache._passes, []
+        if kind is not None:
+            for each in passes:
+                each.roll_back()
+            return
+        for outer, inner in pairwise(passes):
+            if outer.served is not None:
+                inner.served_outside(outer.served)
+        for each in passes:
+            each.commit()
+
+
+def _exact(stream: Stream | None, branch: str) -> bool:
+    chunk = stream.chunks.get(stream.latest) if stream and stream.latest is not None else None
+    run = chunk.runs.get(branch) if chunk else None
+    return run is not None and run.exact

@@ -1,0 +1,191 @@
+"""The decision: for a span that is about to run, per row of the batch, whether it is computed, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holdover.decision import WARM_UP
+from holdover.engine.blocks import Block
+from holdover.engine.rows import Rows
+from holdover.engine.runtime import Runtime
+from holdover.engine.transaction import Transaction
+from holdover.method import Call, Signal, Span, Verdict
+
+#: Of `_kind`: the span is computed.
+_COMPUTED = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """One span's calls and verdicts, per row."""
+
+    span: Span
+    calls: list[Call]
+    verdicts: list[Verdict]
+
+    @property
+    def reused(self) -> bool:
+        """Whether every row reuses the whole span."""
+        return all(verdict.reason is None and verdict.part is None for verdict in self.verdicts)
+
+
+class Decider:
+    """Decides for the rows of one pass."""
+
+    def __init__(
+        self, runtime: Runtime, transactions: Sequence[Transaction], rows: Rows, pass_input: Tensor | None
+    ) -> None:
+        self._runtime, self._transactions, self._rows = runtime, transactions, rows
+        self._pass_input = pass_input
+
+    def decide(
+        self, block: Block, span: Span, args: tuple[Any, ...], kwargs: dict[str, Any], foreseen: list[Verdict] | None
+    ) -> list[Decided]:
+        """Decide on a span that begins with this block; ``foreseen`` are verdicts given with those of an earlier span.
+
+        Returns:
+            The span. Where the policy looks ahead and it is reused: also those after it that are, and the first that
+            is not.
+        """
+        x = block.read(args, kwargs)
+        parts = self._rows.split(x)
+        signal = self._runtime.signal(parts[0])
+        calls = self._make_calls(block, span, parts, args, kwargs)
+        decided = self._judge_ahead(span, calls, signal) if foreseen is None else [Decided(span, calls, foreseen)]
+        if self._rows.batched or self._runtime.process_group is not None:
+            apart = self._runtime.splits(span)
+            decided[0] = replace(decided[0], verdicts=self._agree(decided[0].verdicts, x, apart))
+        return decided if decided[0].reused else decided[:1]
+
+    def _make_calls(
+        self, block: Block, span: Span, parts: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Call]:
+        pass_inputs = parts if self._pass_input is None else self._rows.split(self._pass_input)
+        taps: dict[str, Sequence[Tensor]] = {}
+
+        def tap(name: str, *, row: int) -> Tensor:
+            if name not in taps:
+                taps[name] = self._rows.split(block.tap(name, args, kwargs))
+            return taps[name][row]
+
+        return [
+            Call(
+                step=row.step,
+                span=span,
+                blocks=len(self._runtime.blocks),
+                kind=block.slot.kind,
+                chunk=row.ordinal,
+                full_action=row.stream.full_actions.get(row.step.branch),
+                x=parts[n],
+                pass_input=pass_inputs[n],
+                entry=row.entry(span.first),
+                tap=partial(tap, row=n),
+                peer=row.entry,
+            )
+            for n, row in enumerate(self._transactions)
+        ]
+
+    def _judge_ahead(self, span: Span, calls: list[Call], signal: Signal | None) -> list[Decided]:
+        """Judge a span and, where the policy looks ahead, those after it, up to the first that is not reused.
+
+        What the guards and the engine say needs no device; the metrics of all these spans are read at once.
+        """
+        forced = [self._forced(row, call) for row, call in zip(self._transactions, calls, strict=True)]
+        asked = [call for call, reason in zip(calls, forced, strict=True) if reason is None]
+        lineup = [(span, calls)]
+        if signal is not None:
+            for call in asked:
+                call.signal = signal.read(call)
+            if len(asked) == len(calls):
+                lineup += self._line_up(span, calls)
+        measured = self._measure(signal, [*asked, *(call for _, own in lineup[1:] for call in own)])
+        found = []
+        for each, own_calls in lineup:
+            verdicts = [
+                Verdict(reason) if reason is not None else self._judge(row, call, next(measured))
+                for row, call, reason in zip(self._transactions, own_calls, forced, strict=True)
+            ]
+            found.append(Decided(each, own_calls, verdicts))
+            if not found[-1].reused:
+                break
+        return found
+
+    def _forced(self, row: Transaction, call: Call) -> str | None:
+        """Why a span is computed before anything is read: the guard's reason, else the engine's own."""
+        policy = self._runtime.policy
+        if policy.one_for_all_branches and row.led.get(call.span.first) is False:
+            return "branch"
+        reason = policy.trigger.guard(call) or row.refusal(call)
+        row.outcome.warm_up |= reason == WARM_UP
+        row.outcome.asked |= reason is None
+        return reason
+
+    def _line_up(self, span: Span, calls: list[Call]) -> list[tuple[Span, list[Call]]]:
+        """The spans after this one that can be judged from here: what they add to the signal is known."""
+        found = []
+        for each in self._runtime.spans_after(span):
+            following = [self._following(row, call, each) for row, call in zip(self._transactions, calls, strict=True)]
+            calls = [call for call in following if call is not None]
+            if len(calls) < len(following):
+                break
+            found.append((each, calls))
+        return found
+
+    def _following(self, row: Transaction, call: Call, span: Span) -> Call | None:
+        """A later span's call if the one before is reused; None where its input's signal is not to be known so."""
+        change, entry = call.known.tensors.get("signal change"), row.entry(span.first)
+        if change is None or call.known.extras or call.signal is None:
+            return None
+        following = replace(call, span=span, kind=self._runtime.blocks[span.first].slot.kind, entry=entry)
+        following.signal = call.signal + change
+        return following if self._forced(row, following) is None else None
+
+    def _measure(self, signal: Signal | None, asked: Sequence[Call]) -> Iterator[dict[str, float]]:
+        """The metrics of calls, read from the device at once."""
+        if signal is None or not asked:
+            yield from ({} for _ in asked)
+            return
+        numbers = [
+            signal.compare(call.signal, call.known.tensors["signal"]) for call in asked if call.signal is not None
+        ]
+        for own in [numbers[0].tolist()] if len(numbers) == 1 else torch.stack(numbers).tolist():
+            yield signal.metrics(own)
+
+    def _judge(self, row: Transaction, call: Call, metrics: dict[str, float]) -> Verdict:
+        policy = self._runtime.policy
+        if not all(map(math.isfinite, metrics.values())):
+            return Verdict("nan", metrics)
+        verdict = policy.trigger.judge(call, metrics)
+        row.update(call, verdict.numbers)
+        led = policy.one_for_all_branches and row.led.get(call.span.first)
+        return verdict._replace(reason=None) if led else verdict
+
+    def _agree(self, verdicts: list[Verdict], x: Tensor, apart: bool) -> list[Verdict]:
+        """What each row does, given what other rows, or other ranks, need."""
+        if not apart and len({_kind(verdict) for verdict in verdicts}) > 1:
+            verdicts = [v if v.reason is not None else Verdict("batch", v.scores) for v in verdicts]
+        if self._runtime.process_group is None:
+            return verdicts
+        kinds = [_kind(verdict) for verdict in verdicts]
+        most = torch.tensor([kinds, [-kind for kind in kinds]], dtype=torch.int32, device=x.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._runtime.process_group)
+        largest, smallest = most.tolist()
+        return [
+            Verdict("group", verdict.scores) if verdict.reason is None and high != -low else verdict
+            for verdict, high, low in zip(verdicts, largest, smallest, strict=True)
+        ]
+
+
+def _kind(verdict: Verdict) -> int:
+    """A number that is the same for rows that can run together."""
+    if verdict.reason is not None:
+        return _COMPUTED
+    return 0 if verdict.part is None else 1 + verdict.part.shape[-1]

@@ -1,0 +1,282 @@
+"""One span of one pass once it is decided: let the predictor stand in, run what must run, remember."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdover.decision import REUSE
+from holdover.engine.blocks import Block
+from holdover.engine.decide import Decided
+from holdover.engine.rows import Rows, put_tokens, take_tokens
+from holdover.engine.runtime import Runtime
+from holdover.engine.trace import Note
+from holdover.engine.transaction import Transaction
+from holdover.method import Call
+
+#: In place of a block's number: any block of the span.
+ANY = -1
+
+
+@dataclass(slots=True)
+class Side:
+    """A computation beside the model's own, whose hidden state it carries from block to block.
+
+    It is an audit, or computes a part of the span: the ``tokens``, ``int64 [K]`` or ``[B, K]``.
+    """
+
+    rows: Sequence[int]
+    hidden: Tensor
+    tokens: Tensor | None = None
+    memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+class SpanRun:
+    """A span in progress, or several in a row that are all reused.
+
+    Attributes:
+        last: the block with which it ends.
+        notes: per span and row, what the trace will tell.
+    """
+
+    def __init__(
+        self, runtime: Runtime, transactions: Sequence[Transaction], rows: Rows, spans: Sequence[Decided]
+    ) -> None:
+        self._runtime, self._transactions, self._rows, self._spans = runtime, transactions, rows, spans
+        assert runtime.policy.predictor is not None
+        self._predictor = runtime.policy.predictor
+        self._first, self.last = spans[0].span.first, spans[-1].span.last
+        self._calls = spans[0].calls
+        self._labels: list[list[tuple[str, int]]] = [[] for _ in spans]  # of the blocks that ran
+        self.notes = [
+            Note(row.place, labels, verdict.reason is not None, verdict.reason or REUSE, verdict.scores)
+            for each, labels in zip(spans, self._labels, strict=True)
+            for row, verdict in zip(transactions, each.verdicts, strict=True)
+        ]
+        self._computed: list[int] = []  # rows
+        self._audited: list[int] = []
+        self._predictions: dict[int, Tensor] = {}  # per row that is not computed, what stands in for the last span
+        self._sides: list[Side] = []
+        self._extras: dict[int, tuple[Any, ...]] = {}  # per block, of the rows computed
+        self._memory: dict[int, Mapping[str, Tensor]] = {}
+        self._handed_on = True
+        self._passes_through = False
+
+    # Begin.
+
+    def begin(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the first block runs: keep what the entries need, and let the predictor stand in."""
+        for each in self._spans:
+            for row, verdict in zip(self._transactions, each.verdicts, strict=True):
+                row.decided[each.span.first] = verdict.reason is None
+        for n, verdict in enumerate(self._spans[0].verdicts):
+            if verdict.reason is None:
+                self._predict(n, verdict.part)
+            else:
+                self._computed.append(n)
+                self._prepare(self._calls[n], self._transactions[n], block)
+        if self._predictions:
+            self._open_sides(block, block.read(args, kwargs))
+
+    def _prepare(self, call: Call, row: Transaction, block: Block) -> None:
+        """For a row that will be computed: keep what its entry needs of the input."""
+        if call.signal is None and (signal := self._runtime.signal(call.x)) is not None and row.has_room(call):
+            call.signal = signal.read(call)
+        if block.overwrites_input is not False:
+            call.x = call.x.clone()
+
+    def _predict(self, n: int, tokens: Tensor | None) -> None:
+        """For a row that is not computed: let the predictor stand in."""
+        calls = [each.calls[n] for each in self._spans]
+        calls[0].part = tokens
+        y = self._predictor.predict(calls[0]) if len(calls) == 1 else self._predictor.predict_run(calls)
+        self._predictions[n] = y.to(calls[-1].known.out_dtype)
+        if tokens is None:
+            self._keep_reused(n)
+
+    def _keep_reused(self, n: int) -> None:
+        """Remember what there is to remember of a reuse."""
+        row, signal = self._transactions[n], self._runtime.policy.trigger.signal
+        for each in self._spans:
+            call = each.calls[n]
+            kept = self._predictor.reused(call, self._predictions[n]) if len(self._spans) == 1 else {}
+            tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+            if signal is not None and signal.follows and call.signal is not None:
+                tensors["signal"] = call.signal.detach()
+            row.update(call, {k: v for k, v in kept.items() if not isinstance(v, Tensor)}, tensors)
+
+    def _open_sides(self, block: Block, x: Tensor) -> None:
+        """Begin what runs beside the model: parts of the span, then audits."""
+        parts, by_count = self._rows.split(x), dict[int, list[int]]()
+        for n in self._predictions:
+            reuses = [self._transactions[n].count_reuse() for _ in self._spans]
+            if self._runtime.audit.draws(self._transactions[n], reuses[-1]):
+                self._audited.append(n)
+            if (tokens := self._calls[n].part) is not None:
+                by_count.setdefault(tokens.shape[-1], []).append(n)
+        for rows in by_count.values():  # rows with as many tokens run together
+            tokens = self._rows.join([self._rows.tokens(t) for n in rows if (t := self._calls[n].part) is not None])
+            self._sides.append(Side(rows, take_tokens(self._rows.join([parts[n] for n in rows]), tokens), tokens))
+        if self._audited:
+            apart = self._rows.batched and self._runtime.splits(self._spans[0].span)
+            rows = self._audited if apart else list(range(len(parts)))
+            hidden = self._rows.join([parts[n] for n in rows]) if apart else x
+            self._sides.append(Side(rows, hidden if block.overwrites_input is False else hidden.clone()))
+        known = (call.known for each in self._spans for call in each.calls)
+        self._passes_through = not (self._computed or self._audited or any(entry.extras for entry in known))
+
+    # Run.
+
+    def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer one block's forward."""
+        self._labels[self._at(block)].append(block.label)
+        output = self._compute(block, args, kwargs) if self._computed else None
+        if self._predictions:
+            output = self._stand_in(block, output, args, kwargs)
+        if block.index == self._first < self.last:
+            self._open_shortcuts()
+        return output
+
+    def _compute(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block for the rows that need it."""
+        calls, runtime = self._calls, self._runtime
+        if len(self._computed) < len(self._transactions):
+            args, kwargs = block.take(self._computed, args, kwargs)
+        if runtime.remembers(block):
+            output, self._memory[block.index] = block.run_part(None, {}, args, kwargs)
+        else:
+            output = block.compute(*args, **kwargs)
+        if self._first < block.index < self.last and not self._predictions and isinstance(output, Tensor):
+            return output  # the entry is made from the last block's
+        if block.overwrites_input is None and block.index == self._first:
+            before = self._rows.join([calls[n].x for n in self._computed])
+            block.overwrites_input = overwrote(block, before, output, block.read(args, kwargs))
+        hidden, extras = block.split(output)
+        if block.index - 1 in self._extras:
+            given = {id(value) for value in (*args, *kwargs.values())}
+            handed = (item for item in self._extras[block.index - 1] if isinstance(item, Tensor))
+            self._handed_on &= all(id(item) in given for item in handed)
+        if extras is not None:
+            self._extras[block.index] = extras
+        if block.index == self.last:
+            self._remember(block, hidden)
+        return output
+
+    def _stand_in(self, block: Block, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output where rows are not computed; ``output`` is what it gave for those that are."""
+        last = block.index == self.last
+        for side in self._sides:
+            self._run_side(side, block, args, kwargs)
+            if last:
+                self._finish_side(side)
+        if self._passes_through and not last:
+            return block.read(args, kwargs)
+        parts = dict(enumerate(self._rows.split(block.read(args, kwargs))))
+        if last:  # it answers for the span, whatever the model does to the hidden state between blocks
+            parts |= self._predictions
+        if self._computed:
+            parts |= zip(self._computed, self._rows.split(block.split(output)[0]), strict=True)
+        hidden = self._rows.join(list(parts.values()))
+        calls = self._spans[self._at(block)].calls
+        extras: list[Any] = [
+            call.entry.extras.get(block.index, call.entry.extras.get(ANY)) if call.entry else None for call in calls
+        ]
+        if block.index in self._extras:
+            for at, n in enumerate(self._computed):
+                extras[n] = self._rows.extras(at, len(self._computed), block, self._extras[block.index])
+        if extras[0] is None:
+            return hidden
+        if block.slot.beside is not None:
+            return block.joined(hidden, block.slot.beside(block.module, *args, **kwargs))
+        columns = zip(*(items for items in extras if items is not None), strict=True)
+        # Copies, because a model may write into what a block returns.
+        return block.joined(
+            hidden, tuple(self._rows.join(c).clone() if isinstance(c[0], Tensor) else c[0] for c in columns)
+        )
+
+    def _run_side(self, side: Side, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(side.rows) < len(self._transactions):
+            args, kwargs = block.take(side.rows, args, kwargs)
+        args, kwargs = block.replace(args, kwargs, side.hidden)
+        if side.tokens is None:
+            output = block.compute(*args, **kwargs)
+        else:
+            known = [self._calls[n].known.memory.get(block.index, {}) for n in side.rows]
+            before = {name: self._rows.join([each[name] for each in known]) for name in known[0]}
+            output, after = block.run_part(side.tokens, before, args, kwargs)
+            if after:
+                side.memory[block.index] = after
+        side.hidden, _ = block.split(output)
+
+    def _finish_side(self, side: Side) -> None:
+        """Put a part into the output, or note the error that an audit found."""
+        for at, (n, hidden) in enumerate(zip(side.rows, self._rows.split(side.hidden), strict=True)):
+            call, row = self._calls[n], self._transactions[n]
+            if call.part is not None and side.tokens is not None:
+                self._predictions[n] = put_tokens(self._predictions[n], self._rows.tokens(call.part), hidden)
+                if side.memory:
+                    row.update_memory(call, self._rows.memory(at, len(side.rows), side.memory))
+                self._keep_reused(n)
+            elif n in self._audited:
+                norm, truth = torch.linalg.vector_norm, hidden.float()
+                smallest = torch.finfo(torch.float32).tiny
+                error = float(norm(self._predictions[n].float() - truth) / norm(truth).clamp_min(smallest))
+                row.audit_errors.append(math.inf if math.isnan(error) else error)
+                self.notes[n].audit = row.audit_errors[-1]
+
+    def _open_shortcuts(self) -> None:
+        """Between the first and the last block there may be nothing left to decide or to look at."""
+        blocks = self._runtime.blocks[self._first + 1 : self.last]
+        plainly = not self._predictions and self._runtime.alike.get(self._first)
+        if self._sides or not (self._passes_through or (plainly and not any(map(self._runtime.remembers, blocks)))):
+            return
+        for name, index in self._runtime.shortcuts.open(blocks, computed=not self._passes_through):
+            self._labels[self._at(self._runtime.blocks[index])].append((name, index))
+
+    # Remember.
+
+    def _remember(self, block: Block, hidden: Tensor) -> None:
+        """Make the entries of the rows that were computed."""
+        extras, signal = self._lasting(), self._runtime.policy.trigger.signal
+        for at, (n, y) in enumerate(zip(self._computed, self._rows.split(hidden), strict=True)):
+            call, count = self._calls[n], len(self._computed)
+            beside: dict[str, Tensor] = {}
+            if call.signal is not None:
+                beside["signal"] = call.signal.detach()
+                if self._runtime.policy.look_ahead > 1 and y.shape == call.x.shape and signal is not None:
+                    after = self._runtime.signal(y)
+                    assert after is not None
+                    beside["signal change"] = after.read(replace(call, x=y)) - call.signal
+            own = {b: self._rows.extras(at, count, block, items) for b, items in extras.items()}
+            self._transactions[n].hold(call, y, beside, own, self._rows.memory(at, count, self._memory))
+
+    def _lasting(self) -> dict[int, tuple[Any, ...]]:
+        """What blocks returned beside the hidden state, as far as the entry keeps it.
+
+        Where every block hands it on to the next, as is found out when they first run, the last one's is enough: those
+        before it are reused as well, and never look at it. An audit runs them, and is given what was theirs.
+        """
+        extras, alike = self._extras, self._runtime.alike
+        if self._first not in alike and len(self._computed) == len(self._transactions):
+            kinds = [[(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in items] for items in extras.values()]
+            whole = len(kinds) == self.last - self._first + 1 and all(kind == kinds[-1] for kind in kinds)
+            alike[self._first] = not kinds or (whole and self._handed_on and self._runtime.audit.rate == 0)
+        return {ANY: extras[self.last]} if extras and alike.get(self._first) else extras
+
+    def _at(self, block: Block) -> int:
+        """Which of the spans a block is in."""
+        if len(self._spans) == 1:
+            return 0
+        return next(n for n, each in enumerate(self._spans) if block.index <= each.span.last)
+
+
+def overwrote(block: Block, before: Tensor, output: Any, entered: Tensor) -> bool:
+    """Whether a block that has run overwrote its input."""
+    hidden = block.split(output)[0]
+    aliased = hidden.data_ptr() == entered.data_ptr()  # a later block of the span could overwrite it
+    return aliased or not torch.equal(before, entered)

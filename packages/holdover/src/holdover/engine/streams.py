@@ -1,0 +1,189 @@
+"""What is remembered of a stream, one video: cache entries, chunks, conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from holdover.engine import condition as conditions
+from holdover.method import Entry
+from holdover.step import Step
+
+#: How many chunks a stream remembers: more than are ever in flight at once.
+RECENT = 64
+
+
+class Key(NamedTuple):
+    """Of an entry: guidance branch, chunk and pass index (None where these share entries), and the first block."""
+
+    branch: str
+    chunk: int | None
+    pass_index: int | None
+    block: int
+
+
+@dataclass(slots=True)
+class BranchRun:
+    """The passes of one guidance branch of a chunk so far.
+
+    ``epoch`` is the branch's count of condition changes before this chunk, ``idle`` the number of passes of the branch
+    since this chunk's latest.
+    """
+
+    num_steps: int
+    action: tuple[float, ...] | None
+    epoch: int
+    indices: set[int] = field(default_factory=set)
+    exact: bool = True
+    idle: int = 0
+
+    @property
+    def over(self) -> bool:
+        """All its passes ran, or as many passes of other chunks as it has came after its latest: it was given up."""
+        return len(self.indices) == self.num_steps or self.idle >= self.num_steps
+
+    def copy(self) -> BranchRun:
+        return replace(self, indices=set(self.indices))
+
+
+@dataclass(slots=True)
+class ChunkState:
+    """All passes that make one chunk.
+
+    ``ordinal`` counts the stream's chunks. ``asked``: a trigger was asked to judge, so something could have been
+    reused. ``shared``: where guidance branches share decisions, per pass index and first block which branch decided,
+    and whether it reused.
+    """
+
+    ordinal: int
+    commits: bool
+    runs: dict[str, BranchRun] = field(default_factory=dict)
+    asked: bool = False
+    warm_up: bool = False
+    shared: dict[tuple[int, int], tuple[str, bool]] = field(default_factory=dict)
+
+    def copy(self) -> ChunkState:
+        runs = {branch: run.copy() for branch, run in self.runs.items()}
+        return ChunkState(self.ordinal, self.commits, runs, self.asked, self.warm_up, dict(self.shared))
+
+
+@dataclass(slots=True)
+class Condition:
+    """The condition of a branch: its value, or, after a restore, its digest. ``epoch`` counts its changes."""
+
+    epoch: int
+    frozen: Any = None
+    digest: str | None = None
+    by_digest: bool = False
+
+    def changed_to(self, condition: Any) -> bool:
+        if condition is None and self.frozen is None and not self.by_digest:
+            return False
+        if self.by_digest:
+            return self.digest is None or conditions.digest(conditions.freeze(condition)) != self.digest
+        return not conditions.same(self.frozen, condition)
+
+
+@dataclass(slots=True)
+class Stream:
+    """Everything that is remembered of one video under one policy.
+
+    Attributes:
+        entries: the cache entries.
+        chunks: the recent chunks by number; ``latest`` is the newest one's, ``count`` how many there were since reset.
+        conditions: per branch the current condition.
+        full_actions: per branch the action of the latest chunk that was computed in full.
+        reuses: reused spans since reset; the audit draws its sample by it.
+        alarmed: an audit found an error past its limit.
+        barren: chunks in a row in which no trigger was asked; None once one was.
+        nbytes: bytes of the entries' tensors.
+    """
+
+    entries: dict[Key, Entry] = field(default_factory=dict)
+    chunks: dict[int, ChunkState] = field(default_factory=dict)
+    count: int = 0
+    latest: int | None = None
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    full_actions: dict[str, tuple[float, ...] | None] = field(default_factory=dict)
+    reuses: int = 0
+    alarmed: bool = False
+    barren: int | None = 0
+    nbytes: int = 0
+
+    def fork(self) -> Stream:
+        """A copy that shares the entries' tensors until either stream replaces them."""
+        for entry in self.entries.values():
+            entry.shared = True
+        return replace(
+            self,
+            entries=dict(self.entries),
+            chunks={number: chunk.copy() for number, chunk in self.chunks.items()},
+            conditions=dict(self.conditions),
+            full_actions=dict(self.full_actions),
+        )
+
+    def find(self, step: Step) -> tuple[ChunkState, BranchRun | None] | tuple[None, None]:
+        """A step's chunk and the branch's run of it, where there are any.
+
+        Raises:
+            ValueError: ``commits``, or the branch's ``action`` or ``num_steps``, changed within the chunk.
+        """
+        chunk = self.chunks.get(step.chunk)
+        if chunk is None:
+            return None, None
+        where = f"within chunk {step.chunk} of stream {step.stream!r}"
+        if chunk.commits != step.commits:
+            raise ValueError(
+                f"commits changed to {step.commits} {where}; say it from the chunk's first pass on, and number "
+                f"every chunk anew"
+            )
+        run = chunk.runs.get(step.branch)
+        if run is not None and run.num_steps != step.num_steps:
+            raise ValueError(f"num_steps changed from {run.num_steps} to {step.num_steps} {where}")
+        if run is not None and run.action != step.action_vector:
+            raise ValueError(
+                f"action changed from {run.action} to {step.action_vector} {where}; a chunk takes one action, "
+                f"the next chunk the next"
+            )
+        return chunk, run
+
+    def open(self, step: Step) -> ChunkState:
+        """The chunk of a step, a new one if its number is new."""
+        chunk = self.chunks.get(step.chunk)
+        if chunk is None:
+            self._close_latest()
+            chunk = self.chunks[step.chunk] = ChunkState(self.count, step.commits)
+            self.count += 1
+            if len(self.chunks) > RECENT:
+                del self.chunks[next(iter(self.chunks))]
+        self.latest = step.chunk
+        return chunk
+
+    def free(self, branch: str) -> None:
+        """Drop the entries that serve a chunk of this branch which is over."""
+        runs = ((chunk.ordinal, chunk.runs.get(branch)) for chunk in self.chunks.values())
+        in_flight = {None, *(ordinal for ordinal, run in runs if run and not run.over)}
+        self.keep([key for key in self.entries if key.branch != branch or key.chunk in in_flight])
+
+    def give_up(self, chunk: int) -> None:
+        """Drop the entries that serve one chunk, though not all its passes ran."""
+        state = self.chunks.get(chunk)
+        for branch, run in state.runs.items() if state else ():
+            run.idle = run.num_steps
+            self.free(branch)
+
+    def keep(self, keys: Sequence[Key]) -> None:
+        """Keep these entries alone."""
+        self.entries = {key: self.entries[key] for key in keys}
+        self.nbytes = sum(entry.nbytes for entry in self.entries.values())
+
+    def _close_latest(self) -> None:
+        """Count how many chunks in a row asked no trigger, warm-up left out."""
+        latest = self.chunks.get(self.latest) if self.latest is not None else None
+        if latest is None or self.barren is None:
+            return
+        if latest.asked:
+            self.barren = None
+        elif not latest.warm_up:
+            self.barren += 1

@@ -1,0 +1,201 @@
+"""What a pass does to one stream, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from holdover.engine import condition as conditions
+from holdover.engine.streams import BranchRun, Condition, Key, Stream
+from holdover.engine.trace import place
+from holdover.method import Call, Entry, Policy
+from holdover.step import Step
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened in a pass, for the chunk's state."""
+
+    asked: bool = False
+    reused: bool = False
+    warm_up: bool = False
+
+
+class Transaction:
+    """One row's share of a pass: what it sees of its stream, and what becomes of the stream if the pass ends well.
+
+    A pass that fails leaves its stream as it was, except that entries give up tensors that were overwritten already.
+    """
+
+    def __init__(self, streams: dict[str, Stream], policy: Policy, max_bytes: int | None, step: Step) -> None:
+        self.step, self.place = step, place(step)
+        if step.stream not in streams:
+            streams[step.stream] = Stream()
+        self.stream = streams[step.stream]
+        self.outcome, self.audit_errors = Outcome(), list[float]()
+        self.reuses = self.stream.reuses
+        self._policy, self._max_bytes = policy, max_bytes
+        chunk, run = self.stream.find(step)
+        if run is None and policy.lifetime == "chunk":
+            self.stream.free(step.branch)
+        self.ordinal = chunk.ordinal if chunk else self.stream.count
+        known = self.stream.conditions.get(step.branch)
+        changed = known is not None and known.changed_to(step.condition)
+        epoch = (known.epoch if known else 0) + changed
+        unchanged = known is not None and not known.by_digest and not changed
+        self.condition = known if known and unchanged else Condition(epoch, conditions.freeze(step.condition))
+        self._begun = run.epoch if run else known.epoch if known else 0
+        #: Once the condition has changed, the rest of the chunks in flight is computed in full.
+        self.renewed = epoch != self._begun
+        #: What the guidance branch that came first in this pass decided, by first block, and what this one decides.
+        self.led = {
+            block: reused
+            for (index, block), (branch, reused) in (chunk.shared if chunk else {}).items()
+            if index == step.index and branch != step.branch
+        }
+        self.decided: dict[int, bool] = {}
+        self._pending: dict[Key, Entry] = {}
+        self._overwritten: set[Key] = set()
+
+    def entry(self, block: int, branch: str | None = None) -> Entry | None:
+        """The entry of the span that begins at a block, this pass included; or of that span in another branch."""
+        key = self._key(block, branch)
+        return self._pending.get(key) or self.stream.entries.get(key)
+
+    def refusal(self, call: Call) -> str | None:
+        """The engine's own reasons to compute a span."""
+        entry = call.entry
+        if self.renewed:
+            return "condition"
+        if entry is None:
+            return "first"
+        if entry.void is not None:
+            return entry.void
+        if entry.epoch != self.condition.epoch:
+            return "condition"
+        if entry.shape != call.x.shape:
+            return "shape"
+        if entry.dtype != call.x.dtype:
+            return "dtype"
+        if entry.device != call.x.device:
+            return "device"
+        return "audit" if self.stream.alarmed else None
+
+    def has_room(self, call: Call) -> bool:
+        """Whether the span's entry may fit under the cap; one that did not fit is not tried again."""
+        if self._max_bytes is None:
+            return True
+        entry = self.stream.entries.get(self._key(call.span.first))
+        return entry is None or entry.void != "bytes"
+
+    def update(self, call: Call, numbers: Mapping[str, float], tensors: Mapping[str, Tensor] = {}) -> None:
+        """Change the entry of a span that was not computed."""
+        if numbers or tensors:
+            self._replace(call, call.known.updated(numbers, tensors))
+
+    def update_memory(self, call: Call, memory: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Change what an entry remembers of tokens, after a part of the span was computed."""
+        entry = call.known.updated({}, {})
+        entry.memory = {**entry.memory, **memory}
+        self._replace(call, entry)
+
+    def hold(
+        self,
+        call: Call,
+        y: Tensor,
+        beside: Mapping[str, Tensor],
+        extras: Mapping[int, tuple[Any, ...]],
+        memory: Mapping[int, Mapping[str, Tensor]],
+    ) -> None:
+        """After a span turned ``call.x`` into ``y``: make its entry, if it fits; ``beside`` are tensors for it."""
+        predictor, trigger = self._policy.predictor, self._policy.trigger
+        assert predictor is not None
+        if not self.has_room(call):
+            return
+        key, y = self._key(call.span.first), y.detach()
+        old = self._pending.get(key) or self.stream.entries.get(key)
+        entry = Entry(
+            numbers=trigger.learn(call, y),
+            chunk=self.ordinal,
+            epoch=self.condition.epoch,
+            action=self.step.action_vector,
+            shape=call.x.shape,
+            dtype=call.x.dtype,
+            device=call.x.device,
+            out_dtype=y.dtype,
+            void="shape" if predictor.adds and y.shape != call.x.shape else None,
+        )
+        self._pending[key] = entry
+        if entry.void is None:
+            spare = old.tensors if old and not old.shared else {}
+            if spare:
+                self._overwritten.add(key)
+            entry.tensors.update(predictor.remember(call, y, spare))
+            entry.tensors.update(beside)
+            entry.extras = {block: tuple(map(_copied, items)) for block, items in extras.items()}
+            entry.memory = memory
+        grown = entry.nbytes - (old.nbytes if old else 0)
+        if self._max_bytes is not None and self.stream.nbytes + grown > self._max_bytes:
+            grown -= entry.nbytes
+            self._pending[key] = entry.voided("bytes")
+        self.stream.nbytes += grown
+
+    def count_reuse(self) -> int:
+        """Note that a span was reused; returns the stream's count."""
+        self.outcome.reused = True
+        self.reuses += 1
+        return self.reuses
+
+    def commit(self) -> None:
+        """The pass ended well: what it did becomes the stream's."""
+        step, stream, outcome = self.step, self.stream, self.outcome
+        chunk = stream.open(step)
+        chunk.asked |= outcome.asked
+        chunk.warm_up |= outcome.warm_up
+        run = chunk.runs.setdefault(step.branch, BranchRun(step.num_steps, step.action_vector, self._begun))
+        run.indices.add(step.index)
+        run.exact &= not outcome.reused
+        for other in stream.chunks.values():
+            if step.branch in other.runs:
+                other.runs[step.branch].idle += 1
+        run.idle = 0
+        if self._policy.one_for_all_branches:
+            for block, reused in self.decided.items():
+                if block not in self.led:
+                    chunk.shared[step.index, block] = step.branch, reused
+        if run.exact and len(run.indices) == step.num_steps:
+            stream.full_actions[step.branch] = step.action_vector
+        stream.conditions[step.branch] = self.condition
+        stream.entries.update(self._pending)
+        stream.reuses = self.reuses
+
+    def roll_back(self) -> None:
+        """The pass failed."""
+        stream = self.stream
+        for key in self._overwritten:
+            old = stream.entries.get(key)
+            if old is not None and old.tensors:
+                stream.entries[key] = old.voided("interrupted")
+        stream.nbytes = sum(entry.nbytes for entry in stream.entries.values())
+
+    def _replace(self, call: Call, entry: Entry) -> None:
+        assert call.entry is not None
+        if entry.tensors is not call.entry.tensors or entry.memory is not call.entry.memory:
+            self.stream.nbytes += entry.nbytes - call.entry.nbytes
+        call.entry = self._pending[self._key(call.span.first)] = entry
+
+    def _key(self, block: int, branch: str | None = None) -> Key:
+        policy = self._policy
+        return Key(
+            self.step.branch if branch is None else branch,
+            self.ordinal if policy.lifetime == "chunk" else None,
+            self.step.index if policy.per_index else None,
+            block,
+        )
+
+
+def _copied(item: Any) -> Any:
+    return item.detach().clone() if isinstance(item, Tensor) else item
