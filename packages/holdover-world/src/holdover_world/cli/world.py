@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from holdover.cli.common import Benchmarks, Model, Seed, keep_memory, load, plain_errors, show, typer
+import typer
+
+from holdover.cli.common import plain_errors
+from holdover_world.cli.common import Benchmarks, Model, Seed, keep_memory, load, show
 
 if TYPE_CHECKING:
     from holdover_world.training.trainer import Schedule
