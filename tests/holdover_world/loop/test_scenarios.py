@@ -10,8 +10,8 @@ import torch
 from holdover_world.loop.scenarios import NAMES, load_scenario
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.clips import read_clip
+from tests.holdover_world.driving import CAMERAS, world_model, write_clips
 from tests.holdover_world.small import small_config, small_layout, small_model
-from tests.lab.small import CAMERAS, world_model, write_clips
 
 
 def test_a_scripted_scenario_is_its_clip(model: WorldModel, clips: Path) -> None:
