@@ -1,4 +1,4 @@
-"""A chunk-causal generator, as the closed loop of `holdover_world.loop.closed_loop` drives it."""
+"""Somebody else's chunk-causal generator, in the form that `holdover_world.loop.closed_loop.ClosedLoop` drives."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Shape:
 
 
 class Generator:
-    """Runs someone else's generator in `holdover_world.loop.closed_loop.ClosedLoop`, with every step told to the cache.
+    """Runs somebody else's generator in `holdover_world.loop.closed_loop.ClosedLoop`, which tells the cache every step.
 
     Args:
         shape: of its latents.
