@@ -20,7 +20,7 @@ from holdover_world.fleet import DRIVERS, Episode, drive, keep_lane, read_plan, 
 from holdover_world.scene.vehicles import EgoState
 from holdover_world.scene.vehicles import drive as move
 from holdover_world.sessions.session import WorldSession
-from tests.holdover_world.server.small import fatal_course, small_course, straight
+from tests.holdover_world.env.small import fatal_course, small_course, straight
 
 PLAN = "scenarios: [town, coast]\nseeds: [0, 1]\ndrivers: [keep_lane]\nchunks: 4\n"
 

@@ -15,7 +15,7 @@ from holdover_world.env.drive_env import Course, DriveEnv, DriveVectorEnv, road_
 from holdover_world.scene.vehicles import EgoState, normalise_action
 from holdover_world.server import drive_env, session
 from holdover_world.simulator.scenes import SCENARIOS
-from tests.holdover_world.server.small import small_course, straight
+from tests.holdover_world.env.small import small_course, straight
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from holdover_world.scene.cameras import FPS
 from tests.holdover_world.server.live import running
-from tests.holdover_world.server.small import action
+from tests.holdover_world.sessions.small import action
 from tests.holdover_world.server.test_server import drive, solo
 
 LUMA = np.array([0.299, 0.587, 0.114])

@@ -14,7 +14,7 @@ from holdover_world.server.access import Access, is_loopback, read_tokens
 from holdover_world.server.seats import Limits
 from holdover_world.server.server import serve
 from holdover_world.sessions.world import World
-from tests.holdover_world.server.small import small_world
+from tests.holdover_world.sessions.small import small_world
 
 TOKEN = "0123456789abcdef"
 

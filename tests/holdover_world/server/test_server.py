@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from holdover_world.sessions.session import WorldSession
 from tests.holdover_world.server.live import Live, Stream, running
-from tests.holdover_world.server.small import action, small_world
+from tests.holdover_world.sessions.small import action, small_world
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_real_time_goes_on_under_the_newest_action(live: Live) -> None:
 
 
 def test_a_chunk_that_fails_is_said_and_leaves_the_session_as_it_was(live: Live) -> None:
-    block = live.hub.world.lane("never")[0].blocks[2]
+    block = live.hub.world.attached("never").model.blocks[2]
     with live.stream(live.create(seed=1, policy="never")) as stream:
         made = drive(stream, 1, 0, 3)
         inner, block.norm2.forward = block.norm2.forward, lambda _: 1 / 0
