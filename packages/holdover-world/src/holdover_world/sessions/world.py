@@ -126,7 +126,7 @@ class World:
         return {name: video[0] for name, video in self.model.codec.decode(piece.latents, piece.before).items()}
 
     def depth(self, piece: Piece) -> dict[str, NDArray[np.float32]]:
-        """The depth of a piece of one row: ``float32 [T, height, width]`` per camera, metres. Empty without ``depth``."""
+        """The depth of a piece of one row in metres: ``float32 [T, height, width]`` per camera. Empty without depth."""
         if not self._depth:
             return {}
         return {name: video[0] for name, video in self.model.codec.decode_depth(piece.latents, piece.before).items()}
