@@ -16,7 +16,7 @@ def run_ranks(worker: str, folder: Path, *arguments: str) -> list[Any]:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", worker, str(rank), str(folder), *arguments],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env=environment,
         )
         for rank in range(2)

@@ -230,7 +230,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ..
             (folder / f"{case.name}.loop").write_bytes(pickle.dumps(loop))
             cache.trace.clear()
             whole[case.name] = play(model, loop, cached(cache), 14), decisions(cache), loop
-    subprocess.run([sys.executable, "-c", RESUME, str(folder)], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", RESUME, str(folder)], check=True, cwd=Path(__file__).parents[2])
     return {name: (*run, *pickle.loads((folder / f"{name}.result").read_bytes())) for name, run in whole.items()}
 
 
