@@ -26,18 +26,18 @@ _COLUMNS = (
     "gain",
 )
 
-_FEW = """Both cadences are driven: `window` generates a
-window of four pieces once per piece with the same noise, and every method computes the chunk whose window is
-committed; `plain` generates and commits each piece once, so that what a method gets wrong enters the KV cache."""
+_FEW = """Both cadences are driven. `window` generates a window of four pieces once for each piece, with the same noise,
+and every method computes the chunk whose window is committed in full. `plain` generates and commits each piece once, so
+a method's errors enter the KV cache."""
 
-_MANY = """Methods that hold over from step to step run in the plain cadence, which commits
-every piece, so that what they get wrong enters the KV cache; those that hold over from chunk to chunk run in
-the window cadence, in which they compute the chunk whose window is committed."""
+_MANY = """Methods that reuse from step to step run in the plain cadence, which commits every piece, so their errors
+enter the KV cache. Methods that reuse from chunk to chunk run in the window cadence, in which they compute the chunk
+whose window is committed in full."""
 
-_NOISE = """The sampler draws new noise at every step, so that far more changes from step to step than in samplers
-without noise, for which thresholds are published; only looser ones are tried here."""
+_NOISE = """The sampler draws new noise at every step, so inputs change far more from step to step than in samplers
+without noise, for which thresholds are published. Only looser thresholds are tried here."""
 
-_FLOW = """The sampler takes Euler's steps, without new noise. Published thresholds stand beside looser ones."""
+_FLOW = """The sampler takes Euler steps, without new noise. Published thresholds stand beside looser ones."""
 
 
 def card(figures: dict[str, Any]) -> str:
@@ -50,14 +50,14 @@ The shipped world model on urban driving, {figures["chunks"]} chunks ({seconds:.
 {_FEW if steps == 4 else _MANY}
 
 PSNR, SSIM and ST-LPIPS are of the stitched view against the uncached output of the same seed and cadence, over all
-chunks; SSIM and ST-LPIPS look at every {figures["every"]}th frame; depth is its mean relative error, of what is
-nearer than {FAR:g} m. The rest is of what follows the first cycle.
-FULL counts the passes per chunk, of {steps}, in which everything was computed; skip is the share of calls that
-were not: of blocks, of attention modules and MLPs, or of the model. DiT and end to end are speed-ups, medians of whole
-cycles against full compute in the same race; the bound is what Amdahl's law allows the DiT for that skip. Of ToCa,
-calls in which only a share of the tokens was computed count as skipped. Beside each method stands the fixed interval
-along its own axis, over steps or over chunks, with as many FULL passes, interpolated between the intervals with
-the next fewer and the next more; gain is the method's PSNR less its.
+chunks; SSIM and ST-LPIPS are taken of every {figures["every"]}th frame; depth is the mean relative error of depth
+nearer than {FAR:g} m. The other columns leave the first cycle out.
+FULL counts the passes per chunk, of {steps}, in which everything was computed. Skip is the share of calls that were
+not: calls of blocks, of attention modules and MLPs, or of the model. DiT and end to end are speed-ups, medians of whole
+cycles against full compute in the same race. The bound is what Amdahl's law allows the DiT for that skip. ToCa's calls
+in which only a share of the tokens was computed count as skipped. Beside each method stands the fixed interval along
+its own axis, over steps or over chunks, with as many FULL passes, interpolated between the intervals with the next
+fewer and the next more; gain is the method's PSNR minus the interval's.
 
 {_NOISE if steps == 4 else _FLOW} `calibrated` settings were measured on another clip
 with another seed.
@@ -103,7 +103,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
-    """Who beats the interval with as many FULL passes."""
+    """Which methods beat the interval with as many FULL passes."""
     found: dict[str, list[str]] = {title: [] for title in _VERDICTS}
     for row in rows:
         if (control := row["control"]) is not None and control["gain_db"] is not None:

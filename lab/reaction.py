@@ -1,4 +1,4 @@
-"""The reaction bench: brake, steer and lane change in mid-cycle, in every scenario, at many moments."""
+"""Brake, steer and change lane in mid-cycle, in every scenario, at several moments."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.progress import Progress, TaskID
 
 import holdover
+from holdover.report.environment import environment
+from holdover.report.fidelity import psnr
+from holdover.report.progress import bar
 from holdover.report.tables import decibels, markdown, ratio
+from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.loop.scenarios import KINDS, STEADY, Scenario, load_scenario
-from holdover_world.measure.fidelity import psnr
-from holdover_world.measure.measure import environment
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import EVENTS, Reaction, drive, mean_late, mean_ratio, moments
 from holdover_world.model.transformer import WorldModel
-from lab.cards import Parts, about, write_card
+from lab.cards import LAB, Out, Parts, about, run_script, write_card
 
 
 def run_reactions(
@@ -36,11 +39,11 @@ def run_reactions(
 ) -> dict[str, Any]:
     """Measure reactions in steady driving; writes ``reaction.md`` and ``reaction.json``.
 
-    A measurement that was cut off goes on with the scenario it was in.
+    An interrupted measurement continues with the scenario it was in.
 
     Args:
         chunks: to drive in each scenario.
-        count: moments in each at which the events happen, in mid-cycle.
+        count: in each, the moments in mid-cycle at which the events happen.
         clips: where the scenarios start.
 
     Raises:
@@ -136,12 +139,12 @@ def card(figures: dict[str, Any]) -> str:
     ]
     return f"""# Does a cached rollout still obey?
 
-Steady driving in three scenarios; in the middle of a cycle the car is told to brake to a fifth of its speed, to turn
+Steady driving in three scenarios. In the middle of a cycle the car is told to brake to a fifth of its speed, to turn
 sharply, or to change lane. The ratio is the projection of what that changes in the cached rollout onto what it changes
-under full compute, in the event's own chunk: 1 is right, 0 drives on as if nothing had been said. "Chunks
-late" counts until the ratio first reaches 0.9, {figures["horizon"]} chunks at most; PSNR is that of the event's
-own chunk against full compute, which is high even where the car does not react, because the event itself is
-small: "size" is the root mean square of its change. {figures["rows"][0]["cases"]} cases a row.
+under full compute, in the event's own chunk: 1 is right, at 0 the car does not react. "Chunks late" counts until the
+ratio first reaches 0.9, {figures["horizon"]} chunks at most. PSNR is that of the event's own chunk against full
+compute. It is high even where the car does not react, because the event changes little: "size" is the root mean square
+of that change. {figures["rows"][0]["cases"]} cases a row.
 
 {markdown(columns, rows)}
 {about(figures["environment"])}
@@ -150,3 +153,23 @@ small: "size" is the root mean square of its change. {figures["rows"][0]["cases"
 
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
+
+
+def main(
+    out: Out = LAB,
+    model: Model = None,
+    clips: Clips = None,
+    chunks: Annotated[int, typer.Option(help="To drive in each scenario.")] = 28,
+    moments: Annotated[int, typer.Option(help="At which the events happen, in each scenario.")] = 4,
+    seed: Seed = 0,
+) -> None:
+    """Brake, steer and change lane in mid-cycle: how much of it a cached rollout shows, and how late."""
+    with bar() as progress:
+        figures = run_reactions(
+            load(model)[0], out, chunks=chunks, count=moments, seed=seed, clips=clips, progress=progress
+        )
+    show(out / "reaction.md", figures)
+
+
+if __name__ == "__main__":
+    run_script(main)

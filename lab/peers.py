@@ -1,7 +1,8 @@
 """Holdover beside diffusers' own hooks and cache-dit: the same method, the same model, pass by pass in one process.
 
-The method is FBCache (cache-dit calls it DBCache with one block computed). Weights are random: what is timed is the
-machinery around the blocks, and who serves the pass that writes the KV cache from cache.
+`make peers` installs cache-dit. The method is FBCache, which cache-dit calls DBCache with one computed block. The
+models have random weights. Times are those of the code around the blocks. The counts tell which library serves the pass
+that writes the KV cache from cache.
 """
 
 from __future__ import annotations
@@ -16,98 +17,31 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 import holdover
 from holdover.methods.fbcache import fbcache
+from holdover.report.environment import environment
+from holdover.report.progress import bar
 from holdover.report.tables import markdown
-from holdover_world.measure.measure import environment
-from lab.cards import about, write_card
+from holdover_world.cli.common import show
+from lab.cards import LAB, Out, about, run_script, write_card
+from lab.peers_models import SUBJECTS, Subject, drift
 
-#: Passes left out: they warm up the process.
+#: The first passes are not counted: they warm up the process.
 WARM_UP = 5
-#: A threshold under which no pass is reused, and one under which all are. Not zero: cache-dit then takes no signal.
+#: A threshold at which no pass is reused, and one at which all are. Not zero: cache-dit then takes no signal.
 NEVER, ALWAYS = 1e-9, 1e9
-#: The chunk loop: this many denoising passes, then one over the clean latents.
+#: The chunk loop: denoising passes of a chunk, before the pass over the clean latents; and chunks.
 DENOISING, CHUNKS = 4, 12
 
-FRAMES, ROWS, COLUMNS, TEXT = 3, 8, 12, 16
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A class of diffusers: where its blocks are, how it is made for a number of them, the arguments of a pass."""
-
-    name: str
-    blocks: str
-    config: Callable[[int], dict[str, Any]]
-    inputs: Callable[[Tensor, float], dict[str, Any]]
-
-    def make(self, blocks: int) -> nn.Module:
-        torch.manual_seed(0)
-        model: nn.Module = getattr(import_module("diffusers"), self.name)(**self.config(blocks))
-        return model.eval().requires_grad_(False)
-
-
-def _wan(blocks: int) -> dict[str, Any]:
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": blocks}
-    return {**sizes, "in_channels": 16, "out_channels": 16, "text_dim": 64, "freq_dim": 64, "rope_max_seq_len": 64}
-
-
-def _wide(blocks: int) -> dict[str, Any]:
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": blocks}
-    return {**sizes, "in_channels": 16, "out_channels": 16}
-
-
-def _text(width: int = 64) -> Tensor:
-    return torch.linspace(-1, 1, TEXT * width).reshape(1, TEXT, width)
-
-
-SUBJECTS = (
-    Subject(
-        "WanTransformer3DModel",
-        "blocks",
-        _wan,
-        lambda x, t: {"hidden_states": x, "timestep": torch.tensor([t]), "encoder_hidden_states": _text()},
-    ),
-    Subject(
-        "LTXVideoTransformer3DModel",
-        "transformer_blocks",
-        lambda blocks: {**_wide(blocks), "cross_attention_dim": 128, "caption_channels": 64},
-        lambda x, t: {
-            "hidden_states": x[..., ::2, ::2].flatten(2).transpose(1, 2),
-            "encoder_hidden_states": _text(),
-            "timestep": torch.tensor([t]),
-            "encoder_attention_mask": torch.ones(1, TEXT).bool(),
-            "num_frames": FRAMES,
-            "height": ROWS,
-            "width": COLUMNS,
-        },
-    ),
-    Subject(
-        "MochiTransformer3DModel",
-        "transformer_blocks",
-        lambda blocks: {
-            **_wide(blocks),
-            "pooled_projection_dim": 64,
-            "text_embed_dim": 64,
-            "max_sequence_length": TEXT,
-        },
-        lambda x, t: {
-            "hidden_states": x,
-            "encoder_hidden_states": _text(),
-            "timestep": torch.tensor([t]),
-            "encoder_attention_mask": torch.ones(1, TEXT),
-        },
-    ),
-)
-
-#: Around one pass: its number and, in the chunk loop, its role.
+#: The context of one pass, by its number and, in the chunk loop, its role.
 Around = Callable[[int, str], AbstractContextManager[Any]]
 
 
@@ -128,7 +62,7 @@ def _holdover(model: Any, threshold: float) -> Around:
 
 
 def _holdover_timed(model: Any, threshold: float) -> Around:
-    """As above, all passes in one chunk: FBCache would compute the first of each."""
+    """As `_holdover`, with all passes in one chunk: FBCache computes the first pass of each chunk."""
     cache = holdover.attach(model, fbcache(threshold=threshold))
     return lambda index, role: cache.step(chunk=0, index=index, num_steps=1_000_000)
 
@@ -156,8 +90,8 @@ def _cache_dit(model: Any, threshold: float) -> Around:
 PEERS: dict[str, Callable[[Any, float], Around]] = {"diffusers": _diffusers, "cache-dit": _cache_dit}
 
 
-def run_hosts(out: Path, *, passes: int = 60, blocks: int = 30, progress: Progress) -> dict[str, Any]:
-    """Time every subject under every library; writes ``hosts.md`` and ``hosts.json``.
+def run_peers(out: Path, *, passes: int = 60, blocks: int = 30, progress: Progress) -> dict[str, Any]:
+    """Time every subject under every library; writes ``peers.md`` and ``peers.json``.
 
     Args:
         passes: per subject and threshold; the first `WARM_UP` are not counted.
@@ -168,7 +102,7 @@ def run_hosts(out: Path, *, passes: int = 60, blocks: int = 30, progress: Progre
     """
     if passes <= WARM_UP:
         raise ValueError(f"passes={passes}: give more than the {WARM_UP} of warm-up")
-    task = progress.add_task("hosts", total=2 * len(SUBJECTS) + 1)
+    task = progress.add_task("peers", total=2 * len(SUBJECTS) + 1)
     rows = []
     for subject in SUBJECTS:
         for threshold in (NEVER, ALWAYS):
@@ -184,12 +118,12 @@ def run_hosts(out: Path, *, passes: int = 60, blocks: int = 30, progress: Progre
         "chunks": CHUNKS,
         "environment": environment(),
     }
-    write_card(out, "hosts", card(figures), figures)
+    write_card(out, "peers", card(figures), figures)
     return figures
 
 
 def _attached(name: str, attach: Callable[[Any, float], Around], model: Any, threshold: float) -> Around | None:
-    """A library on a model; None where a peer refuses it. That we refuse one is an error."""
+    """A library on a model; None where a peer refuses the model. Holdover may not refuse it."""
     try:
         with _quiet():
             return attach(model, threshold)
@@ -201,10 +135,10 @@ def _attached(name: str, attach: Callable[[Any, float], Around], model: Any, thr
 
 @torch.no_grad()
 def _race(subject: Subject, threshold: float, passes: int, blocks: int) -> list[dict[str, Any]]:
-    """One pass of every library, over and over, in an order drawn anew: who runs before leaves its traces in caches."""
+    """One pass of every library at a time. The order is drawn anew: a pass depends on what the last left in caches."""
     model = subject.make(blocks)
     libraries = {"unattached": _unattached, "holdover": _holdover_timed, **PEERS}
-    lanes: dict[str, tuple[nn.Module, Around]] = {}
+    runs: dict[str, tuple[nn.Module, Around]] = {}
     seconds: dict[str, list[tuple[float, float]]] = {}  # of passes, and outside of their blocks
     order = random.Random(0)
     with _clocked(type(model.get_submodule(f"{subject.blocks}.0"))) as blocks_clock:
@@ -212,11 +146,11 @@ def _race(subject: Subject, threshold: float, passes: int, blocks: int) -> list[
             twin = copy.deepcopy(model)
             around = _attached(name, attach, twin, threshold)
             if around is not None:
-                lanes[name], seconds[name] = (twin, around), []
-        for index, latents in zip(range(passes), _drift(), strict=False):
+                runs[name], seconds[name] = (twin, around), []
+        for index, latents in zip(range(passes), drift(), strict=False):
             given = subject.inputs(latents, 500.0)
-            for name in order.sample(list(lanes), len(lanes)):
-                twin, around = lanes[name]
+            for name in order.sample(list(runs), len(runs)):
+                twin, around = runs[name]
                 with _quiet():
                     blocks_clock.seconds, started = 0.0, perf_counter()
                     with around(index, "denoise"):
@@ -226,7 +160,7 @@ def _race(subject: Subject, threshold: float, passes: int, blocks: int) -> list[
     bare, bare_outside = np.array(seconds["unattached"][WARM_UP:]).T
     rows = [{"model": subject.name, "reuse": threshold == ALWAYS, "library": name} for name in libraries]
     for row in rows:
-        if row["library"] not in lanes:
+        if row["library"] not in runs:
             continue
         taken, outside = np.array(seconds[str(row["library"])][WARM_UP:]).T
         row |= {"ms": 1e3 * float(np.median(taken)), "ratio": float(np.median(taken / bare))}
@@ -241,7 +175,7 @@ class _Clock:
 
 @contextmanager
 def _clocked(kind: type[nn.Module]) -> Iterator[_Clock]:
-    """While it lasts, the time within every forward of a class of blocks is added up."""
+    """Adds up the time within every forward of a class of blocks."""
     clock, forward = _Clock(), kind.forward
 
     @functools.wraps(forward)
@@ -260,7 +194,7 @@ def _clocked(kind: type[nn.Module]) -> Iterator[_Clock]:
 
 @torch.no_grad()
 def _served(subject: Subject, blocks: int) -> dict[str, int | None]:
-    """How many of the passes over clean latents each library serves from cache; None where it refuses the model."""
+    """How many passes over clean latents each library serves from cache; None where it refuses the model."""
     counts: dict[str, int | None] = {}
     for name, attach in {"holdover": _holdover, **PEERS}.items():
         model = subject.make(blocks)
@@ -272,7 +206,7 @@ def _served(subject: Subject, blocks: int) -> dict[str, int | None]:
             continue
         last.register_forward_hook(lambda *_, ran=ran: ran.__setitem__(0, ran[0] + 1))
         served = 0
-        for index, latents in zip(range(CHUNKS * (DENOISING + 1)), _drift(), strict=False):
+        for index, latents in zip(range(CHUNKS * (DENOISING + 1)), drift(), strict=False):
             clean = index % (DENOISING + 1) == DENOISING
             before = ran[0]
             with _quiet(), around(index, "kv_update" if clean else "denoise"):
@@ -282,18 +216,9 @@ def _served(subject: Subject, blocks: int) -> dict[str, int | None]:
     return counts
 
 
-def _drift() -> Iterator[Tensor]:
-    """Latents ``[1, 16, F, 2H, 2W]`` that change a little from pass to pass."""
-    source = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 16, FRAMES, 2 * ROWS, 2 * COLUMNS, generator=source)
-    while True:
-        yield latents.clone()
-        latents = latents + 0.01 * torch.randn(latents.shape, generator=source)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The peers warn about what is deliberate here."""
+    """The peers warn about thresholds and loops that are deliberate here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -322,14 +247,31 @@ def card(figures: dict[str, Any]) -> str:
     return f"""# Beside diffusers' own hooks and cache-dit
 
 FBCache in each library on the same model of {figures["blocks"]} blocks with random weights, {figures["passes"]} passes
-after the warm-up, all libraries interleaved pass by pass in one process. Times are medians; "against unattached" and
-the microseconds outside the blocks, which are what a library adds of its own, are medians of paired passes.
+after the warm-up, all libraries interleaved pass by pass in one process. Times are medians. "Against unattached" and
+the microseconds outside the blocks, which are the library's own, are medians of paired passes.
 
 {markdown(columns, rows)}
-In a loop of {DENOISING} denoising passes and one over the clean latents, which is the one that writes the KV cache of a
-chunk-causal model, at a threshold under which all is reused that may be: how many of those passes are served from
-cache.
+A loop of {DENOISING} denoising passes and one pass over the clean latents, at a threshold at which everything that may
+be reused is reused. In a chunk-causal model the clean pass writes the KV cache. The table counts how many clean passes
+are served from cache.
 
 {markdown(("library", "clean passes served from cache"), served)}
 {about(figures["environment"])}
 """
+
+
+def main(
+    out: Out = LAB,
+    passes: Annotated[
+        int, typer.Option(help=f"Of each model under each library; the first {WARM_UP} are warm-up.")
+    ] = 60,
+    blocks: Annotated[int, typer.Option(help="Of each model; their weights are random.")] = 30,
+) -> None:
+    """FBCache beside diffusers' own hooks and cache-dit, on models of diffusers: what each library costs."""
+    with bar() as progress:
+        figures = run_peers(out, passes=passes, blocks=blocks, progress=progress)
+    show(out / "peers.md", figures)
+
+
+if __name__ == "__main__":
+    run_script(main)
