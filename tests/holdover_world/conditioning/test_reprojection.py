@@ -12,15 +12,13 @@ from holdover_world.codec.autoencoder import Autoencoder
 from holdover_world.conditioning.motion import drive
 from holdover_world.conditioning.reprojection import LinearPath
 from holdover_world.conditioning.views import Move, View, look
-from holdover_world.config import camera_rays
 from holdover_world.loop.scenarios import load_scenario, shipped_model
 from holdover_world.model.kv_cache import Expected, KVCache
 from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import RIG, Camera
+from holdover_world.scene.cameras import RIG, Camera, camera_rays
 from holdover_world.scene.vehicles import EgoState, denormalise_action, normalise_action
 from holdover_world.scene.vehicles import drive as drive_by_numbers
-
-from .small import latents, small_model
+from tests.holdover_world.small import latents, small_model
 
 
 def test_rows_drive_as_one_car_does() -> None:

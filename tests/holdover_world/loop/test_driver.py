@@ -11,10 +11,10 @@ from torch import Tensor
 
 import holdover
 from holdover_world.conditioning.motion import drive as drive_cars
-from holdover_world.conditioning.motion import placed
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.model.sampler import noise_levels
 from holdover_world.model.transformer import WorldModel
+from holdover_world.scene.poses import placed
 from tests.holdover_world.small import latents, small_model
 
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from holdover_world.config import camera_rays
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.measure.evaluate import (
     Drive,
@@ -23,7 +22,7 @@ from holdover_world.measure.evaluate import (
 from holdover_world.measure.fidelity import depth_errors
 from holdover_world.measure.motion import GAP, SCALE, MotionReader, agreement, train_motion_reader, true_motion
 from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import FPS, RIG, Camera
+from holdover_world.scene.cameras import FPS, RIG, Camera, camera_rays
 from holdover_world.scene.clips import Clip, list_clips, read_clip
 from lab import motion
 from tests.holdover_world.small import small_config, small_model

@@ -13,17 +13,16 @@ import torch.nn.functional as F
 from holdover_world.codec.checkpoints import weights_digest, write_difference
 from holdover_world.codec.latents import Codec
 from holdover_world.conditioning.motion import drive
-from holdover_world.config import CONFIGS, WorldConfig, camera_rays, config_for, token_rays
+from holdover_world.config import CONFIGS, WorldConfig, config_for, token_rays
 from holdover_world.loop.scenarios import shipped_model
 from holdover_world.model.kv_cache import KVCache
 from holdover_world.model.rotary import RotaryTables, rotary_table, rotate
 from holdover_world.model.transformer import Block, WorldModel, attention
-from holdover_world.scene.cameras import RIG, stitch
+from holdover_world.scene.cameras import RIG, camera_rays, stitch
 from holdover_world.scene.clips import open_dataset
 from holdover_world.scene.layout import Track
-
-from .naive_transformer import naive_action_features, naive_block_causal
-from .small import CAMERAS, latents, small_config, small_layout, small_model
+from tests.holdover_world.model.naive_transformer import naive_action_features, naive_block_causal
+from tests.holdover_world.small import CAMERAS, latents, small_config, small_layout, small_model
 
 
 @pytest.mark.parametrize(

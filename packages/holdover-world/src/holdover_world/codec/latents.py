@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import FRAMES, SCALE, Autoencoder
+from holdover_world.codec.autoencoder import Autoencoder
 from holdover_world.codec.checkpoints import DIFFERENCE, read_network, write_network
-from holdover_world.config import Plane, WorldConfig
+from holdover_world.config import FRAMES, SCALE, Plane, WorldConfig
 from holdover_world.runtime import fast_dtype
 from holdover_world.scene.depth import from_metres, to_metres
 

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdover_world.codec.autoencoder import FRAMES, SCALE, Autoencoder
+from holdover_world.codec.autoencoder import Autoencoder
 from holdover_world.codec.latents import Codec, from_tokens, padded, to_tokens
 from holdover_world.conditioning.drawn import Around, Drawn, draw
-from holdover_world.conditioning.motion import seen_from
 from holdover_world.conditioning.views import Move, View, look
-from holdover_world.config import Plane, WorldConfig
+from holdover_world.config import FRAMES, SCALE, Plane, WorldConfig
 from holdover_world.scene.depth import FAR, NEAR, from_metres, to_metres
 from holdover_world.scene.layout import Site
+from holdover_world.scene.poses import seen_from
 
 _STEPS = 2  # in which the depth that a camera will see is found
 _GROUND = 0.75  # what lies farther than this share of the way to the ground is the ground

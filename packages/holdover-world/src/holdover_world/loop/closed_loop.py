@@ -20,7 +20,7 @@ from torch import Tensor
 
 from holdover.engine.attach import Cache
 from holdover.engine.step import Step
-from holdover_world.codec.autoencoder import FRAMES
+from holdover_world.config import FRAMES
 from holdover_world.model.kv_cache import KVBatch, KVCache
 from holdover_world.model.sampler import Sampler, denoise, noise_levels
 from holdover_world.model.transformer import WorldModel

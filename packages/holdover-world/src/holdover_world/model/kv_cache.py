@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import FRAMES
-from holdover_world.conditioning.motion import drive, placed, seen_from
+from holdover_world.conditioning.motion import drive
+from holdover_world.config import FRAMES
 from holdover_world.scene.layout import Site, Track
+from holdover_world.scene.poses import placed, seen_from
 
 #: What is expected ``[B, F, N, P]``, how much of each token is known ``[B, F, N, 1]``, the layout ``[B, F, N, P]``.
 Expected = tuple[Tensor, Tensor, Tensor]

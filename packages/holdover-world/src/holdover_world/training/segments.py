@@ -15,8 +15,9 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import DECODING, FRAMES
+from holdover_world.codec.autoencoder import DECODING
 from holdover_world.codec.latents import Codec
+from holdover_world.config import FRAMES
 from holdover_world.model.kv_cache import KVCache
 from holdover_world.scene.clips import frame_count, list_clips, read_clip, read_track
 from holdover_world.scene.layout import Track

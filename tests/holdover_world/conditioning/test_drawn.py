@@ -3,92 +3,27 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import FRAMES
 from holdover_world.conditioning.drawn import GROUND, SKY, Around, draw
 from holdover_world.conditioning.motion import drive
 from holdover_world.conditioning.reprojection import _in_layout
 from holdover_world.conditioning.views import Move, View
-from holdover_world.config import camera_axes, camera_rays
+from holdover_world.config import FRAMES
 from holdover_world.loop.closed_loop import ClosedLoop, LoopState
 from holdover_world.loop.scenarios import shipped_clips
 from holdover_world.model.kv_cache import KVBatch, KVCache
-from holdover_world.scene.cameras import RIG, Camera
+from holdover_world.scene.cameras import RIG, Camera, camera_axes, camera_rays
 from holdover_world.scene.clips import list_clips, read_clip, read_track
 from holdover_world.scene.depth import FAR
-from holdover_world.scene.layout import FILE, GROUNDS, METRES, Layout, Site, Track
-from holdover_world.simulator.scenes import build_scene
-from holdover_world.simulator.simulation import Simulation
-
-from .small import latents, small_layout, small_model
+from holdover_world.scene.layout import Layout, Site, Track
+from tests.holdover_world.small import latents, small_layout, small_model
 
 CPU = torch.device("cpu")
-
-
-def ground_at(layout: Layout, x: float, y: float) -> str:
-    column, row = ((torch.tensor([x, y]) - layout.corner_2) / METRES).floor().long().tolist()
-    return list(GROUNDS)[int(layout.ground_GH[row, column])]
-
-
-def test_a_town_is_drawn_as_it_was_built() -> None:
-    """Places worked out by hand from the sizes in `holdover_world.simulator.town`."""
-    simulation = Simulation("urban", 4)
-    layout = simulation.layout()
-    assert ground_at(layout, 83.0, 83.0) == "asphalt"  # the middle of a junction
-    assert ground_at(layout, 83 + 15.0, 83.0) == "paint"  # the first dash of a street, from 14 to 18 metres
-    assert ground_at(layout, 83 + 20.0, 83.0) == "asphalt"
-    assert ground_at(layout, 83 + 30.0, 83 + 7.5) == "slabs"
-    assert ground_at(layout, 83 + 30.0, 83 + 5.95) == "kerb"
-    assert ground_at(layout, 83 + 41.5, 83 + 41.5) == "grass"  # behind the houses
-    # A zebra crossing: stripes along the street, 0.8 metres wide, as many bright as dark.
-    across = [ground_at(layout, 83 + 7.3, 83 + y) for y in np.arange(-5.7, 5.7, 0.2)]
-    assert 0.4 < across.count("paint") / len(across) < 0.6
-    assert sum(a != b for a, b in pairwise(across)) in range(12, 17)
-    kinds = layout.boxes_M10[:, 6] - layout.boxes_M10[:, 5]
-    assert int((kinds > 6).sum()) > 300  # houses without their shops
-    assert layout.poses_TC3.shape == (1, len(simulation.traffic.cars), 3)
-
-
-def test_a_layout_logs_where_the_cars_are() -> None:
-    simulation = Simulation("highway", 3)
-    for _ in range(5):
-        simulation.step(20.0, 0.0)
-    cars = [(car.x, car.y, car.yaw) for car in simulation.traffic.cars]
-    layout = simulation.layout()
-    torch.testing.assert_close(layout.cars([5])[0], torch.tensor(cars))
-    assert len(layout.poses_TC3) == 6
-    step = layout.poses_TC3[5] - layout.poses_TC3[4]
-    beyond = layout.cars([9])[0]
-    torch.testing.assert_close(beyond[:, :2], layout.poses_TC3[5, :, :2] + 4 * step[:, :2])
-    assert torch.equal(beyond[:, 2], layout.poses_TC3[5, :, 2])
-
-
-def test_the_road_without_bends_has_none() -> None:
-    for lane in build_scene("straight", 2).lanes:
-        assert np.ptp(lane.points[:, 1]) < 1e-9
-    assert np.ptp(build_scene("highway", 2).lanes[0].points[:, 1]) > 5
-
-
-def test_layouts_are_written_and_read(tmp_path: Path) -> None:
-    layout = small_layout()
-    assert Layout.load(tmp_path) is None
-    layout.save(tmp_path)
-    again = Layout.load(tmp_path)
-    assert again is not None
-    assert [p.name for p in tmp_path.iterdir()] == [FILE]
-    for name in ("ground_GH", "corner_2", "boxes_M10", "parts_J10", "poses_TC3"):
-        assert torch.equal(getattr(again, name), getattr(layout, name))
-    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"layout\.npz is damaged .* record the clip again"):
-        Layout.load(tmp_path)
 
 
 def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tuple[np.ndarray, np.ndarray]:
