@@ -27,12 +27,12 @@ _COLUMNS = (
 )
 
 _FEW = """Both cadences are driven. `window` generates a window of four pieces once for each piece, with the same noise,
-and every method computes the chunk whose window is committed in full. `plain` generates and commits each piece once, so
+and every method computes in full the chunk whose window is committed. `plain` generates and commits each piece once, so
 a method's errors enter the KV cache."""
 
 _MANY = """Methods that reuse from step to step run in the plain cadence, which commits every piece, so their errors
-enter the KV cache. Methods that reuse from chunk to chunk run in the window cadence, in which they compute the chunk
-whose window is committed in full."""
+enter the KV cache. Methods that reuse from chunk to chunk run in the window cadence, in which they compute in full the
+chunk whose window is committed."""
 
 _NOISE = """The sampler draws new noise at every step, so inputs change far more from step to step than in samplers
 without noise, for which thresholds are published. Only looser thresholds are tried here."""
