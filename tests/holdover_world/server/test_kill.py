@@ -18,8 +18,8 @@ import pytest
 
 from holdover_world.server.server import ThisThread
 from tests.holdover_world.server.live import Live
-from tests.holdover_world.sessions.small import action
 from tests.holdover_world.server.test_server import drive, near, solo
+from tests.holdover_world.sessions.small import action
 
 SERVER = """
 import json, sys, threading

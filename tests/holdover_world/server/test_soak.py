@@ -17,8 +17,8 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed
 
 from tests.holdover_world.server.live import Live, Stream, running
-from tests.holdover_world.sessions.small import action
 from tests.holdover_world.server.test_server import near, solo
+from tests.holdover_world.sessions.small import action
 
 SECONDS = float(os.environ.get("HOLDOVER_SOAK_SECONDS", "4"))
 CLIENTS, SEEDS, LENGTH = 16, 6, 16
