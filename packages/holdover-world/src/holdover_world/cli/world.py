@@ -1,4 +1,4 @@
-"""`holdover world`: recording clips, training and evaluating world models."""
+"""`holdover world`: record clips, train and evaluate world models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from holdover.cli.common import plain_errors
-from holdover_world.cli.common import Benchmarks, Model, Seed, keep_memory, load, show
+from holdover_world.cli.common import Model, Seed, keep_memory, load, show
 
 if TYPE_CHECKING:
     from holdover_world.training.trainer import Schedule
@@ -21,15 +21,15 @@ world = typer.Typer(no_args_is_help=True, help="Record clips; train and evaluate
 
 @world.command()
 def record(
-    scenario: Annotated[str, typer.Option(help="urban, highway, uturn, or straight: a highway without bends.")],
-    out: Annotated[Path, typer.Option(help="The folder for the clips; finished ones are kept.")],
-    clips: Annotated[int, typer.Option(help="How many.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the first clip; the others count on.")] = 0,
-    frames: Annotated[int, typer.Option(help="Per clip, 12 a second.")] = 240,
-    depth: Annotated[bool, typer.Option(help="Record depth as well.")] = True,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    scenario: Annotated[str, typer.Option(help="urban, highway, uturn or straight (a highway without bends).")],
+    out: Annotated[Path, typer.Option(help="The folder for the clips. Clips finished there are kept.")],
+    clips: Annotated[int, typer.Option(help="The number of clips.")] = 200,
+    seed: Annotated[int, typer.Option(help="The seed of the first clip. The others count up from it.")] = 0,
+    frames: Annotated[int, typer.Option(help="Frames per clip, 12 per second.")] = 240,
+    depth: Annotated[bool, typer.Option(help="Also record depth.")] = True,
+    workers: Annotated[int, typer.Option(help="The number of processes.")] = 1,
 ) -> None:
-    """Record clips of the scripted driver in the simulator."""
+    """Record clips of a scripted driver in the simulator."""
     with plain_errors():
         from holdover_world.simulator.record import record as run
 
@@ -39,18 +39,20 @@ def record(
 
 @world.command()
 def train_autoencoder(
-    data: Annotated[Path, typer.Option(help="A folder of clips.")],
-    out: Annotated[Path, typer.Option(help="The folder of the autoencoders; an interrupted run goes on.")],
-    modality: Annotated[str, typer.Option(help="colour or depth.")] = "colour",
-    heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the schedule's.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Videos per camera and step. By default the schedule's.")] = None,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    data: Annotated[Path, typer.Option(help="A folder of clips to train on.")],
+    out: Annotated[Path, typer.Option(help="The folder of the autoencoders. An interrupted run continues.")],
+    modality: Annotated[str, typer.Option(help="The modality: colour or depth.")] = "colour",
+    heldout: Annotated[Path | None, typer.Option(help="A folder of clips to validate on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default those of the schedule.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Videos per camera and step. By default those of the schedule.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device to train on: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train the autoencoder of colour or of depth, or continue; each has a folder of its own in OUT, with a curve."""
+    """Train the autoencoder of one modality, or continue. Writes it to a folder of that name in OUT, with curve.png."""
     with plain_errors():
         keep_memory()
-        from holdover.report.plots import plot_training
+        from holdover_world.measure.plots import plot_training
         from holdover_world.training.train_autoencoder import SCHEDULES
         from holdover_world.training.train_autoencoder import train_autoencoder as run
         from holdover_world.training.trainer import read_log
@@ -65,31 +67,36 @@ def train_autoencoder(
 
 @world.command()
 def train(
-    data: Annotated[Path, typer.Option(help="A folder of clips.")],
-    out: Annotated[Path, typer.Option(help="The folder for weights, log and curve; an interrupted run goes on.")],
+    data: Annotated[Path, typer.Option(help="A folder of clips to train on.")],
+    out: Annotated[Path, typer.Option(help="The folder for weights, log and curve. An interrupted run continues.")],
     autoencoders: Annotated[
-        Path | None, typer.Option(help="What train-autoencoder wrote. Default: the checkpoint's, or the shipped ones.")
+        Path | None,
+        typer.Option(help="A folder that train-autoencoder wrote. Default: those of the checkpoint, or the installed."),
     ] = None,
-    size: Annotated[str, typer.Option(help="tiny, small, base or xworld-5b.")] = "small",
-    camera: Annotated[list[str] | None, typer.Option(help="One to train on, again for more. Default: all.")] = None,
-    depth: Annotated[bool, typer.Option(help="Draw depth as well as colour.")] = True,
-    heldout: Annotated[Path | None, typer.Option(help="Clips to validate on.")] = None,
+    size: Annotated[str, typer.Option(help="The size: tiny, small, base or xworld-5b.")] = "small",
+    camera: Annotated[
+        list[str] | None, typer.Option(help="Train on this camera. Can be repeated. Default: all.")
+    ] = None,
+    depth: Annotated[bool, typer.Option(help="Generate depth as well as colour.")] = True,
+    heldout: Annotated[Path | None, typer.Option(help="A folder of clips to validate on.")] = None,
     start_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint to begin with. Default: the teacher, or none.")
+        Path | None, typer.Option(help="A checkpoint to begin with. Default: the teacher, or none.")
     ] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Checkpoint to distil into one of four steps.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default the recipe's.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Clips per step. By default the recipe's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data, noise and weights. By default the recipe's.")] = None,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    teacher: Annotated[Path | None, typer.Option(help="A checkpoint to distil into a student of four steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. By default those of the recipe.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Clips per step. By default those of the recipe.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The seed of data, noise and weights. By default that of the recipe.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device to train on: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train a world model, or continue; writes the model, log.jsonl and curve.png."""
+    """Train a world model, or continue. Writes the model, log.jsonl and curve.png."""
     with plain_errors():
         keep_memory()
-        from holdover.report.plots import plot_training
         from holdover_world.codec.latents import Codec
         from holdover_world.config import CONFIGS, config_for
         from holdover_world.loop.scenarios import shipped_model
+        from holdover_world.measure.plots import plot_training
         from holdover_world.training.recipe import STUDENT, Recipe
         from holdover_world.training.train import train as run
         from holdover_world.training.trainer import read_log
@@ -107,23 +114,23 @@ def train(
 
 
 def _with(schedule: S, **given: int | None) -> S:
-    """A schedule with the numbers that were given."""
+    """A schedule with the values that were given."""
     return replace(schedule, **{name: value for name, value in given.items() if value is not None})
 
 
 @world.command("eval")
 def evaluate(
-    clips: Annotated[Path, typer.Option(help="Held-out clips to drive.")],
-    data: Annotated[Path, typer.Option(help="Other clips, from which to learn to read motion back.")],
-    out: Benchmarks = Path("benchmarks"),
+    clips: Annotated[Path, typer.Option(help="A folder of held-out clips to drive.")],
+    data: Annotated[Path, typer.Option(help="A folder of other clips, to train the network that reads motion.")],
+    out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/eval"),
     model: Model = None,
-    per_scenario: Annotated[int, typer.Option(help="Clips of every scenario.")] = 2,
-    chunks: Annotated[int, typer.Option(help="To drive of each clip, at most.")] = 66,
-    steps: Annotated[int, typer.Option(help="Denoising passes of a chunk.")] = 4,
-    guidance: Annotated[float, typer.Option(help="On the action: 1 for none.")] = 1.0,
+    per_scenario: Annotated[int, typer.Option(help="Clips per scenario.")] = 2,
+    chunks: Annotated[int, typer.Option(help="Chunks per clip, at most.")] = 66,
+    steps: Annotated[int, typer.Option(help="Denoising steps per chunk.")] = 4,
+    guidance: Annotated[float, typer.Option(help="Guidance on the action; 1 is none.")] = 1.0,
     seed: Seed = 0,
 ) -> None:
-    """The world model against the simulator: fidelity, drift, obedience, and whether its cameras agree."""
+    """Compare a world model with the simulator: fidelity, drift, response to actions, agreement of cameras."""
     with plain_errors():
         keep_memory()
         from holdover.report.progress import bar
