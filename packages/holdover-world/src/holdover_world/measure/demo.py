@@ -11,19 +11,22 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from holdover.methods.registry import policy
+from holdover.report.environment import environment
 from holdover.report.files import write_json
 from holdover.report.page import build_page
 from holdover.report.recording import command_line
-from holdover.report.run_dir import ChunkRecord, Rollout, remove_rollouts, write_rollout
+from holdover.report.run_dir import ChunkRecord, Rollout, remove_rollouts
+from holdover.report.run_write import write_rollout
 from holdover_world.loop.closed_loop import Cadence, LoopConfig
 from holdover_world.loop.scenarios import NAMES, STEADY, Scenario, load_scenario
-from holdover_world.measure.measure import Metrics, describe, describe_full, environment
+from holdover_world.measure.measure import Metrics, describe, describe_full
 from holdover_world.measure.race import Arm, ArmRun, Race
 from holdover_world.measure.reaction import EVENTS, drive, moments
 from holdover_world.measure.stlpips import StLpips
+from holdover_world.measure.tables import published_figures
 from holdover_world.measure.timing import cadence_block_share
 from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import FPS
+from holdover_world.scene.cameras import FPS, STITCH_ROWS
 
 #: What `run_demo` compares; the names are those of the policies.
 ARMS = (("xcache", LoopConfig(commit="first")), ("xcache_reactive", LoopConfig(commit="last_full")))
@@ -243,6 +246,8 @@ class _Writer:
             reference=reference_name,
             block_share=self.about["block_share"] if cached else None,
             figures=figures,
+            published=published_figures(self.scenario.name) if name == "full" else {},
+            rows=STITCH_ROWS,
             command=self.command,
             seed=self.seed,
             environment=self.about,

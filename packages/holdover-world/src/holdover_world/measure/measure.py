@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
+from holdover.report.bound import amdahl_bound
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
 from holdover_world.loop.scenarios import Scenario
 from holdover_world.measure.fidelity import Comparison, compare
 from holdover_world.measure.race import ArmRun, Race
 from holdover_world.measure.reaction import EVENTS, Event, Reaction, mean_ratio
 from holdover_world.measure.stlpips import StLpips
-from holdover_world.measure.timing import amdahl_bound, cycles, speedup
+from holdover_world.measure.timing import cycles, speedup
 from holdover_world.scene.cameras import FPS
 
 #: PSNR over time is that of each second.
@@ -109,23 +104,6 @@ def describe_full(lane: ArmRun, scenario: Scenario, metrics: Metrics, *, name: s
     }
 
 
-def environment(model: nn.Module | None = None, checkpoint: Path | None = None) -> dict[str, Any]:
-    """What the figures were measured on, and with: a model, read from a checkpoint."""
-    return {
-        "holdover": version("holdover"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
-        **({"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")} if model else {}),
-        **({"model": checkpoint.name} if checkpoint else {}),
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Times:
     dit: NDArray[np.float64]  # mean seconds of a chunk, per whole cycle after the first
@@ -182,13 +160,3 @@ def finite(value: float) -> float | None:
 
 def _nullable(values: NDArray[np.float64]) -> list[float | None]:
     return [finite(float(value)) for value in values]
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

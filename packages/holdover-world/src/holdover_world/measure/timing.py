@@ -45,25 +45,6 @@ def speedup(full: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return float(np.median(full) / np.median(other))
 
 
-def amdahl_bound(block_share: float, skip: float) -> float:
-    """The speed-up that skipping a share of the blocks' time allows at most: ``1 / (1 - block_share * skip)``.
-
-    Args:
-        block_share: of the time without a cache, what the skippable block calls take.
-        skip: the share of those calls that is skipped.
-
-    Raises:
-        ValueError: a share is not between 0 and 1, or the two leave no time at all.
-    """
-    for name, value in (("block_share", block_share), ("skip", skip)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a share, between 0 and 1")
-    remaining = 1 - block_share * skip
-    if remaining == 0:
-        raise ValueError("block_share=1 with skip=1 leaves no time; a model does more than run its blocks")
-    return 1 / remaining
-
-
 def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has done what it was asked to."""
     if device.type == "cuda":
@@ -109,7 +90,7 @@ def clock_blocks(model: WorldModel, *, whole: bool = False) -> Iterator[BlockClo
             hook.remove()
 
 
-def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> tuple[float, float]:
+def block_share(loop: ClosedLoop[WorldModel], action: Tensor, *, cycles: int = 2) -> tuple[float, float]:
     """The share of the DiT time, KV updates included, that the blocks of denoising passes take without a cache, and the
     seconds of a chunk.
 
