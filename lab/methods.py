@@ -23,13 +23,13 @@ from holdover.methods.magcache import magnitude_ratios, measure_magnitudes
 from holdover.methods.teacache import changes, measure_changes
 from holdover.report.bound import amdahl_bound
 from holdover.report.environment import environment
-from holdover.report.plots import plot_fronts
 from holdover.report.progress import bar
 from holdover.tune.calibrate import fit
 from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.measure.fidelity import compare, depth_errors
+from holdover_world.measure.plots import plot_fronts
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import clock_blocks, cycles, speedup

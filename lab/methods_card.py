@@ -70,7 +70,7 @@ with another seed.
             f"## {cadence} cadence\n",
             f"Full compute takes {result['full_dit_ms']:.0f} ms in the DiT per chunk.\n",
             markdown(_COLUMNS, [_row(row) for row in result["rows"]]),
-            _verdict(result["rows"]),
+            verdict(result["rows"]),
         ]
     parts += ["## Left out\n", *(f"- `{name}` {reason}." for name, reason in figures["left_out"].items()), ""]
     return "\n".join([*parts, about(figures["environment"])]) + "\n"
@@ -102,9 +102,9 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _verdict(rows: list[dict[str, Any]]) -> str:
+def verdict(rows: list[dict[str, Any]]) -> str:
     """Which methods beat the interval with as many FULL passes."""
-    found: dict[str, list[str]] = {title: [] for title in _VERDICTS}
+    found: dict[str, list[str]] = {title: [] for title in VERDICTS}
     for row in rows:
         if (control := row["control"]) is not None and control["gain_db"] is not None:
             found[_judge(control["gain_db"], row["skip"] - control["skip"])].append(f"`{row['name']}`")
@@ -112,11 +112,11 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     return "\n".join([head, *(f"- {title}: {', '.join(names) or 'none'}" for title, names in found.items()), ""])
 
 
-_VERDICTS = ("better", "better, but skips less in the other passes", "equal within 0.01 dB", "worse")
+VERDICTS = ("better", "better, but skips less in the other passes", "equal within 0.01 dB", "worse")
 
 
 def _judge(gain_db: float, skips_more: float) -> str:
-    better, less, equal, worse = _VERDICTS
+    better, less, equal, worse = VERDICTS
     if abs(gain_db) < 0.01:
         return equal
     if gain_db < 0:

@@ -108,13 +108,13 @@ def run_peers(out: Path, *, passes: int = 60, blocks: int = 30, progress: Progre
         for threshold in (NEVER, ALWAYS):
             rows += _race(subject, threshold, passes, blocks)
             progress.advance(task)
-    served = _served(SUBJECTS[0], blocks)
+    served_passes = served(SUBJECTS[0], blocks)
     progress.advance(task)
     figures = {
         "passes": passes - WARM_UP,
         "blocks": blocks,
         "rows": rows,
-        "served": served,
+        "served": served_passes,
         "chunks": CHUNKS,
         "environment": environment(),
     }
@@ -193,7 +193,7 @@ def _clocked(kind: type[nn.Module]) -> Iterator[_Clock]:
 
 
 @torch.no_grad()
-def _served(subject: Subject, blocks: int) -> dict[str, int | None]:
+def served(subject: Subject, blocks: int) -> dict[str, int | None]:
     """How many passes over clean latents each library serves from cache; None where it refuses the model."""
     counts: dict[str, int | None] = {}
     for name, attach in {"holdover": _holdover, **PEERS}.items():

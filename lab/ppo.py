@@ -28,11 +28,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from holdover.report.environment import environment
 from holdover.report.files import whole, write_json
-from holdover.report.plots import plot_returns
 from holdover.report.tables import markdown
 from holdover_world.cli.common import show
 from holdover_world.env.drive_env import ID, Course, course_of
 from holdover_world.loop.scenarios import shipped_model
+from holdover_world.measure.plots import plot_returns
 from holdover_world.model.transformer import WorldModel
 from lab.cards import LAB, Out, about, run_script, write_card
 

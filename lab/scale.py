@@ -190,7 +190,7 @@ class _Bench:
     def action(self) -> torch.Tensor:
         return self.actions[0, 0]
 
-    def loop(self, **options: Any) -> ClosedLoop:
+    def loop(self, **options: Any) -> ClosedLoop[WorldModel]:
         return ClosedLoop(self.model, self.start, self.actions, **options)
 
     def cycle(self, policy: Policy | None, *, profiled: bool) -> tuple[float, dict[str, Any]]:
@@ -215,7 +215,7 @@ class _Bench:
         return total / chunks, rest
 
 
-def _cuda_calls(loop: ClosedLoop, action: torch.Tensor) -> dict[str, int]:
+def _cuda_calls(loop: ClosedLoop[WorldModel], action: torch.Tensor) -> dict[str, int]:
     """Kernel launches, and how often the host waits for the device, in one chunk without a KV update."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         loop.step(action)
