@@ -33,7 +33,7 @@ def weights_path() -> Path:
     for folder in (spec.submodule_search_locations if spec else None) or ():
         if (path := Path(folder) / _WEIGHTS).is_file():
             return path
-    raise ModuleNotFoundError("ST-LPIPS needs its weight file: pip install --no-deps stlpips_pytorch==0.0.2")
+    raise ModuleNotFoundError("ST-LPIPS needs its weight file: pip install stlpips_pytorch==0.0.2")
 
 
 class StLpips:
