@@ -17,16 +17,16 @@ from rich.progress import Progress
 
 from holdover.report.environment import environment
 from holdover.report.fidelity import psnr
-from holdover.report.plots import plot_pictures
 from holdover.report.tables import markdown
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.measure.fidelity import FAR, compare, depth_errors
 from holdover_world.measure.motion import agreement, camera_ahead, train_motion_reader, true_motion
+from holdover_world.measure.plots import plot_pictures
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS, Camera, camera_rays
 from holdover_world.scene.clips import Clip, list_clips, read_clip, read_track
-from lab.cards import about, write_card
+from holdover_world.measure.cards import about, write_card
 
 #: Seconds from the start at which a rollout is compared with the simulator, the last `EVERY` frames before each.
 HORIZONS = (0.5, 1.0, 2.0, 4.0)
