@@ -20,14 +20,15 @@ from holdover.report.progress import bar
 from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.loop.scenarios import KINDS, Scenario, load_scenario
-from holdover_world.measure.measure import Metrics, describe, describe_full, finite
+from holdover_world.measure.cards import write_card
+from holdover_world.measure.figures import Metrics, describe, describe_full, finite
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import drive, moments
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import cadence_block_share
 from holdover_world.model.transformer import WorldModel
 from lab.ablation_card import card
-from lab.cards import LAB, Out, Parts, run_script, write_card
+from lab.cards import LAB, Out, Parts, run_script
 
 #: One scripted and one steady scenario; the published ablation used a highway clip.
 SCENARIOS = ("highway", "urban-steady")

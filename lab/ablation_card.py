@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from holdover.report.tables import decibels, markdown, percent, ratio, scientific
-from holdover_world.measure.measure import HORIZONS
-from lab.cards import about
+from holdover_world.measure.cards import about
+from holdover_world.measure.figures import HORIZONS
 
 _COLUMNS = (
     "run",

@@ -1,4 +1,4 @@
-"""What the scripts of the lab share: options, cards on disk, and measurements that can be continued."""
+"""What the scripts of the lab share: options, and measurements that can be continued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from holdover.engine.slots import find_blocks
 from holdover.engine.snapshot import model_digest
 from holdover.report.environment import environment
-from holdover.report.files import write_json, write_text
+from holdover.report.files import write_json
 from holdover_world.model.transformer import WorldModel
 
 T = TypeVar("T")
@@ -29,12 +29,6 @@ def run_script(main: Callable[..., None]) -> None:
         typer.run(main)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
-
-
-def write_card(out: Path, name: str, text: str, figures: dict[str, Any]) -> None:
-    """Write ``out/name.md`` and ``out/name.json``."""
-    write_text(out / f"{name}.md", text)
-    write_json(out / f"{name}.json", figures)
 
 
 class Parts:
@@ -68,13 +62,3 @@ class Parts:
     def clear(self) -> None:
         """Delete the file. Call it when the card is written."""
         self._path.unlink(missing_ok=True)
-
-
-def about(environment: dict[str, Any]) -> str:
-    """One line on what a card was measured on."""
-    gpu = f"{environment['gpu']}, " if "gpu" in environment else ""
-    dtype = f"in {environment['dtype']}, " if "dtype" in environment else ""
-    return (
-        f"Measured on {gpu}{environment['processor']} ({environment['system']}), {environment['threads']} threads, "
-        f"{dtype}PyTorch {environment['torch']}, Python {environment['python']}."
-    )

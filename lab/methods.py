@@ -28,15 +28,16 @@ from holdover.tune.calibrate import fit
 from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
+from holdover_world.measure.cards import write_card
 from holdover_world.measure.fidelity import compare, depth_errors
-from holdover_world.measure.plots import plot_fronts
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import clock_blocks, cycles, speedup
 from holdover_world.model.transformer import WorldModel
-from lab.cards import LAB, Out, Parts, run_script, write_card
+from lab.cards import LAB, Out, Parts, run_script
 from lab.methods_card import card
 from lab.methods_settings import FEW, Setting, by_cadence, settings
+from lab.plots import plot_fronts
 
 #: The scenario that is driven, and the one that methods are calibrated on, with another seed.
 SCENARIO, CALIBRATION = "urban", "highway"

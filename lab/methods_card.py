@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from holdover.report.tables import decibels, markdown, percent, scientific
+from holdover_world.measure.cards import about
 from holdover_world.measure.fidelity import FAR
-from lab.cards import about
 
 _COLUMNS = (
     "method",

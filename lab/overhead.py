@@ -18,9 +18,10 @@ from holdover.report.progress import bar
 from holdover.report.tables import markdown, percent
 from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.scenarios import load_scenario
+from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.race import Arm, Race
 from holdover_world.model.transformer import WorldModel
-from lab.cards import LAB, Out, about, run_script, write_card
+from lab.cards import LAB, Out, run_script
 
 #: The first chunks are not counted: they warm up the process and the policies.
 WARM_UP = 4

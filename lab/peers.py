@@ -31,7 +31,8 @@ from holdover.report.environment import environment
 from holdover.report.progress import bar
 from holdover.report.tables import markdown
 from holdover_world.cli.common import show
-from lab.cards import LAB, Out, about, run_script, write_card
+from holdover_world.measure.cards import about, write_card
+from lab.cards import LAB, Out, run_script
 from lab.peers_models import SUBJECTS, Subject, drift
 
 #: The first passes are not counted: they warm up the process.

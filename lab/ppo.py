@@ -32,9 +32,10 @@ from holdover.report.tables import markdown
 from holdover_world.cli.common import show
 from holdover_world.env.drive_env import ID, Course, course_of
 from holdover_world.loop.scenarios import shipped_model
-from holdover_world.measure.plots import plot_returns
+from holdover_world.measure.cards import about, write_card
 from holdover_world.model.transformer import WorldModel
-from lab.cards import LAB, Out, about, run_script, write_card
+from lab.cards import LAB, Out, run_script
+from lab.plots import plot_returns
 
 #: The reactive gate, because the agent learns from how the world reacts to it; and no cache.
 POLICIES = ("xcache_reactive", "never")

@@ -21,10 +21,11 @@ from holdover.report.tables import decibels, markdown, ratio
 from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.loop.scenarios import KINDS, STEADY, Scenario, load_scenario
+from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import EVENTS, Reaction, drive, mean_late, mean_ratio, moments
 from holdover_world.model.transformer import WorldModel
-from lab.cards import LAB, Out, Parts, about, run_script, write_card
+from lab.cards import LAB, Out, Parts, run_script
 
 
 def run_reactions(

@@ -25,10 +25,11 @@ from holdover.report.tables import markdown, percent
 from holdover_world.cli.common import Seed, keep_memory, show
 from holdover_world.config import CONFIGS
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.timing import block_share
 from holdover_world.model.transformer import WorldModel
 from holdover_world.runtime import fast_dtype
-from lab.cards import LAB, Out, about, run_script, write_card
+from lab.cards import LAB, Out, run_script
 
 Arrangement = Literal["runs", "scattered"]
 

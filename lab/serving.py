@@ -28,8 +28,9 @@ from holdover.report.environment import environment
 from holdover.report.tables import markdown
 from holdover_world.cli.common import show
 from holdover_world.loop.scenarios import load_scenario, shipped_model
+from holdover_world.measure.cards import about, write_card
 from holdover_world.model.transformer import WorldModel
-from lab.cards import LAB, Out, about, run_script, write_card
+from lab.cards import LAB, Out, run_script
 
 POLICIES = ("never", "xcache_reactive", "xcache")
 #: The first chunks of a session are not counted: its first cycle computes everything.

@@ -26,12 +26,13 @@ from holdover.report.progress import bar
 from holdover.report.tables import markdown
 from holdover_world.cli.common import show
 from holdover_world.loop.scenarios import load_scenario, shipped_model
+from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.fidelity import compare
 from holdover_world.measure.race import Arm, Race
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.scene.clips import list_clips
-from lab.cards import LAB, Out, Parts, about, run_script, write_card
+from lab.cards import LAB, Out, Parts, run_script
 
 #: By scenario, the kind of clip that it begins in.
 KINDS = {"highway-steady": "straight", "urban-steady": "urban", "uturn-steady": "uturn"}

@@ -1,8 +1,8 @@
 """Makes the student whole when the wheel is built.
 
-The repository holds the student as what it adds to its teacher, in eight bits a weight: half of a checkpoint's size. The
-wheel holds its weights instead, in bfloat16, and leaves the teacher to a wheel of its own. An editable installation reads
-the repository's files and needs nothing made.
+The repository holds the student as its difference from its teacher, in eight bits a weight: half the size of a
+checkpoint. The wheel holds its weights, in bfloat16; the teacher has a wheel of its own. An editable installation reads
+the files of the repository, and nothing is made for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL = "holdover_world_weights/model"
 
 
 class StudentHook(BuildHookInterface[Any]):
-    """Adds the whole student to a wheel."""
+    """Adds the whole student to the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
@@ -38,11 +38,11 @@ class StudentHook(BuildHookInterface[Any]):
 
 
 def write_student(model: Path, out: Path) -> None:
-    """Write weights and configuration of the student, whose teacher lies in ``model`` and whose difference in
+    """Write the student's weights and configuration, from its teacher in ``model`` and the difference in
     ``model/student``.
 
-    The weights are those that `holdover_world.codec.checkpoints.add_difference` gives, bit by bit: teacher and difference
-    are added in float32, and the sum is rounded to bfloat16, to the nearest, ties to even.
+    The weights are bit by bit those of `holdover_world.codec.checkpoints.add_difference`: teacher and difference are
+    added in float32, and the sum is rounded to bfloat16, to the nearest, ties to even.
     """
     header, teacher = read_safetensors(model / WEIGHTS)
     _, difference = read_safetensors(model / "student/difference.safetensors")
@@ -58,7 +58,7 @@ def write_student(model: Path, out: Path) -> None:
 
 
 def read_safetensors(file: Path) -> tuple[bytes, dict[str, NDArray[Any]]]:
-    """A file's header, and its tensors in the order of the file; those in bfloat16 as their bits, in uint16."""
+    """A file's header, and its tensors in the order of the file; bfloat16 as its bits, in uint16."""
     data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     described = json.loads(data[8:start])
@@ -77,6 +77,6 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """To the nearest, ties to even; values are finite."""
+    """Round finite values to the nearest, ties to even."""
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
