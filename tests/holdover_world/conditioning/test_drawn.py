@@ -1,4 +1,4 @@
-"""Layouts: what is known of a scene, how cameras see it, and where a stream is in it."""
+"""Layouts as cameras see them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import math
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from holdover_world.conditioning.drawn import GROUND, SKY, Around, draw
-from holdover_world.conditioning.motion import drive
 from holdover_world.conditioning.reprojection import _in_layout
 from holdover_world.conditioning.views import Move, View
-from holdover_world.config import FRAMES
-from holdover_world.loop.closed_loop import ClosedLoop, LoopState
 from holdover_world.loop.scenarios import shipped_clips
-from holdover_world.model.kv_cache import KVBatch, KVCache
 from holdover_world.scene.cameras import RIG, Camera, camera_axes, camera_rays
 from holdover_world.scene.clips import list_clips, read_clip, read_track
 from holdover_world.scene.depth import FAR
-from holdover_world.scene.layout import Layout, Site, Track
-from tests.holdover_world.small import latents, small_layout, small_model
+from holdover_world.scene.layout import Layout, Site
+from tests.holdover_world.small import small_layout
 
 CPU = torch.device("cpu")
 
@@ -157,78 +152,3 @@ def test_cars_are_looked_up_where_they_were_and_what_is_hidden_is_not_seen() -> 
         assert not seen[0][k][uncovered].any()  # the wall behind it was hidden
         assert torch.equal(colours[0][:, k, uncovered], later.colour_3KM[:, k, uncovered])
     assert checked > 100
-
-
-def test_a_stream_moves_through_its_layout() -> None:
-    """Row by row, as the ego does; a fork, some rows and a file keep the place; without layouts there is none."""
-    model, layout = small_model(), small_layout()
-    track = Track(layout, torch.arange(60).view(20, 3).double() / 10, torch.tensor([[8.0, 0.02]]).repeat(20, 1))
-    kv = model.new_cache()
-    action = torch.tensor([[[0.4, 0.3], [0.1, -0.2]], [[0.2, 0.0], [0.2, 0.1]]])
-    window = latents(model, 2, batch=2)
-    model(window, sigma=0.0, action_BFA=action, cache=kv, write=True)
-    assert kv.sites == ()
-    kv.stand([track, None], [7, 0])
-    place = kv.sites[0]
-    assert place is not None
-    assert kv.sites[1] is None
-    assert (place.frame, place.pose_3.tolist()) == (7, track.poses_T3[7].tolist())
-    before = kv.motion
-    assert before is not None
-    model(window, sigma=0.0, action_BFA=action, cache=kv, write=True)
-    x, y, yaw = drive(before, action)[0][0, -1].double()
-    expected = torch.stack(
-        [
-            place.pose_3[0] + x * place.pose_3[2].cos() - y * place.pose_3[2].sin(),
-            place.pose_3[1] + x * place.pose_3[2].sin() + y * place.pose_3[2].cos(),
-            place.pose_3[2] + yaw,
-        ]
-    )
-    moved = kv.sites[0]
-    assert moved is not None
-    torch.testing.assert_close(moved.pose_3, expected)
-    assert moved.frame == 7 + 2 * FRAMES
-    again = KVCache(kv.capacity)
-    again.load_state_dict(kv.state_dict())
-    for twin in (kv.fork(), again, kv.take([0, 1])):
-        assert twin.sites[1] is None
-        assert twin.sites[0] is not None
-        assert twin.sites[0].frame == moved.frame
-        assert torch.equal(twin.sites[0].pose_3, moved.pose_3)
-        assert torch.equal(twin.sites[0].layout.ground_GH, layout.ground_GH)
-    kv.stand([track, track], [7, 9])
-    assert torch.equal(kv.motion, track.motion_T2[[7, 9]]) if kv.motion is not None else False
-    from_file = load(save({name: tensor.contiguous() for name, tensor in kv.state_dict().items()}))
-    assert torch.equal(from_file["site.1.boxes_M10"], layout.boxes_M10)
-
-
-def test_a_loop_goes_on_where_its_start_was_recorded() -> None:
-    """What is drawn depends on the layout; rows of a batch, and a loop from a file, get what one alone gets."""
-    model, layout = small_model(), small_layout(torch.tensor([[9.0, 1.0, 0.2, 1.0, 2.0, 0.0, 3.0, 0.9, 0.2, 0.2]]))
-    still = torch.zeros(32, 3, dtype=torch.float64)
-    track = Track(layout, still, torch.zeros(32, 2))
-    start, told = latents(model, 4), torch.zeros(1, 4, 2)
-    actions = [torch.tensor([0.3, 0.1]), torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.0])]
-
-    def loop(track: Track | None) -> ClosedLoop:
-        return ClosedLoop(model, start, told, seed=1, track=track)
-
-    alone = loop(track)
-    made = [alone.step(action).latents for action in actions]
-    assert not torch.allclose(made[0], loop(None).step(actions[0]).latents, atol=1e-3)
-    resumed = loop(track)
-    resumed.step(actions[0])
-    tensors = resumed.state.tensors()
-    resumed = ClosedLoop.resume(model, LoopState.from_tensors(tensors, capacity=resumed.kv.capacity))
-    for action, piece in zip(actions[1:], made[1:], strict=True):
-        torch.testing.assert_close(resumed.step(action).latents, piece)
-    site = alone.kv.sites[0]
-    assert site is not None
-    assert site.frame == 15 + 2 * FRAMES
-    batch = KVBatch([alone.kv, loop(None).kv])
-    told_both = torch.zeros(2, 2, 2)
-    expected, _, drawn = batch.expect(told_both, model.reprojection)
-    own = alone.kv.fork().expect(told_both[:1], model.reprojection)
-    torch.testing.assert_close(expected[:1], own[0])
-    torch.testing.assert_close(drawn[:1], own[2])
-    assert not drawn[1].any()

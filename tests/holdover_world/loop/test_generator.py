@@ -32,7 +32,7 @@ def still(model: nn.Module) -> nn.Module:
     return model
 
 
-def self_forcing() -> tuple[nn.Module, Generator, int]:
+def self_forcing(window: int = WINDOW) -> tuple[nn.Module, Generator, int]:
     contract = contracts.CONTRACTS[0]
     model = still(contract.model())
 
@@ -41,11 +41,11 @@ def self_forcing() -> tuple[nn.Module, Generator, int]:
         context = torch.linspace(-1, 1, 2 * causal_wan.DIM).reshape(1, 2, -1)
         return model(latents, t, context, **kv, current_start=start * causal_wan.PER_FRAME)
 
-    shape = Shape(WINDOW, causal_wan.ROWS, causal_wan.COLUMNS)
+    shape = Shape(window, causal_wan.ROWS, causal_wan.COLUMNS)
     return model, Generator(shape, new_kv=contract.state, predict=predict), causal_wan.CHANNELS
 
 
-def anyflow_far() -> tuple[nn.Module, Generator, int]:
+def anyflow_far(window: int = WINDOW) -> tuple[nn.Module, Generator, int]:
     pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
     model = still(next(tiny for tiny in TINY if tiny.name == "AnyFlowFARTransformer3DModel").make())
     rows, columns, chunks = 8, 12, CYCLES + 1
@@ -72,24 +72,16 @@ def anyflow_far() -> tuple[nn.Module, Generator, int]:
         )[0]
         return latents if write else output.transpose(1, 2)
 
-    return model, Generator(Shape(WINDOW, rows, columns), new_kv=new_kv, predict=predict), WAN["in_channels"]
+    return model, Generator(Shape(window, rows, columns), new_kv=new_kv, predict=predict), WAN["in_channels"]
 
 
-def drive(made: tuple[nn.Module, Any, int], config: LoopConfig, cached: bool) -> tuple[Tensor, Any]:
+def drive(made: tuple[nn.Module, Generator, int], config: LoopConfig, cached: bool) -> tuple[Tensor, Any]:
     """The pieces of three cycles of a constant action, and the cache."""
     model, generator, channels = made
-    tokens = generator.sizes.rows * generator.sizes.columns
-    frames = WINDOW if config.cadence == "window" else 1
-    start = torch.zeros(1, WINDOW, tokens, channels)
+    sizes = generator.sizes
+    start = torch.zeros(1, sizes.window, sizes.rows * sizes.columns, channels)
     cache = holdover.attach(model, holdover.xcache()) if cached else None
-    if config.cadence == "plain":
-        start = start[:, :frames]
-        generator = Generator(
-            Shape(1, generator.sizes.rows, generator.sizes.columns),
-            new_kv=generator._new_kv,
-            predict=generator._predict,
-        )
-    loop = ClosedLoop(generator, start, torch.zeros(1, frames, 2), config=config, cache=cache)
+    loop = ClosedLoop(generator, start, torch.zeros(1, sizes.window, 2), config=config, cache=cache)
     pieces = [piece.latents for piece in loop.run(torch.zeros((CYCLES - 1) * WINDOW, 2))]
     if cache is not None:
         cache.detach()
@@ -116,7 +108,7 @@ def test_a_still_scene_skips_what_may_be_skipped(make: Callable[[], Any]) -> Non
 @pytest.mark.parametrize("fresh_noise", [False, True])
 @torch.inference_mode()
 def test_where_every_chunk_is_committed_everything_is_computed(make: Callable[[], Any], fresh_noise: bool) -> None:
-    made = make()
+    made = make(1)
     config = LoopConfig(cadence="plain", fresh_noise=fresh_noise)
     pieces, cache = drive(made, config, cached=True)
     assert cache.stats().reused == 0

@@ -108,7 +108,7 @@ def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldM
             shown.step(action)
         lane, reference = race.lanes["eager"], race.reference("eager")
         assert lane.exact == [n in (0, 4, 6, 8, 11) for n in range(12)]
-        own, expected = lane.loop.kv.state_dict(), reference.loop.kv.state_dict()
+        own, expected = lane.loop.history.state_dict(), reference.loop.history.state_dict()
     assert all(torch.equal(own[name], expected[name]) for name in expected)
     same = [torch.equal(a, b) for a, b in zip(shown["eager"][0], shown["reference of eager"][0], strict=True)]
     assert same == lane.exact

@@ -184,7 +184,7 @@ def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no snapshot"):
         SessionSnapshot.load(tmp_path / "none")
     (tmp_path / "junk").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a snapshot of format 'session 1'"):
+    with pytest.raises(ValueError, match="not a snapshot of format 'session 2'"):
         SessionSnapshot.load(tmp_path / "junk")
     snapshot = session.snapshot()
     with pytest.raises(ValueError, match="another model"):

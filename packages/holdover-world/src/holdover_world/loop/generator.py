@@ -12,7 +12,7 @@ from torch import Tensor
 
 class Predict(Protocol):
     def __call__(
-        self, latents: Tensor, *, sigma: float, kv: Any, start: int, actions: Tensor, write: bool
+        self, latents: Tensor, *, sigma: float, kv: Any, start: int, actions: Tensor | None, write: bool
     ) -> Tensor | None:
         """Run the generator's transformer once.
 
@@ -21,7 +21,7 @@ class Predict(Protocol):
             sigma: their noise level, 0 to 1.
             kv: what ``new_kv`` returned.
             start: latent frames before them.
-            actions: ``[B, F, A]``, those of these frames alone.
+            actions: of these frames, ``[B, F, A]``; None in the unguided branch of a loop with guidance.
             write: this is the clean pass, which writes the KV cache.
 
         Returns:
@@ -31,23 +31,19 @@ class Predict(Protocol):
 
 
 @dataclass
-class History:
-    """One video's past: its KV cache, and what the loop needs of it."""
+class GeneratorHistory:
+    """What a generator remembers of one video: its KV cache, and how many latent frames are in it."""
 
     kv: Any
     frames: int = 0
-    last: Tensor | None = None
 
     @property
     def length(self) -> int:
         """Latent frames so far."""
         return self.frames
 
-    def carried_out(self, action_BFA: Tensor) -> None:
-        """What was obeyed in the frames committed last: generators look nothing up that moves with it."""
-
-    def fork(self) -> History:
-        """A copy that shares nothing: generators write in place."""
+    def fork(self) -> GeneratorHistory:
+        """A copy that shares nothing, because generators write in place."""
         return copy.deepcopy(self)
 
 
@@ -72,15 +68,25 @@ class Generator:
     def __init__(self, shape: Shape, *, new_kv: Callable[[], Any], predict: Predict) -> None:
         self.sizes, self._new_kv, self._predict = shape, new_kv, predict
 
-    def new_cache(self) -> History:
-        return History(self._new_kv())
+    def new_history(self) -> GeneratorHistory:
+        return GeneratorHistory(self._new_kv())
 
     def __call__(
-        self, latents_BFNP: Tensor, *, cache: History, sigma: float, action_BFA: Tensor, write: bool = False
+        self,
+        latents_BFNP: Tensor,
+        /,
+        *,
+        sigma: float,
+        action_BFA: Tensor | None,
+        history: GeneratorHistory,
+        write: bool = False,
+        done_BFA: Tensor | None = None,
     ) -> Tensor:
+        """One pass, as `holdover_world.loop.protocol.LoopModel` has it; a generator is not told what was done later."""
         latents = latents_BFNP.unflatten(2, (self.sizes.rows, self.sizes.columns)).permute(0, 4, 1, 2, 3)
-        output = self._predict(latents, sigma=sigma, kv=cache.kv, start=cache.frames, actions=action_BFA, write=write)
+        output = self._predict(
+            latents, sigma=sigma, kv=history.kv, start=history.frames, actions=action_BFA, write=write
+        )
         if write:
-            cache.frames += latents_BFNP.shape[1]
-            cache.last = latents_BFNP[:, -1].clone()
+            history.frames += latents_BFNP.shape[1]
         return latents_BFNP if write or output is None else output.permute(0, 2, 3, 4, 1).flatten(2, 3)

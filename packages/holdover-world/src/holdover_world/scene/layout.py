@@ -99,7 +99,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Track:
-    """A layout, and how a recording went through it: pose ``[T, 3]`` and motion ``[T, 2]`` at each video frame."""
+    """A layout, and how a recording went through it: pose ``[T, 3]`` and motion ``[T, 2]`` in each video frame."""
 
     layout: Layout
     poses_T3: Tensor
@@ -110,17 +110,31 @@ class Track:
         return replace(self, layout=self.layout.to(device))
 
     def site(self, frame: int) -> Site:
-        """Where the ego was at a video frame."""
+        """Where the ego was in a video frame."""
         return Site(self.layout, self.poses_T3[frame].double(), frame)
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an ego is: in which layout, its pose (x, y, yaw; ``float64 [3]``, on the CPU), which frame of the log."""
+    """The place of an ego in a layout.
+
+    Attributes:
+        layout: the layout.
+        pose_3: x, y and yaw in it, ``float64 [3]``, on the CPU.
+        frame: the video frame of the log.
+    """
 
     layout: Layout
     pose_3: Tensor
     frame: int
+
+    def moved(self, pose_3: Tensor, frames: int) -> Site:
+        """The place that many video frames later, at a pose relative to this one."""
+        return Site(self.layout, self.ahead(pose_3[None])[0], self.frame + frames)
+
+    def ahead(self, poses_K3: Tensor) -> Tensor:
+        """Poses relative to this one, in the layout's coordinates."""
+        return placed(self.pose_3[None], poses_K3.double().cpu()[None])[0]
 
     def state_dict(self) -> dict[str, Tensor]:
         # Copies: rows of a batch may share a layout, and a file of safetensors holds nothing twice.
@@ -128,17 +142,33 @@ class Site:
         return {**own, "pose": self.pose_3, "frame": torch.tensor(self.frame)}
 
     @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, Tensor], prefix: str) -> Site | None:
-        """The reverse of `state_dict`, of tensors whose names begin so; None where there are none."""
-        if f"{prefix}pose" not in tensors:
-            return None
-        layout = Layout(**{field.name: tensors[prefix + field.name] for field in fields(Layout)})
-        return cls(layout, tensors[f"{prefix}pose"].cpu(), int(tensors[f"{prefix}frame"]))
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Site:
+        """The reverse of `state_dict`."""
+        layout = Layout(**{field.name: tensors[field.name] for field in fields(Layout)})
+        return cls(layout, tensors["pose"].cpu(), int(tensors["frame"]))
 
-    def moved(self, pose_3: Tensor, frames: int) -> Site:
-        """So many video frames later, at a pose in coordinates of this one."""
-        return Site(self.layout, self.ahead(pose_3[None])[0], self.frame + frames)
 
-    def ahead(self, poses_K3: Tensor) -> Tensor:
-        """Poses in coordinates of this one, in the layout's."""
-        return placed(self.pose_3[None], poses_K3.double().cpu()[None])[0]
+class Sites(tuple[Site | None, ...]):
+    """Per row of a batch its place, or None where the row has no layout; empty where no row has one."""
+
+    def moved(self, ends_B3: Tensor, frames: int) -> Sites:
+        """The places that many video frames later, each at a pose relative to its present one."""
+        ends = zip(self, ends_B3, strict=True) if self else ()
+        return Sites(site and site.moved(end, frames) for site, end in ends)
+
+    def take(self, rows: Sequence[int]) -> Sites:
+        """The places of some rows."""
+        return Sites(self[row] for row in rows if self)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        named = [(f"{row}.{name}", t) for row, site in enumerate(self) if site for name, t in site.state_dict().items()]
+        return dict(named)
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], rows: int) -> Sites:
+        """The reverse of `state_dict`, for a batch of this many rows."""
+        found: list[Site | None] = []
+        for row in range(rows):
+            own = {name.removeprefix(f"{row}."): t for name, t in tensors.items() if name.startswith(f"{row}.")}
+            found.append(Site.from_state_dict(own) if own else None)
+        return cls(found if any(found) else ())

@@ -20,10 +20,11 @@ from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
 from holdover.engine.trace import Decision
 from holdover_world.loop import closed_loop
 from holdover_world.loop.closed_loop import ClosedLoop, LoopState
+from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.sessions.world import World
 
-FORMAT = "session 1"
+FORMAT = "session 2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class WorldSession:
         self.scenario: str | None = None
         self.seed = 0
         self._stream: str | None = world.stream()
-        self._loop: ClosedLoop | None = None
+        self._loop: ClosedLoop[WorldModel] | None = None
         self._ran = False  # whether the cache holds entries of this session
 
     def __enter__(self) -> WorldSession:
@@ -110,7 +111,7 @@ class WorldSession:
         self.close()
 
     @property
-    def loop(self) -> ClosedLoop:
+    def loop(self) -> ClosedLoop[WorldModel]:
         """The session's loop.
 
         Raises:
@@ -228,7 +229,7 @@ class WorldSession:
         model, cache = self.world.attached(plain["policy"])
         own = {n[5:]: t.to(self.world.device) for n, t in snapshot.tensors.items() if n.startswith("loop.")}
         own["noise_source"] = own["noise_source"].cpu()
-        state = LoopState.from_tensors(own, capacity=model.sizes.context)
+        state = LoopState.from_tensors(own, model)
         loop = ClosedLoop.resume(model, state, config=config, cache=cache, stream=self._name)
         if (held := plain["held"]) is not None:
             if held["policy"] != repr(self.world.policies[plain["policy"]]):
