@@ -34,8 +34,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, out = shipped_model().parent, tmp_path_factory.mktemp("model")
     (out / "student").mkdir()
     build_hook().write_student(model, out / "student")
-    for autoencoder in ("colour", "depth"):
-        (out / autoencoder).symlink_to(model / autoencoder)
+    for part in ("config.json", "colour", "depth"):
+        (out / part).symlink_to(model / part)
     return out
 
 

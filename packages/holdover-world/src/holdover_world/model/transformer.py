@@ -366,22 +366,23 @@ class WorldModel(ModelMixin, ConfigMixin):
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None) -> WorldModel:
         """Read a model and its codec, in evaluation mode.
 
-        A student may lie in its teacher's folder, as the difference from it (`write_difference`).
+        A student in a folder of its teacher's folder may be kept whole, or as its difference from the teacher
+        (`write_difference`).
 
         Args:
-            dtype: of the weights; by default what the CPU is fast in (`fast_dtype`).
+            dtype: of the weights; by default the one the CPU is fast in (`fast_dtype`).
 
         Raises:
             FileNotFoundError: there is no such folder.
             ValueError: the folder does not hold a world model, or not one of this version.
         """
-        if (folder / DIFFERENCE).is_file():
-            model = cls.load(folder.parent, dtype=dtype)
+        different = (folder / DIFFERENCE).is_file()
+        base = folder.parent if different else folder
+        if not (base / cls.config_name).is_file():
+            raise FileNotFoundError(f"no world model in {base}; train one with `holdover world train`")
+        model = read_network(cls, base, dtype or fast_dtype())
+        if different:
             add_difference(model, folder)
-            return model
-        if not (folder / cls.config_name).is_file():
-            raise FileNotFoundError(f"no world model in {folder}; train one with `holdover world train`")
-        model = read_network(cls, folder, dtype or fast_dtype())
         model.codec = Codec.load(folder, model.sizes, dtype=dtype)
         return model
 
