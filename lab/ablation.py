@@ -23,7 +23,7 @@ from holdover_world.loop.scenarios import KINDS, Scenario, load_scenario
 from holdover_world.measure.cards import write_card
 from holdover_world.measure.figures import Metrics, describe, describe_full, finite
 from holdover_world.measure.race import Arm, Race
-from holdover_world.measure.reaction import drive, moments
+from holdover_world.measure.reaction import moments, run_race
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import cadence_block_share
 from holdover_world.model.transformer import WorldModel
@@ -152,7 +152,7 @@ def _run(
     with Race(model, scenario, arms, seed=seed) as race, warnings.catch_warnings():
         # One of the results: in the plain cadence full protection leaves nothing to reuse.
         warnings.filterwarnings("ignore", message=".*could reuse nothing")
-        reactions = drive(race, scenario.actions, at=at, advance=lambda: progress.advance(task))
+        reactions = run_race(race, scenario.actions, at=at, advance=lambda: progress.advance(task))
         rows = []
         for arm in arms:
             if arm.policy is None:
@@ -160,7 +160,7 @@ def _run(
             else:
                 figures = describe(race, arm.name, scenario, metrics, reactions[arm.name])
                 del figures["cosine_by_step_and_block"]  # for the demo's page; too long for this card
-                off = psnr(np.array(race.lanes[arm.name].commit_errors()))
+                off = psnr(np.array(race.runs[arm.name].commit_errors()))
                 rows.append({**figures, "committed_as_emitted_db": finite(off)})
     return {"name": scenario.name, "reaction_measured_at": at, "rows": rows}
 

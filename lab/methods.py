@@ -173,7 +173,7 @@ def describe(
     race: Race, setting: Setting, shares: Mapping[str, float], *, every: int, distance: StLpips | None
 ) -> dict[str, Any]:
     """The figures of one run against full compute; counts and times leave the first cycle out."""
-    run, base = race.lanes[setting.name], race.base(setting.name)
+    run, base = race.runs[setting.name], race.base(setting.name)
     fidelity = compare(run.video(), base.video(), every=every, distance=distance).fidelity()
     draws_depth = "depth" in base.loop.model.sizes.modalities
     cycle = run.loop.window_frames

@@ -65,12 +65,12 @@ def run_overhead(
         for action in scenario.actions:
             race.step(action)
             made = base.pieces[-1].latents
-            different |= {n for n, run in race.lanes.items() if not torch.equal(run.pieces[-1].latents, made)}
+            different |= {n for n, run in race.runs.items() if not torch.equal(run.pieces[-1].latents, made)}
             progress.advance(task)
         full = np.array(base.dit_seconds[WARM_UP:])
         rows = [{"name": "unattached", "dit_ms_per_chunk": 1e3 * float(np.median(full)), "ratio": 1.0}]
         for name, (_, meaning) in policies.items():
-            run = race.lanes[name]
+            run = race.runs[name]
             seconds = np.array(run.dit_seconds[WARM_UP:])
             stats = run.stats()
             assert stats is not None

@@ -23,7 +23,7 @@ from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.loop.scenarios import KINDS, STEADY, Scenario, load_scenario
 from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.race import Arm, Race
-from holdover_world.measure.reaction import EVENTS, Reaction, drive, mean_late, mean_ratio, moments
+from holdover_world.measure.reaction import EVENTS, Reaction, mean_ratio, moments, run_race
 from holdover_world.model.transformer import WorldModel
 from lab.cards import LAB, Out, Parts, run_script
 
@@ -87,8 +87,14 @@ def _measure(
 ) -> dict[str, list[dict[str, Any]]]:
     with Race(model, scenario, arms, seed=seed) as race:
         horizon = model.sizes.window
-        found = drive(race, scenario.actions, at=at, horizon=horizon, advance=lambda: progress.advance(task))
+        found = run_race(race, scenario.actions, at=at, horizon=horizon, advance=lambda: progress.advance(task))
     return {name: [asdict(reaction) for reaction in reactions] for name, reactions in found.items()}
+
+
+def mean_late(reactions: Sequence[Reaction], event: str) -> float | None:
+    """The mean number of chunks until a run reacted; None if one did not react within the horizon."""
+    late = [r.late for r in reactions if r.event == event]
+    return None if not late or None in late else fmean(n for n in late if n is not None)
 
 
 def summary(policy: str, event: str, reactions: Sequence[Reaction]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def drive(model: WorldModel, name: str, clip: Path, chunks: int) -> dict[str, An
     with Race(model, scenario, [Arm(name="xcache", policy=policy("xcache"))]) as race:
         for action in scenario.actions:
             race.step(action)
-        made, true = race.lanes["xcache"], race.reference("xcache")
+        made, true = race.runs["xcache"], race.reference("xcache")
         stats = made.stats()
         comparison = compare(made.video(), true.video(), every=chunks * model.sizes.frames_per_latent)
     gc.collect()  # a run and the hook on its model refer to each other; only the collector frees their memory

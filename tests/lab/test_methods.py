@@ -13,12 +13,12 @@ from rich.progress import Progress
 
 import holdover
 from holdover.engine.trace import Decision
-from holdover_world.measure.plots import unbeaten
 from holdover_world.model.transformer import WorldModel
 from lab import methods, methods_settings
 from lab.methods import beside_controls, count, fronts, run_methods
 from lab.methods_card import verdict
 from lab.methods_settings import LEFT_OUT, Setting, by_cadence, settings
+from lab.plots import unbeaten
 from tests.lab.small import cut_off_before_the_card
 
 

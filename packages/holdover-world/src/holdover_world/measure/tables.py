@@ -13,9 +13,9 @@ from holdover_world.measure.published import X_CACHE
 
 
 def published_figures(scenario: str) -> Mapping[str, str]:
-    """The paper's figures for a scenario, as text per column; empty where it has none.
+    """The paper's figures for a scenario, as text for each column. Empty if the paper has none.
 
-    Its LPIPS is not ST-LPIPS, and its times are of the DiT: full compute and with X-Cache.
+    The paper gives LPIPS, not ST-LPIPS. Its times are of the DiT, with full compute and with X-Cache.
     """
     if scenario not in X_CACHE:
         return {}
@@ -45,7 +45,7 @@ def demo_table(report: Mapping[str, Any]) -> Table:
 
 
 def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every row with its style: full compute is plain, cached rollouts are bold, published figures are dim."""
+    """The rows with their styles: full compute is plain, cached runs are bold, published figures are dim."""
     for scenario in report["scenarios"]:
         for policy in scenario["policies"]:
             yield "bold" if policy["policy"] else "", row(scenario["name"], policy)

@@ -1,4 +1,4 @@
-"""A run of a race as figures: what the demo and the ablation report of every arm, as JSON-ready dictionaries."""
+"""The figures of a run: what the demo and the ablation report of every arm, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import cycles, speedup
 from holdover_world.scene.cameras import FPS
 
-#: PSNR over time is that of each second.
+#: PSNR over time is given for each second.
 INTERVAL = FPS
-#: Seconds from the start over which a rollout is compared with the simulator.
+#: Seconds from the start over which a run is compared with the simulator.
 HORIZONS = (1, 2, 5, 20)
-_EDGE = 5 * FPS  # frames that the first and the last windows of a run span at least
+_EDGE = 5 * FPS  # the least length of the first and of the last part of a run, in frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,11 @@ class Metrics:
     """How runs are compared.
 
     Attributes:
-        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        every: SSIM and ST-LPIPS are computed on every n-th frame.
         distance: ST-LPIPS, or None to leave it out.
-        block_shares: per cadence, of the DiT time without a cache, what the blocks of denoising passes take.
-        events: those to which reactions are measured.
+        block_shares: for each cadence, the share of the DiT time without a cache that the blocks of denoising passes
+            take.
+        events: the events whose reactions are measured.
     """
 
     every: int
@@ -47,22 +48,22 @@ class Metrics:
 def describe(
     race: Race, name: str, scenario: Scenario, metrics: Metrics, reactions: Sequence[Reaction] = ()
 ) -> dict[str, Any]:
-    """The figures of one cached run, against its full-compute reference and, where there is one, the simulator.
+    """The figures of a cached run, against its full-compute reference and, in a scripted scenario, the simulator.
 
     The keys are those of a policy in ``report.json``.
     """
-    lane, reference = race.lanes[name], race.reference(name)
-    stats = lane.stats()
-    assert stats is not None, "an arm without a policy is a reference; describe_full takes it"
-    comparison = compare(lane.video(), reference.video(), every=metrics.every, distance=metrics.distance)
-    full_time, time = _times(race.base(name)), _times(lane)
-    config = lane.loop.model.sizes
-    bound = amdahl_bound(metrics.block_shares[lane.loop.config.cadence], stats.skip)
+    run, reference = race.runs[name], race.reference(name)
+    stats = run.stats()
+    assert stats is not None, "an arm without a policy is a reference; use describe_full"
+    comparison = compare(run.video(), reference.video(), every=metrics.every, distance=metrics.distance)
+    full_time, time = _times(race.base(name)), _times(run)
+    config = run.loop.model.sizes
+    bound = amdahl_bound(metrics.block_shares[run.loop.config.cadence], stats.skip)
     faster = speedup(full_time.dit, time.dit)
-    decisions = lane.decisions()
+    decisions = run.decisions()
     return {
         "name": name,
-        "policy": repr(lane.arm.policy),
+        "policy": repr(run.arm.policy),
         "skip": stats.skip,
         "speedup": faster,
         "speedup_bound": bound,
@@ -71,19 +72,19 @@ def describe(
         "end_to_end_speedup": speedup(full_time.end_to_end, time.end_to_end),
         "bytes_held": stats.bytes_held,
         **_fidelity(comparison, config.window * config.frames_per_latent),
-        "truth": _truth(lane, scenario, metrics),
+        "truth": _truth(run, scenario, metrics),
         "reaction": {event.name: mean_ratio(reactions, event.name) for event in metrics.events},
         "reasons": dict(stats.reasons),
         "skip_by_block": _nullable(skip_by_block(decisions, config.layers)),
         "cosine_by_step_and_block": [
-            _nullable(row) for row in cosine_by_step_and_block(decisions, lane.loop.config.steps, config.layers)
+            _nullable(row) for row in cosine_by_step_and_block(decisions, run.loop.config.steps, config.layers)
         ],
-        "full_chunks": sum(lane.exact),
+        "full_chunks": sum(run.exact),
     }
 
 
-def describe_full(lane: ArmRun, scenario: Scenario, metrics: Metrics, *, name: str = "full") -> dict[str, Any]:
-    """The figures of the run that computes everything; against itself it is perfect by definition."""
+def describe_full(run: ArmRun, scenario: Scenario, metrics: Metrics, *, name: str = "full") -> dict[str, Any]:
+    """The figures of a run that computes everything. It is its own reference, so its fidelity is perfect."""
     perfect = {"psnr_db": None, "ssim": 1.0, "lpips": 0.0}
     return {
         "name": name,
@@ -92,21 +93,21 @@ def describe_full(lane: ArmRun, scenario: Scenario, metrics: Metrics, *, name: s
         "speedup": 1.0,
         "speedup_bound": 1.0,
         "share_of_bound": 1.0,
-        **_times(lane).to_json(),
+        **_times(run).to_json(),
         "end_to_end_speedup": 1.0,
         "bytes_held": 0,
         "stitched": perfect,
-        "cameras": dict.fromkeys(lane.frames, perfect),
-        "truth": _truth(lane, scenario, metrics),
+        "cameras": dict.fromkeys(run.frames, perfect),
+        "truth": _truth(run, scenario, metrics),
         "reaction": {event.name: 1.0 for event in metrics.events},
         "reasons": {},
-        "full_chunks": len(lane.exact),
+        "full_chunks": len(run.exact),
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Times:
-    dit: NDArray[np.float64]  # mean seconds of a chunk, per whole cycle after the first
+    dit: NDArray[np.float64]  # mean seconds of a chunk, for each whole cycle after the first
     end_to_end: NDArray[np.float64]
 
     def to_json(self) -> dict[str, float]:
@@ -117,10 +118,10 @@ class _Times:
         }
 
 
-def _times(lane: ArmRun) -> _Times:
-    cycle = lane.loop.window_frames
+def _times(run: ArmRun) -> _Times:
+    cycle = run.loop.window_frames
     return _Times(
-        dit=cycles(np.array(lane.dit_seconds), cycle), end_to_end=cycles(np.array(lane.end_to_end_seconds), cycle)
+        dit=cycles(np.array(run.dit_seconds), cycle), end_to_end=cycles(np.array(run.end_to_end_seconds), cycle)
     )
 
 
@@ -137,11 +138,11 @@ def _fidelity(comparison: Comparison, window_frames: int) -> dict[str, Any]:
     }
 
 
-def _truth(lane: ArmRun, scenario: Scenario, metrics: Metrics) -> dict[str, Any] | None:
-    """Against what the simulator showed: how good the model is, cached or not."""
+def _truth(run: ArmRun, scenario: Scenario, metrics: Metrics) -> dict[str, Any] | None:
+    """The fidelity to the simulator, if the scenario has its frames."""
     if scenario.truth is None:
         return None
-    comparison = compare(lane.video(), scenario.truth, every=metrics.every)
+    comparison = compare(run.video(), scenario.truth, every=metrics.every)
     return {
         "psnr_db": finite(comparison.psnr()),
         "ssim": comparison.ssim["stitched"],
@@ -154,7 +155,7 @@ def _truth(lane: ArmRun, scenario: Scenario, metrics: Metrics) -> dict[str, Any]
 
 
 def finite(value: float) -> float | None:
-    """As JSON has it: None where it is infinite or no number."""
+    """The value for JSON: None for infinity and NaN."""
     return value if math.isfinite(value) else None
 
 
