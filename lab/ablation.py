@@ -1,4 +1,4 @@
-"""What each part of X-Cache is for, the cadence that it needs, and the control which that cadence must beat."""
+"""What each part of X-Cache contributes, which cadence it needs, and whether it beats the plain cadence."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.progress import Progress, TaskID
 
 from holdover.methods.registry import policy
+from holdover.report.environment import environment
+from holdover.report.fidelity import psnr
+from holdover.report.progress import bar
+from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.loop.scenarios import KINDS, Scenario, load_scenario
-from holdover_world.measure.fidelity import psnr
-from holdover_world.measure.measure import Metrics, describe, describe_full, environment, finite
+from holdover_world.measure.cards import write_card
+from holdover_world.measure.figures import Metrics, describe, describe_full, finite
 from holdover_world.measure.race import Arm, Race
-from holdover_world.measure.reaction import drive, moments
+from holdover_world.measure.reaction import moments, run_race
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.measure.timing import cadence_block_share
 from holdover_world.model.transformer import WorldModel
 from lab.ablation_card import card
-from lab.cards import Parts, write_card
+from lab.cards import LAB, Out, Parts, run_script
 
 #: One scripted and one steady scenario; the published ablation used a highway clip.
 SCENARIOS = ("highway", "urban-steady")
@@ -66,7 +71,7 @@ def ablation_arms() -> list[Arm]:
 
 
 def control_arms() -> list[Arm]:
-    """The window cadence, cached, against the plain one, which needs a quarter of the tokens and no cache."""
+    """The window cadence with a cache, against the plain cadence, which needs a quarter of the tokens and no cache."""
     return [
         Arm(name="full"),
         Arm(name="xcache", policy=policy("xcache")),
@@ -87,27 +92,27 @@ def run_ablation(
     clips: Path | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Run the ablations and the control; writes ``ablation.md`` and ``ablation.json``.
+    """Run the ablation and the control; writes ``ablation.md`` and ``ablation.json``.
 
-    All runs of a scenario are interleaved, each beside full compute of its own cadence. A measurement that was cut off
-    goes on with the scenario it was in.
+    All runs of a scenario are interleaved, each beside full compute of its own cadence. An interrupted measurement
+    continues with the scenario it was in.
 
     Args:
         chunks: per scenario.
         scenarios: of the ablation; the control runs the scripted ones.
-        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        every: SSIM and ST-LPIPS are taken of every N-th frame.
         clips: where the scenarios start.
 
     Raises:
-        ValueError: ``chunks`` is too short for a cycle after the warm-up, or a clip for the chunks.
+        ValueError: ``chunks`` has no whole cycle after the warm-up, or a clip is too short for the chunks.
     """
     if chunks < 2 * model.sizes.window:
         raise ValueError(f"chunks={chunks} has no cycle after the warm-up; give {2 * model.sizes.window}")
     distance = StLpips()
-    load = {name: load_scenario(name, model, clips=clips, chunks=chunks) for name in {*scenarios, *KINDS}}
+    loaded = {name: load_scenario(name, model, clips=clips, chunks=chunks) for name in {*scenarios, *KINDS}}
     settings = {"chunks": chunks, "seed": seed, "every": every}
     parts = Parts(out, "ablation", model, clips=str(clips), **settings)
-    first = load[scenarios[0]]
+    first = loaded[scenarios[0]]
     shares: dict[str, float] = parts.get(
         f"block shares: {scenarios[0]}",
         lambda: {loop.cadence: cadence_block_share(model, first, loop)[0] for loop in (WINDOW, PLAIN)},
@@ -120,10 +125,10 @@ def run_ablation(
     found: dict[str, list[dict[str, Any]]] = {"ablation": [], "control": []}
     for done, (title, name, arms) in enumerate(plan, 1):
         progress.update(task, description=f"{title}: {name}")
-        measure = partial(_run, model, load[name], arms, metrics, seed, progress, task)
+        measure = partial(_run, model, loaded[name], arms, metrics, seed, progress, task)
         found[title].append(parts.get(f"{title}: {name}", measure))
         progress.update(task, completed=done * chunks)
-        gc.collect()  # a lane and the hook on its model hold each other, and with them its memory
+        gc.collect()  # a run and the hook on its model refer to each other; only the collector frees their memory
     figures = {
         **found,
         **settings,
@@ -145,16 +150,37 @@ def _run(
 ) -> dict[str, Any]:
     at = moments(scenario.actions, model.sizes.window, MOMENTS)
     with Race(model, scenario, arms, seed=seed) as race, warnings.catch_warnings():
-        # That full protection leaves nothing to reuse in the plain cadence is one of the results.
+        # One of the results: in the plain cadence full protection leaves nothing to reuse.
         warnings.filterwarnings("ignore", message=".*could reuse nothing")
-        reactions = drive(race, scenario.actions, at=at, advance=lambda: progress.advance(task))
+        reactions = run_race(race, scenario.actions, at=at, advance=lambda: progress.advance(task))
         rows = []
         for arm in arms:
             if arm.policy is None:
                 rows.append(describe_full(race.base(arm.name), scenario, metrics, name=arm.name))
             else:
                 figures = describe(race, arm.name, scenario, metrics, reactions[arm.name])
-                del figures["cosine_by_step_and_block"]  # the demo's; here it would bury the rest
-                off = psnr(np.array(race.lanes[arm.name].commit_errors()))
+                del figures["cosine_by_step_and_block"]  # for the demo's page; too long for this card
+                off = psnr(np.array(race.runs[arm.name].commit_errors()))
                 rows.append({**figures, "committed_as_emitted_db": finite(off)})
     return {"name": scenario.name, "reaction_measured_at": at, "rows": rows}
+
+
+def main(
+    out: Out = LAB,
+    model: Model = None,
+    clips: Clips = None,
+    chunks: Annotated[int, typer.Option(help="Per scenario, a third of a second each.")] = CHUNKS,
+    seed: Seed = 0,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only these; may be given more than once.")] = None,
+) -> None:
+    """X-Cache part by part, the cadence it needs, and the control: one piece per chunk."""
+    with bar() as progress:
+        chosen = tuple(scenario) if scenario else SCENARIOS
+        figures = run_ablation(
+            load(model)[0], out, chunks=chunks, scenarios=chosen, seed=seed, clips=clips, progress=progress
+        )
+    show(out / "ablation.md", figures)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from holdover.report.tables import decibels, markdown, percent, ratio, scientific
-from holdover_world.measure.measure import HORIZONS
-from lab.cards import about
+from holdover_world.measure.cards import about
+from holdover_world.measure.figures import HORIZONS
 
 _COLUMNS = (
     "run",
@@ -24,7 +24,7 @@ _COLUMNS = (
     "steer",
     "lane change",
 )
-#: The runs whose PSNR is followed window by window.
+#: The runs whose PSNR is shown window by window.
 _BY_WINDOW = (
     "default",
     "commit last full",
@@ -51,9 +51,9 @@ def _head(figures: dict[str, Any]) -> str:
 
 The shipped world model, {figures["chunks"]} chunks ({seconds:.0f} seconds), all runs interleaved. PSNR, SSIM
 and ST-LPIPS are of the stitched view against full compute *of the same cadence that commits the same windows*; SSIM and
-ST-LPIPS look at every {figures["every"]}th frame. "Committed as shown" is the PSNR of what entered the KV cache against
-what had been shown. First and last are the PSNR of the windows of at least five seconds at either end. Brake, steer and
-lane change are response ratios in the event's own chunk (1 is right).
+ST-LPIPS are taken of every {figures["every"]}th frame. "Committed as shown" is the PSNR of what entered the KV cache
+against what had been shown. First and last are the PSNR of the windows of at least five seconds at either end. Brake,
+steer and lane change are response ratios in the event's own chunk (1 is right).
 `default` is X-Cache with the paper's settings: floor 0.97, first chunk of a cycle protected and committed.
 """
 
@@ -92,9 +92,9 @@ def _short(value: float | None) -> str:
 def _control_head() -> str:
     return """## The control: one piece per chunk
 
-The window cadence generates four overlapping windows for four pieces, which is what X-Cache then saves again. The plain
-cadence generates each piece once, at a quarter of the tokens, and reacts just as fast. PSNR here is against what the
-simulator showed under the same actions, from the start over so many seconds.
+The window cadence generates four overlapping windows for four pieces. X-Cache saves part of that work. The plain
+cadence does not do it: it generates each piece once, with a quarter of the tokens, and reacts just as fast. PSNR here
+is against the simulator under the same actions, from the start of the drive over the seconds named.
 """
 
 

@@ -1,31 +1,40 @@
-"""Results as files: a readable card and its figures, and the parts of a measurement that is still under way."""
+"""What the scripts of the lab share: options, and measurements that can be continued."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import typer
 
 from holdover.engine.blocks import find_blocks
 from holdover.engine.snapshot import model_digest
-from holdover.report.files import write_json, write_text
-from holdover_world.measure.measure import environment
+from holdover.report.environment import environment
+from holdover.report.files import write_json
 from holdover_world.model.transformer import WorldModel
 
 T = TypeVar("T")
 
+#: The folder of the scripts and their cards.
+LAB = Path(__file__).parent
+Out = Annotated[Path, typer.Option(help="The folder for the results.")]
 
-def write_card(out: Path, name: str, text: str, figures: dict[str, Any]) -> None:
-    """Write ``out/name.md`` and ``out/name.json``."""
-    write_text(out / f"{name}.md", text)
-    write_json(out / f"{name}.json", figures)
+
+def run_script(main: Callable[..., None]) -> None:
+    """Run ``main`` as a command; what the user can correct is one line on stderr."""
+    try:
+        typer.run(main)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
 
 
 class Parts:
-    """The finished parts of a long measurement, so that one that was cut off goes on where it was.
+    """The finished parts of a long measurement. A run that was interrupted continues from them.
 
-    They lie in ``out/.name-parts.json`` until the card is written, and are measured again if anything that they depend
+    They are in ``out/.name-parts.json`` until the card is written. They are measured again if anything that they depend
     on has changed: the machine, the weights, or ``settings``.
     """
 
@@ -43,7 +52,7 @@ class Parts:
                 self._found = kept["parts"]
 
     def get(self, name: str, measure: Callable[[], T]) -> T:
-        """One part, as JSON has it: measured and kept, or as it was kept."""
+        """The part of this name, in plain JSON values: read from the file, or measured and written to it."""
         if name not in self._found:
             self._found[name] = measure()
             write_json(self._path, {"settings": self._settings, "parts": self._found})
@@ -51,15 +60,5 @@ class Parts:
         return part
 
     def clear(self) -> None:
-        """Forget them all: the card is written."""
+        """Delete the file. Call it when the card is written."""
         self._path.unlink(missing_ok=True)
-
-
-def about(environment: dict[str, Any]) -> str:
-    """One line on what a card was measured on."""
-    gpu = f"{environment['gpu']}, " if "gpu" in environment else ""
-    dtype = f"in {environment['dtype']}, " if "dtype" in environment else ""
-    return (
-        f"Measured on {gpu}{environment['processor']} ({environment['system']}), {environment['threads']} threads, "
-        f"{dtype}PyTorch {environment['torch']}, Python {environment['python']}."
-    )

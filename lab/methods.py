@@ -9,36 +9,41 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from holdover.decision import Decision
 from holdover.engine.attach import attach
 from holdover.method import Policy
-from holdover.decision import Decision
 from holdover.methods.magcache import magnitude_ratios, measure_magnitudes
 from holdover.methods.teacache import changes, measure_changes
-from holdover.report.plots import plot_fronts
+from holdover.report.bound import amdahl_bound
+from holdover.report.environment import environment
+from holdover.report.progress import bar
 from holdover.tune.calibrate import fit
+from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
+from holdover_world.measure.cards import write_card
 from holdover_world.measure.fidelity import compare, depth_errors
-from holdover_world.measure.measure import environment
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.stlpips import StLpips
-from holdover_world.measure.timing import amdahl_bound, clock_blocks, cycles, speedup
+from holdover_world.measure.timing import clock_blocks, cycles, speedup
 from holdover_world.model.transformer import WorldModel
-from lab.cards import Parts, write_card
+from lab.cards import LAB, Out, Parts, run_script
 from lab.methods_card import card
 from lab.methods_settings import FEW, Setting, by_cadence, settings
+from lab.plots import plot_fronts
 
-#: What is driven, and what the methods that need it are calibrated on, with another seed.
+#: The scenario that is driven, and the one that methods are calibrated on, with another seed.
 SCENARIO, CALIBRATION = "urban", "highway"
-#: Of TeaCache's polynomial; the changes of four noise levels lie in three heaps, which a higher degree overfits.
+#: Of TeaCache's polynomial. The changes of four noise levels form three clusters; a higher degree overfits them.
 DEGREE = 2
-#: Runs that are raced together: each has its own copy of the model.
+#: How many runs are raced together. Each has its own copy of the model.
 HEAT = 8
 
 
@@ -55,17 +60,17 @@ def run_methods(
 ) -> dict[str, Any]:
     """Drive all methods; writes ``methods-<steps>.md``, ``.json`` and ``.png``.
 
-    A measurement that was cut off goes on with the runs that it was at.
+    An interrupted measurement continues with the runs it was in.
 
     Args:
-        steps: denoising passes of a chunk: 4, or many.
-        chunks: to drive, the first cycle of warm-up included; None for 12 at four steps, 8 at many.
-        seed: of the noise; the calibration has the next one.
-        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        steps: denoising passes of a chunk: 4, or 12 and more.
+        chunks: to drive, with the first cycle, which is warm-up; None for 12 at four steps, 8 at many.
+        seed: of the noise; the calibration takes the next one.
+        every: SSIM and ST-LPIPS are taken of every N-th frame.
         clips: where the scenarios start.
 
     Raises:
-        ValueError: there are no settings for ``steps``, or ``chunks`` are too few for a cycle after the warm-up.
+        ValueError: there are no settings for ``steps``, or ``chunks`` has no whole cycle after the warm-up.
     """
     left_out = settings(steps)[1]
     chunks = chunks or (12 if steps == FEW else 8)
@@ -134,9 +139,9 @@ def _run(
     advance: Callable[[], None],
 ) -> dict[str, Any]:
     arms = [Arm(name=s.name, policy=s.policy(loop.cadence, calibration), loop=loop) for s in heat]
-    gc.collect()  # a lane of the heat before and the hook on its model hold each other, and with them its memory
+    gc.collect()  # a run and the hook on its model refer to each other; only the collector frees their memory
     with Race(model, scenario, arms, seed=seed) as race, warnings.catch_warnings():
-        # That a method finds nothing to reuse here is one of the results.
+        # One of the results: a method may find nothing to reuse here.
         warnings.filterwarnings("ignore", message=".*could reuse nothing")
         for action in scenario.actions:
             race.step(action)
@@ -148,7 +153,7 @@ def _run(
 
 
 def calibrate(model: WorldModel, scenario: Scenario, loop: LoopConfig, *, seed: int) -> dict[str, dict[str, Any]]:
-    """The options that TeaCache and MagCache need to be told, by method, from a run of a scenario under a cadence."""
+    """The calibrated options of TeaCache and MagCache, by method, from a run of a scenario under a cadence."""
 
     def measured(measuring: Policy) -> Any:
         with attach(model, measuring) as cache:
@@ -167,28 +172,28 @@ def calibrate(model: WorldModel, scenario: Scenario, loop: LoopConfig, *, seed: 
 def describe(
     race: Race, setting: Setting, shares: Mapping[str, float], *, every: int, distance: StLpips | None
 ) -> dict[str, Any]:
-    """The figures of one run against full compute; counts and times are of what follows the first cycle."""
-    lane, base = race.lanes[setting.name], race.base(setting.name)
-    fidelity = compare(lane.video(), base.video(), every=every, distance=distance).fidelity()
+    """The figures of one run against full compute; counts and times leave the first cycle out."""
+    run, base = race.runs[setting.name], race.base(setting.name)
+    fidelity = compare(run.video(), base.video(), every=every, distance=distance).fidelity()
     draws_depth = "depth" in base.loop.model.sizes.modalities
-    cycle = lane.loop.window_frames
-    full, skip = count(lane.decisions(), first=cycle, chunks=len(lane.exact) - cycle)
-    stats, level = lane.stats(), lane.arm.policy.level if lane.arm.policy else "block"
+    cycle = run.loop.window_frames
+    full, skip = count(run.decisions(), first=cycle, chunks=len(run.exact) - cycle)
+    stats, level = run.stats(), run.arm.policy.level if run.arm.policy else "block"
     assert stats is not None
     return {
         "name": setting.name,
         "method": setting.method,
         "over": setting.over,
         "every": setting.options.get("every"),
-        "policy": repr(lane.arm.policy),
+        "policy": repr(run.arm.policy),
         **fidelity.to_json(),
-        "depth": depth_errors(_flat(lane.depth()), _flat(base.depth())) if draws_depth else None,
+        "depth": depth_errors(_flat(run.depth()), _flat(base.depth())) if draws_depth else None,
         "full_per_chunk": full,
         "skip": skip,
-        "speedup": _speedup(base.dit_seconds, lane.dit_seconds, cycle),
-        # Attention and MLPs differ in what they cost, so the share of their calls bounds nothing.
+        "speedup": _speedup(base.dit_seconds, run.dit_seconds, cycle),
+        # An attention call and an MLP call cost differently, so the share of calls gives no bound.
         "speedup_bound": amdahl_bound(shares[level], skip) if level in shares else None,
-        "end_to_end_speedup": _speedup(base.end_to_end_seconds, lane.end_to_end_seconds, cycle),
+        "end_to_end_speedup": _speedup(base.end_to_end_seconds, run.end_to_end_seconds, cycle),
         "bytes_held": stats.bytes_held,
     }
 
@@ -198,12 +203,12 @@ def _flat(video: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 def count(decisions: Iterable[Decision], *, first: int, chunks: int) -> tuple[float, float]:
-    """FULL passes per chunk, those of which every call was computed, and the share of calls that was not.
+    """The FULL passes per chunk, in which every call is computed, and the share of calls that are not.
 
     Args:
         decisions: of one run.
-        first: chunk from which on denoising passes count.
-        chunks: how many these are.
+        first: the first chunk that counts.
+        chunks: how many chunks count.
     """
     passes: dict[tuple[int, int], list[bool]] = defaultdict(list)
     for decision in decisions:
@@ -214,10 +219,10 @@ def count(decisions: Iterable[Decision], *, first: int, chunks: int) -> tuple[fl
 
 
 def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
-    """Put into each method's row what the fixed interval along its axis does with as many FULL passes.
+    """Add to each method's row what the fixed interval along its axis does with as many FULL passes.
 
-    That is PSNR in dB, skip and speed-up of the intervals with the next fewer and the next more FULL passes,
-    interpolated; ``gain_db`` is the method's PSNR less that. None where there is no such pair, or its PSNR is unknown.
+    PSNR in dB, skip and speed-up are interpolated between the intervals with the next fewer and the next more FULL
+    passes; ``gain_db`` is the method's PSNR minus theirs. None where there is no such pair, or no PSNR.
     """
     controls = [row for row in rows if row["method"] == "fixed_interval" and row["psnr_db"] is not None]
     for row in rows:
@@ -241,7 +246,7 @@ def beside_controls(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def fronts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Per method (speed-up, PSNR in dB) of its settings, the fastest last; without those equal to full compute."""
+    """Per method (speed-up, PSNR in dB) of its settings, the fastest last, without those equal to full compute."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         if row["psnr_db"] is not None:
@@ -255,7 +260,7 @@ def _heats(chosen: Sequence[Setting]) -> list[Sequence[Setting]]:
 
 
 def _shares(model: WorldModel, scenario: Scenario, loop: LoopConfig) -> dict[str, float]:
-    """Per level of slots, of the DiT time without a cache, what can be skipped: denoising passes, or their blocks."""
+    """By level, the share of the DiT time without a cache that can be skipped: blocks, or whole denoising passes."""
     closed = ClosedLoop(model, scenario.start, scenario.start_actions, config=loop, track=scenario.track)
     with clock_blocks(model) as blocks, clock_blocks(model, whole=True) as passes:
         total = sum(piece.dit_seconds for piece in closed.run(scenario.actions))
@@ -264,3 +269,23 @@ def _shares(model: WorldModel, scenario: Scenario, loop: LoopConfig) -> dict[str
 
 def _speedup(full: Sequence[float], other: Sequence[float], cycle: int) -> float:
     return speedup(cycles(np.array(full), cycle), cycles(np.array(other), cycle))
+
+
+def main(
+    out: Out = LAB,
+    model: Model = None,
+    clips: Clips = None,
+    steps: Annotated[int, typer.Option(help="Denoising passes: 4, as trained, or many, such as 35.")] = FEW,
+    chunks: Annotated[int | None, typer.Option(help="To drive. By default 12; of many steps 8.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Every method at several settings, each beside the fixed interval that computes as many passes."""
+    with bar() as progress:
+        figures = run_methods(
+            load(model, steps)[0], out, steps=steps, chunks=chunks, seed=seed, clips=clips, progress=progress
+        )
+    show(out / f"methods-{steps}.md", figures)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from holdover.report.tables import decibels, markdown, percent, scientific
+from holdover_world.measure.cards import about
 from holdover_world.measure.fidelity import FAR
-from lab.cards import about
 
 _COLUMNS = (
     "method",
@@ -26,18 +26,18 @@ _COLUMNS = (
     "gain",
 )
 
-_FEW = """Both cadences are driven: `window` generates a
-window of four pieces once per piece with the same noise, and every method computes the chunk whose window is
-committed; `plain` generates and commits each piece once, so that what a method gets wrong enters the KV cache."""
+_FEW = """Both cadences are driven. `window` generates a window of four pieces once for each piece, with the same noise,
+and every method computes in full the chunk whose window is committed. `plain` generates and commits each piece once, so
+a method's errors enter the KV cache."""
 
-_MANY = """Methods that hold over from step to step run in the plain cadence, which commits
-every piece, so that what they get wrong enters the KV cache; those that hold over from chunk to chunk run in
-the window cadence, in which they compute the chunk whose window is committed."""
+_MANY = """Methods that reuse from step to step run in the plain cadence, which commits every piece, so their errors
+enter the KV cache. Methods that reuse from chunk to chunk run in the window cadence, in which they compute in full the
+chunk whose window is committed."""
 
-_NOISE = """The sampler draws new noise at every step, so that far more changes from step to step than in samplers
-without noise, for which thresholds are published; only looser ones are tried here."""
+_NOISE = """The sampler draws new noise at every step, so inputs change far more from step to step than in samplers
+without noise, for which thresholds are published. Only looser thresholds are tried here."""
 
-_FLOW = """The sampler takes Euler's steps, without new noise. Published thresholds stand beside looser ones."""
+_FLOW = """The sampler takes Euler steps, without new noise. Published thresholds stand beside looser ones."""
 
 
 def card(figures: dict[str, Any]) -> str:
@@ -50,14 +50,14 @@ The shipped world model on urban driving, {figures["chunks"]} chunks ({seconds:.
 {_FEW if steps == 4 else _MANY}
 
 PSNR, SSIM and ST-LPIPS are of the stitched view against the uncached output of the same seed and cadence, over all
-chunks; SSIM and ST-LPIPS look at every {figures["every"]}th frame; depth is its mean relative error, of what is
-nearer than {FAR:g} m. The rest is of what follows the first cycle.
-FULL counts the passes per chunk, of {steps}, in which everything was computed; skip is the share of calls that
-were not: of blocks, of attention modules and MLPs, or of the model. DiT and end to end are speed-ups, medians of whole
-cycles against full compute in the same race; the bound is what Amdahl's law allows the DiT for that skip. Of ToCa,
-calls in which only a share of the tokens was computed count as skipped. Beside each method stands the fixed interval
-along its own axis, over steps or over chunks, with as many FULL passes, interpolated between the intervals with
-the next fewer and the next more; gain is the method's PSNR less its.
+chunks; SSIM and ST-LPIPS are taken of every {figures["every"]}th frame; depth is the mean relative error of depth
+nearer than {FAR:g} m. The other columns leave the first cycle out.
+FULL counts the passes per chunk, of {steps}, in which everything was computed. Skip is the share of calls that were
+not: calls of blocks, of attention modules and MLPs, or of the model. DiT and end to end are speed-ups, medians of whole
+cycles against full compute in the same race. The bound is what Amdahl's law allows the DiT for that skip. ToCa's calls
+in which only a share of the tokens was computed count as skipped. Beside each method stands the fixed interval along
+its own axis, over steps or over chunks, with as many FULL passes, interpolated between the intervals with the next
+fewer and the next more; gain is the method's PSNR minus the interval's.
 
 {_NOISE if steps == 4 else _FLOW} `calibrated` settings were measured on another clip
 with another seed.
@@ -70,7 +70,7 @@ with another seed.
             f"## {cadence} cadence\n",
             f"Full compute takes {result['full_dit_ms']:.0f} ms in the DiT per chunk.\n",
             markdown(_COLUMNS, [_row(row) for row in result["rows"]]),
-            _verdict(result["rows"]),
+            verdict(result["rows"]),
         ]
     parts += ["## Left out\n", *(f"- `{name}` {reason}." for name, reason in figures["left_out"].items()), ""]
     return "\n".join([*parts, about(figures["environment"])]) + "\n"
@@ -102,9 +102,9 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _verdict(rows: list[dict[str, Any]]) -> str:
-    """Who beats the interval with as many FULL passes."""
-    found: dict[str, list[str]] = {title: [] for title in _VERDICTS}
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Which methods beat the interval with as many FULL passes."""
+    found: dict[str, list[str]] = {title: [] for title in VERDICTS}
     for row in rows:
         if (control := row["control"]) is not None and control["gain_db"] is not None:
             found[_judge(control["gain_db"], row["skip"] - control["skip"])].append(f"`{row['name']}`")
@@ -112,11 +112,11 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     return "\n".join([head, *(f"- {title}: {', '.join(names) or 'none'}" for title, names in found.items()), ""])
 
 
-_VERDICTS = ("better", "better, but skips less in the other passes", "equal within 0.01 dB", "worse")
+VERDICTS = ("better", "better, but skips less in the other passes", "equal within 0.01 dB", "worse")
 
 
 def _judge(gain_db: float, skips_more: float) -> str:
-    better, less, equal, worse = _VERDICTS
+    better, less, equal, worse = VERDICTS
     if abs(gain_db) < 0.01:
         return equal
     if gain_db < 0:

@@ -1,20 +1,64 @@
-"""Which methods are measured beside each other, at which settings."""
+"""Which methods are measured beside each other, at which settings.
+
+Among them is WorldCache-HTC with other triggers (the ablation of its trigger, arXiv 2603.06331) and one predictor. The
+paper names the alternatives and does not define them; `TRIGGERS` is what the names suggest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from holdover.method import Policy
 from holdover.methods.registry import policy
+from holdover.methods.worldcache_htc import CurvatureDrift, TokenCurvature
 from holdover_world.loop.closed_loop import Cadence, LoopConfig
-from lab.triggers import with_trigger
 
-#: Few steps, and from how many on the settings for many steps apply.
+Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _size(x_BLC: Tensor) -> Tensor:
+    size_BL: Tensor = torch.linalg.vector_norm(x_BLC, dim=-1)
+    return size_BL
+
+
+#: By name, what a chaotic token adds to the drift, given its curvature κ, the token now, and the token when it was last
+#: shown: how far it has moved and how much its length has changed, both as a share of its length, or κ alone.
+TRIGGERS: Mapping[str, Drift] = {
+    "difference": lambda _, now, shown: _size(now - shown) / _size(shown),
+    "norm": lambda _, now, shown: (_size(now) - _size(shown)).abs() / _size(shown),
+    "curvature": lambda kappa, _, __: kappa,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherDrift(TokenCurvature):
+    """`TokenCurvature` with another of `TRIGGERS`."""
+
+    trigger: str
+
+    def drift(self, kappa_BL: Tensor, now_BLC: Tensor, shown_BLC: Tensor) -> Tensor:
+        return TRIGGERS[self.trigger](kappa_BL, now_BLC, shown_BLC)
+
+
+def with_trigger(htc: Policy, trigger: str) -> Policy:
+    """A WorldCache-HTC with another trigger: one of `TRIGGERS`, or ``"every N"``, computing every N-th step."""
+    assert isinstance(htc.predictor, TokenCurvature)
+    if trigger.startswith("every "):
+        every = CurvatureDrift(guard=htc.trigger.guard, eta=float("inf"), n_max=int(trigger.removeprefix("every ")) - 1)
+        return replace(htc, trigger=every)
+    own = {field.name: getattr(htc.predictor, field.name) for field in fields(htc.predictor)}
+    return replace(htc, predictor=OtherDrift(**own, trigger=trigger))
+
+
+#: Few steps; and the number of steps from which the settings for many apply.
 FEW, MANY = LoopConfig.steps, 12
 
-#: Controls over steps, like most methods, hold over what all blocks did.
+#: Controls over steps reuse the result of all blocks together, as most methods do.
 _CONTROL = {"span": "all", "front_anchors": 0, "warmup": 0}
 
 
@@ -23,8 +67,8 @@ class Setting:
     """A method and its options.
 
     Attributes:
-        calibrated: they are completed by what the calibration measured.
-        trigger: of WorldCache-HTC, another than its own (`lab.triggers`).
+        calibrated: whether the calibration completes the options.
+        trigger: for WorldCache-HTC, one of `TRIGGERS` or "every N" in place of its own.
     """
 
     method: str
@@ -41,14 +85,17 @@ class Setting:
 
     @property
     def over(self) -> str:
-        """Along which axis it holds over, hence which fixed interval is its control."""
+        """The axis along which it reuses; the fixed interval along this axis is its control."""
         if self.method == "fixed_interval":
             return str(self.options["over"])
         return "chunks" if self.method.startswith("xcache") else "steps"
 
     def policy(self, cadence: Cadence, calibration: Mapping[str, Mapping[str, Any]]) -> Policy:
-        """In the window cadence committed chunks are protected; in the plain one, where all are, no method could
-        do anything then, and the clean pass alone is."""
+        """The policy under a cadence.
+
+        In the window cadence committed chunks are protected. In the plain cadence every chunk is committed, so only the
+        clean pass is: with committed chunks protected no method could reuse anything.
+        """
         measured = calibration[self.method] if self.calibrated else {}
         protected = {} if self.method == "never" else {"protection": "chunk" if cadence == "window" else "pass"}
         made = policy(self.method, **self.options, **measured, **protected)
@@ -69,8 +116,8 @@ _OVER_CHUNKS = [
     *_each("xcache_reactive", {}),
 ]
 
-#: The sampler of few steps draws new noise at each, so what enters changes by more than half of itself from step to
-#: step, and published thresholds, which are an order of magnitude smaller, would compute everything.
+#: The sampler of few steps draws new noise at each. Inputs change by more than half of themselves from step to step;
+#: published thresholds are an order of magnitude smaller and would compute everything.
 FEW_STEPS = [
     *_each("never", {}),
     *_every(2, 4),
@@ -89,15 +136,15 @@ FEW_STEPS = [
     *_each("pab", {}, {"spatial": 4, "temporal": 4, "stop": 1.0}),
     *_each("toca", {"every": 2}, {"every": 4}, {"every": 4, "fresh": 0.3}),
 ]
-#: WorldCache-HTC with one schedule and several predictors: its own, tokens held, going straight on, damped.
+#: WorldCache-HTC with one schedule and several predictors: its own, held tokens, linear extrapolation, damped.
 _PREDICTORS = [
     {"stable": stable, "chaotic": chaotic, "eta": 1e3}
     for stable, chaotic in ((0.3, 0.6), (1.0, 1.0), (0.0, 1.0), (0.0, 0.0))
 ]
 _VOYAGER = {"chaotic": 0.7, "n_max": 6, "retain": 5}
-#: And with one predictor and several triggers, at thresholds at which they compute about as much.
+#: With one predictor and several triggers, at thresholds at which they compute about as much.
 _TRIGGERS = [("", 1.0), ("every 3", 1.0), ("difference", 0.01), ("norm", 0.003), ("curvature", 30.0)]
-#: Euler's steps draw no noise. Published thresholds stand beside others.
+#: Euler steps draw no noise. Published thresholds stand beside others.
 MANY_STEPS = [
     *_each("never", {}),
     *_every(2, 3, 4, 5, 7, 12),
@@ -123,14 +170,14 @@ MANY_STEPS = [
     *_each("toca", {"every": 3}, {"every": 3, "fresh": 0.3}),
 ]
 LEFT_OUT = {
-    "deepcache": "needs a U-Net, whose deep part it holds over; this model is a plain stack of blocks",
-    "fastercache": "tells one guidance branch from the other; these runs are without guidance, in one branch",
+    "deepcache": "reuses the deep part of a U-Net; this model is a plain stack of blocks",
+    "fastercache": "reuses one guidance branch in the other; these runs have one branch, without guidance",
 }
-LEFT_OUT_OF_FEW = {"worldcache_htc": "computes three steps and the last before it may predict: at four steps, all"}
+LEFT_OUT_OF_FEW = {"worldcache_htc": "computes the first three steps and the last: at four steps, all"}
 
 
 def settings(steps: int) -> tuple[list[Setting], dict[str, str]]:
-    """What is run at so many steps, and which methods are not, with the reason.
+    """The settings at this number of steps, and the methods left out, each with the reason.
 
     Raises:
         ValueError: there are no settings for this number of steps.
@@ -143,7 +190,7 @@ def settings(steps: int) -> tuple[list[Setting], dict[str, str]]:
 
 
 def by_cadence(steps: int) -> dict[Cadence, list[Setting]]:
-    """Which settings are run under which cadence: at few steps all under both, at many each where it belongs."""
+    """The settings by cadence: at few steps all under both, at many each under the one that suits its axis."""
     chosen, _ = settings(steps)
     if steps == FEW:
         return {"window": chosen, "plain": chosen}

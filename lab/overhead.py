@@ -1,39 +1,43 @@
-"""What attaching costs: nothing reused, everything scored and stored; and what is left when everything is reused."""
+"""What attaching costs: with nothing reused, with every block scored and stored, and with every block reused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from rich.progress import Progress
 
 import holdover
 from holdover.method import Policy
+from holdover.report.environment import environment
+from holdover.report.progress import bar
 from holdover.report.tables import markdown, percent
+from holdover_world.cli.common import Clips, Model, Seed, load, show
 from holdover_world.loop.scenarios import load_scenario
-from holdover_world.measure.measure import environment
+from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.race import Arm, Race
 from holdover_world.model.transformer import WorldModel
-from lab.cards import about, write_card
+from lab.cards import LAB, Out, run_script
 
-#: Chunks left out: they warm up the process, and the policies.
+#: The first chunks are not counted: they warm up the process and the policies.
 WARM_UP = 4
 
 
 def arms() -> Mapping[str, tuple[Policy, str]]:
-    """The policies that are timed, and what each shows."""
+    """The policies that are timed, each with what it stands for."""
     return {
-        "never": (holdover.never(), "attached, nothing scored, nothing held"),
+        "never": (holdover.never(), "attached; nothing is scored, nothing is held"),
         "closed gate": (
             holdover.xcache(protection="pass", tau_floor=2.0),
-            "X-Cache whose gate never opens: every block scored and stored, none reused",
+            "X-Cache with a gate that never opens: every block is scored and stored, none is reused",
         ),
         "open gate": (
             holdover.xcache(protection="pass", tau_floor=-1.0, margin=2.0, tau_dev=float("inf")),
-            "X-Cache whose gate always opens: all but the first block reused",
+            "X-Cache with a gate that always opens: every block but the first is reused",
         ),
     }
 
@@ -61,14 +65,14 @@ def run_overhead(
         for action in scenario.actions:
             race.step(action)
             made = base.pieces[-1].latents
-            different |= {n for n, lane in race.lanes.items() if not torch.equal(lane.pieces[-1].latents, made)}
+            different |= {n for n, run in race.runs.items() if not torch.equal(run.pieces[-1].latents, made)}
             progress.advance(task)
         full = np.array(base.dit_seconds[WARM_UP:])
         rows = [{"name": "unattached", "dit_ms_per_chunk": 1e3 * float(np.median(full)), "ratio": 1.0}]
         for name, (_, meaning) in policies.items():
-            lane = race.lanes[name]
-            seconds = np.array(lane.dit_seconds[WARM_UP:])
-            stats = lane.stats()
+            run = race.runs[name]
+            seconds = np.array(run.dit_seconds[WARM_UP:])
+            stats = run.stats()
             assert stats is not None
             row: dict[str, Any] = {
                 "name": name,
@@ -113,3 +117,20 @@ the median of the paired ratios.
 
 {about(figures["environment"])}
 """
+
+
+def main(
+    out: Out = LAB,
+    model: Model = None,
+    clips: Clips = None,
+    chunks: Annotated[int, typer.Option(help=f"To time; the first {WARM_UP} are warm-up.")] = 44,
+    seed: Seed = 0,
+) -> None:
+    """What attaching costs where nothing is reused, and what is left where everything is."""
+    with bar() as progress:
+        figures = run_overhead(load(model)[0], out, chunks=chunks, seed=seed, clips=clips, progress=progress)
+    show(out / "overhead.md", figures)
+
+
+if __name__ == "__main__":
+    run_script(main)

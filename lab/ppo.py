@@ -1,54 +1,57 @@
-r"""PPO is trained to keep the lane inside the world model, with and without X-Cache, from the same seed.
+r"""PPO learns to keep the lane inside the world model, with and without X-Cache, from the same seed.
 
     holdover world train --data data/train --heldout data/heldout --out runs/one-camera \
         --size tiny --camera front_wide --steps 2500 --batch 8
-    python benchmarks/ppo.py --model runs/one-camera
+    python -m lab.ppo --model runs/one-camera
 
-The agent (stable-baselines3, `pip install 'holdover[rl]'`) sees one camera, its own speed and curvature, and where in
-the lane it is. What was learnt is kept under ``--runs`` after every update: a run that was killed
-goes on from there, with new episodes. Writes ``ppo.md``, ``ppo.json`` and ``ppo.png``.
+The agent (stable-baselines3, `pip install 'holdover-world[rl]'`) sees one camera, its own speed and curvature, and
+where in the lane it is. It is saved under ``--runs`` after every update. An interrupted run continues from there, with
+new episodes. Writes ``ppo.md``, ``ppo.json`` and ``ppo.png``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
+import typer
 from gymnasium.wrappers import RescaleAction, TransformObservation
 from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from holdover.report.environment import environment
 from holdover.report.files import whole, write_json
-from holdover.report.plots import plot_returns
+from holdover.report.tables import markdown
+from holdover_world.cli.common import show
 from holdover_world.env.drive_env import ID, Course, course_of
 from holdover_world.loop.scenarios import shipped_model
-from holdover_world.measure.measure import environment
+from holdover_world.measure.cards import about, write_card
 from holdover_world.model.transformer import WorldModel
-from lab.cards import about, write_card
+from lab.cards import LAB, Out, run_script
+from lab.plots import plot_returns
 
-#: The reactive gate, because a policy is trained on what it does to the world; and no cache.
+#: The reactive gate, because the agent learns from how the world reacts to it; and no cache.
 POLICIES = ("xcache_reactive", "never")
-CARS = 4  # driven by the agent as it stands, between updates
-OVER = 50  # episodes of a mean
-HEADING = 0.2  # radians off the lane's heading that are as good as any more
+CARS = 4  # driven at once, between updates
+OVER = 50  # episodes that a mean is taken over
+HEADING = 0.2  # radians off the lane's heading; the agent sees larger ones as this
 #: Steps are per car and update; episodes last 60 at most.
 PPO_OPTIONS: dict[str, Any] = {"n_steps": 128, "batch_size": 128, "n_epochs": 5, "gamma": 0.95, "learning_rate": 7e-4}
-#: Standard deviation of actions at the beginning and at the end, geometric in between, as a share of their range; the
-#: learning rate falls with it. With less than the first nothing is found out, and the first leaves the lane by itself
-#: in some fifteen steps.
+#: Standard deviation of actions at the beginning and at the end, geometric in between, as a share of their range. The
+#: learning rate falls with it. With less noise at the beginning the agent finds nothing out; with this much the car
+#: leaves the lane in some fifteen steps.
 NOISE = (0.1, 0.02)
 
 
 def make_env(course: Course, scenario: str | None, policy: str, camera: str) -> gymnasium.Env[Any, Any]:
-    """The environment as a network likes it: actions and all that is no picture in [-1, 1], and returns noted."""
+    """The environment for a network: actions and numbers in [-1, 1]; returns are recorded."""
     env = gymnasium.make(ID, course=course, scenario=scenario, policy=policy, cameras=[camera])
     space = env.observation_space
     assert isinstance(space, gymnasium.spaces.Dict)
@@ -72,19 +75,19 @@ def train(
     noise: tuple[float, float] = NOISE,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train an agent for so many steps in all, or go on with the one in ``folder``; returns what is known of it.
+    """Train an agent for a number of steps in all, or continue with the one in ``folder``; returns its log.
 
     Args:
         make: makes the environment of one car.
         folder: for the agent and its log.
         steps: of all cars together, rounded up to whole updates.
-        task: the ``seed``, and whatever else an agent that goes on must have been trained on.
+        task: the ``seed``, and everything else that a saved agent must agree in to continue.
         noise: of actions, at the beginning and at the end.
-        changes: to `PPO_OPTIONS`, of a new agent.
+        changes: to `PPO_OPTIONS`, for a new agent.
 
     Returns:
-        ``episodes``, per episode the steps of all cars when it ended, its return, and whether the lane was kept; block
-        calls ``reused`` and ``computed`` of denoising passes; ``seconds`` in the model and ``chunks``.
+        ``episodes``: for each the steps of all cars when it ended, its return, and whether the lane was kept.
+        ``reused`` and ``computed``: block calls of denoising passes. ``seconds`` in the model, and ``chunks``.
 
     Raises:
         ValueError: the agent in the folder was trained on another task.
@@ -97,7 +100,7 @@ def train(
         if log["task"] != task:
             raise ValueError(f"{folder} has an agent of {log['task']}, not of {task}; remove it or choose other --runs")
         agent = PPO.load(agent_file, env=cars, device="cpu")
-        # The log is written first: a run that was killed in between knows of episodes that the agent does not.
+        # The log is written first: after a kill in between, it has episodes that the agent has not seen.
         log["episodes"] = [episode for episode in log["episodes"] if episode[0] <= agent.num_timesteps]
     else:
         agent = PPO("MultiInputPolicy", cars, seed=task["seed"], device="cpu", **{**PPO_OPTIONS, **changes})
@@ -109,7 +112,7 @@ def train(
                 kept = bool(info["TimeLimit.truncated"])
                 log["episodes"].append([agent.num_timesteps, float(info["episode"]["r"]), kept])
         for made in cars.get_attr("newest"):
-            if made is not None:  # it is where an episode has just ended
+            if made is not None:  # None where an episode has just ended
                 denoising = [d.computed for d in made.decisions if d.role == "denoise"]
                 log["computed"] += sum(denoising)
                 log["reused"] += len(denoising) - sum(denoising)
@@ -121,7 +124,7 @@ def train(
         spread = noise[0] * (noise[1] / noise[0]) ** (agent.num_timesteps / steps)
         agent.policy.log_std.data.fill_(math.log(spread))
         rate = agent.learning_rate * spread / noise[0]
-        agent.lr_schedule = lambda _, rate=rate: rate
+        agent.lr_schedule = partial(_constant, rate)
         agent.learn(agent.n_steps * CARS, callback=note, reset_num_timesteps=False)
         write_json(log_file, log)
         with whole(agent_file) as temporary:
@@ -131,8 +134,12 @@ def train(
     return log
 
 
+def _constant(value: float, _: float) -> float:
+    return value
+
+
 def summary(log: dict[str, Any]) -> dict[str, float | None]:
-    """A log in a few figures; None where nothing happened yet."""
+    """A log in a few figures; None where there is nothing to average."""
     episodes, calls = log["episodes"], log["reused"] + log["computed"]
 
     def mean(some: list[list[Any]], column: int) -> float | None:
@@ -172,38 +179,43 @@ def run(
 
 
 def card(figures: dict[str, Any]) -> str:
+    """The Markdown of a result."""
     forms = {"return_first": ".2f", "return_last": ".2f", "kept_first": ".0%", "kept_last": ".0%", "skip": ".1%"}
     forms["ms_per_chunk"] = ".0f"
-    rows = ""
-    for policy, row in figures["policies"].items():
-        shown = {name: "–" if row[name] is None else format(row[name], form) for name, form in forms.items()}
-        rows += f"| `{policy}` | {row['episodes']} | {' | '.join(shown.values())} |\n"
-    return (
-        "# PPO inside the world model\n\n"
-        f"`python benchmarks/ppo.py`: {figures['steps']} steps of `holdover/Drive-v1` from seed {figures['seed']}, "
-        f"{figures['scenario'] or 'all scenarios'}, from the pictures of `{figures['camera']}`, "
-        f"the car's own motion and its place in the lane. First and last {OVER} "
-        "episodes; an episode keeps the lane if it lasts to its end, 60 steps.\n\n![returns](ppo.png)\n\n"
-        "| policy of the world | episodes | return, first | last | kept the lane, first | last | skip | "
-        f"ms per chunk |\n| :-- | --: | --: | --: | --: | --: | --: | --: |\n{rows}\n{about(figures['on'])}\n"
-    )
+    columns = "policy of the world", "episodes", "return, first", "last", "kept the lane, first", "last", "skip"
+    rows = [
+        (
+            f"`{policy}`",
+            str(row["episodes"]),
+            *("–" if row[name] is None else format(row[name], form) for name, form in forms.items()),
+        )
+        for policy, row in figures["policies"].items()
+    ]
+    return f"""# PPO inside the world model
+
+`python -m lab.ppo`: {figures["steps"]} steps of `holdover/Drive-v1` from seed {figures["seed"]},
+{figures["scenario"] or "all scenarios"}, from the pictures of `{figures["camera"]}`, the car's own motion and its place
+in the lane. First and last {OVER} episodes; an episode keeps the lane if it lasts to its end, 60 steps.
+
+![returns](ppo.png)
+
+{markdown((*columns, "ms per chunk"), rows)}
+{about(figures["on"])}
+"""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a checkpoint; its first camera is what the agent sees")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/ppo"), help="what was learnt so far")
-    parser.add_argument("--steps", type=int, default=16_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenario", default="highway", help="urban, highway or uturn")
-    options = parser.parse_args()
-    figures = run(
-        options.model or shipped_model(), options.out, options.runs, steps=options.steps, seed=options.seed,
-        scenario=options.scenario,
-    )  # fmt: skip
-    print(card(figures))
+def main(
+    model: Annotated[Path | None, typer.Option(help="A checkpoint. Its first camera is what the agent sees.")] = None,
+    out: Out = LAB,
+    runs: Annotated[Path, typer.Option(help="The folder of the agents.")] = Path("runs/ppo"),
+    steps: Annotated[int, typer.Option(help="Of all cars together.")] = 16_000,
+    seed: Annotated[int, typer.Option(help="Of agent and episodes.")] = 0,
+    scenario: Annotated[str, typer.Option(help="urban, highway or uturn.")] = "highway",
+) -> None:
+    """PPO learns to keep the lane inside the world model, with and without X-Cache."""
+    figures = run(model or shipped_model(), out, runs, steps=steps, seed=seed, scenario=scenario)
+    show(out / "ppo.md", figures)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

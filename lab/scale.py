@@ -1,30 +1,34 @@
-"""What caching saves at sizes that were never trained: random weights, and decisions given beforehand."""
+"""What caching saves at sizes that were never trained: random weights, and decisions that are given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile
 
 from holdover.engine.attach import attach
-from holdover.method import Call, Policy, Verdict
-from holdover.methods.parts.gates import Gate
+from holdover.method import Call, Policy, Trigger, Verdict
 from holdover.methods.xcache import xcache
+from holdover.report.bound import amdahl_bound
+from holdover.report.environment import environment
+from holdover.report.progress import bar
 from holdover.report.tables import markdown, percent
+from holdover_world.cli.common import Seed, keep_memory, show
 from holdover_world.config import CONFIGS
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
-from holdover_world.measure.measure import environment
-from holdover_world.measure.timing import amdahl_bound, block_share
+from holdover_world.measure.cards import about, write_card
+from holdover_world.measure.timing import block_share
 from holdover_world.model.transformer import WorldModel
 from holdover_world.runtime import fast_dtype
-from lab.cards import about, write_card
+from lab.cards import LAB, Out, run_script
 
 Arrangement = Literal["runs", "scattered"]
 
@@ -32,9 +36,9 @@ Arrangement = Literal["runs", "scattered"]
 SHARES = (0.51, 0.71, 0.90)
 
 
-@dataclass(frozen=True)
-class Replay(Gate):
-    """Decides as it was told, whatever the signal says; ``pattern[pass][block]`` is whether to reuse."""
+@dataclass(frozen=True, kw_only=True)
+class Replay(Trigger):
+    """Decides by a pattern, whatever the signal says; ``pattern[pass][block]`` is whether to reuse."""
 
     pattern: tuple[tuple[bool, ...], ...]
 
@@ -43,24 +47,25 @@ class Replay(Gate):
 
 
 def replay(pattern: NDArray[np.bool_], *, fingerprint: bool) -> Policy:
-    """X-Cache with a `Replay` for its gate and no anchor; its fingerprint is taken and compared, or is not."""
+    """X-Cache with a `Replay` for its trigger and no anchor; without ``fingerprint`` no signal is taken."""
     policy = xcache(front_anchors=0, protection="pass")
-    gate = Replay(tuple(tuple(map(bool, row)) for row in pattern))
-    return replace(policy, gate=gate, signal=policy.signal if fingerprint else None)
+    guard, signal = policy.trigger.guard, policy.trigger.signal if fingerprint else None
+    trigger = Replay(guard=guard, signal=signal, pattern=tuple(tuple(map(bool, row)) for row in pattern))
+    return replace(policy, trigger=trigger)
 
 
 def decision_pattern(
     share: float, steps: int, blocks: int, arrangement: Arrangement, *, seed: int = 0
 ) -> NDArray[np.bool_]:
-    """Which block calls of a chunk are reused, ``[steps, blocks]``, the first block never.
+    """Which block calls of a chunk are reused, ``[steps, blocks]``. The first block never is.
 
     Args:
-        share: of all block calls; rounded to whole ones.
-        arrangement: in each pass one run of blocks, or blocks drawn at random.
-        seed: of the draw, and of where the runs lie.
+        share: of all block calls, rounded to whole calls.
+        arrangement: one run of blocks in each pass, or blocks drawn at random.
+        seed: of the drawn blocks, and of where the runs begin.
 
     Raises:
-        ValueError: the first blocks leave less than that share.
+        ValueError: the share is larger than the calls without the first block.
     """
     count, most = round(share * steps * blocks), steps * (blocks - 1)
     if not 0 <= count <= most:
@@ -90,8 +95,8 @@ def run_scale(
 ) -> dict[str, Any]:
     """Time a size of the world model under given decisions; writes ``scale-<size>-<device>.md`` and ``.json``.
 
-    The runs are interleaved. Each is attached anew, generates once to fill what is held, and is timed over the cycle
-    that follows.
+    The runs are interleaved. Each attaches its policy, generates one chunk to fill the cache, and is timed over the
+    next cycle.
 
     Args:
         size: a name in `holdover_world.config.CONFIGS`; the weights are random.
@@ -105,7 +110,7 @@ def run_scale(
     if size not in CONFIGS:
         raise ValueError(f"size {size!r} is not one of {', '.join(CONFIGS)}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda', but PyTorch finds no such GPU; take device='cpu'")
+        raise ValueError("device='cuda', but PyTorch finds no CUDA GPU; give device='cpu'")
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
     bench = _Bench.build(size, device, compiled=compiled, seed=seed)
@@ -163,7 +168,7 @@ def run_scale(
 
 @dataclass(frozen=True)
 class _Bench:
-    """A model with random weights, and where its runs start."""
+    """A model with random weights, and the start of its runs."""
 
     model: WorldModel
     start: torch.Tensor
@@ -186,11 +191,11 @@ class _Bench:
     def action(self) -> torch.Tensor:
         return self.actions[0, 0]
 
-    def loop(self, **options: Any) -> ClosedLoop:
+    def loop(self, **options: Any) -> ClosedLoop[WorldModel]:
         return ClosedLoop(self.model, self.start, self.actions, **options)
 
     def cycle(self, policy: Policy | None, *, profiled: bool) -> tuple[float, dict[str, Any]]:
-        """Seconds of a chunk, the mean of the cycle after a first chunk, and what else is counted of it."""
+        """Mean seconds of a chunk in the cycle after a first chunk, and what else is counted in that cycle."""
         cache = attach(self.model, policy) if policy else None
         try:
             loop = self.loop(cache=cache)
@@ -199,7 +204,7 @@ class _Bench:
             total = sum(loop.step(self.action).dit_seconds for _ in range(chunks))
             rest: dict[str, Any] = {"skip": 0.0, "bytes_held": 0}
             if cache:
-                # After the first chunk, which fills what is held.
+                # The first chunk fills the cache.
                 decisions = [d for d in cache.trace if d.role == "denoise" and d.chunk > 0]
                 rest["skip"] = sum(not d.computed for d in decisions) / len(decisions)
                 rest["bytes_held"] = cache.stats().bytes_held
@@ -211,8 +216,8 @@ class _Bench:
         return total / chunks, rest
 
 
-def _cuda_calls(loop: ClosedLoop, action: torch.Tensor) -> dict[str, int]:
-    """Kernel launches and waits of the host for the device, in one chunk without a KV update."""
+def _cuda_calls(loop: ClosedLoop[WorldModel], action: torch.Tensor) -> dict[str, int]:
+    """Kernel launches, and how often the host waits for the device, in one chunk without a KV update."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         loop.step(action)
     counts = {event.key: event.count for event in profiler.key_averages()}
@@ -247,11 +252,32 @@ def card(figures: dict[str, Any]) -> str:
     return f"""# At scale: {figures["size"]} on {figures["device"]}{", compiled" if figures["compiled"] else ""}
 
 The world model with {figures["weights"] / 1e6:,.0f} million random weights, {figures["tokens_per_pass"]:,}
-tokens a pass. Block calls are skipped by a pattern given beforehand, in one run of blocks a pass or scattered; "scored"
-takes and compares X-Cache's fingerprint of every block as well, so the difference is what gate and fingerprint cost.
+tokens a pass. A given pattern says which block calls are skipped, in one run of blocks a pass or scattered; "scored"
+takes and compares X-Cache's fingerprint of every block as well, so the difference is the cost of gate and fingerprint.
 Medians of {figures["repeats"]} interleaved cycles of four chunks, KV update included; blocks take
 {percent(figures["block_share"])} of the time without a cache, from which the bound follows.
 
 {markdown(tuple(columns), rows)}
 {about(figures["environment"])}
 """
+
+
+def main(
+    out: Out = LAB,
+    size: Annotated[str, typer.Option(help="tiny, small, base or xworld-5b; the weights are random.")] = "small",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed cycles of every run.")] = 5,
+    seed: Seed = 0,
+) -> None:
+    """DiT time at given shares of skipped blocks, at sizes up to X-World's, against the bound."""
+    keep_memory()
+    with bar() as progress:
+        figures = run_scale(
+            out, size=size, device=device, compiled=compiled, repeats=repeats, seed=seed, progress=progress
+        )
+    show(out / f"{figures['name']}.md", figures)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -3,37 +3,38 @@
     for kind in straight urban uturn; do
         holdover world record --scenario $kind --clips 8 --seed 900000 --out data/steady --workers 2
     done
-    python benchmarks/steady.py
+    python -m lab.steady
 
-What is driven past has a say in every window's PSNR; the mean over roads is left with what time does. Writes
-``steady.md`` and ``steady.json``; a measurement that was cut off goes on with the drive it was in.
+The PSNR of a window depends on what is driven past; the mean over many roads shows what time does. Writes ``steady.md``
+and ``steady.json``. An interrupted measurement continues with the drive it was in.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from holdover.methods.registry import policy
+from holdover.report.environment import environment
 from holdover.report.progress import bar
 from holdover.report.tables import markdown
+from holdover_world.cli.common import show
 from holdover_world.loop.scenarios import load_scenario, shipped_model
+from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.fidelity import compare
-from holdover_world.measure.measure import environment
 from holdover_world.measure.race import Arm, Race
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.scene.clips import list_clips
-from lab.cards import Parts, about, write_card
+from lab.cards import LAB, Out, Parts, run_script
 
-#: Scenarios, and the kind of clip that each begins in.
+#: By scenario, the kind of clip that it begins in.
 KINDS = {"highway-steady": "straight", "urban-steady": "urban", "uturn-steady": "uturn"}
 
 
@@ -46,10 +47,10 @@ def drive(model: WorldModel, name: str, clip: Path, chunks: int) -> dict[str, An
     with Race(model, scenario, [Arm(name="xcache", policy=policy("xcache"))]) as race:
         for action in scenario.actions:
             race.step(action)
-        made, true = race.lanes["xcache"], race.reference("xcache")
+        made, true = race.runs["xcache"], race.reference("xcache")
         stats = made.stats()
         comparison = compare(made.video(), true.video(), every=chunks * model.sizes.frames_per_latent)
-    gc.collect()  # a lane and the hook on its model hold each other
+    gc.collect()  # a run and the hook on its model refer to each other; only the collector frees their memory
     assert stats is not None
     window = model.sizes.window * model.sizes.frames_per_latent
     first, last = comparison.psnr_at_ends(window, 5 * FPS)
@@ -72,33 +73,9 @@ def summary(drives: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=Path, default=Path("data/steady"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
-    parser.add_argument("--chunks", type=int, default=60, help="per drive, a third of a second each")
-    options = parser.parse_args()
-    model = WorldModel.load(shipped_model())
-    if options.chunks < 2 * model.sizes.window:
-        parser.error(f"--chunks {options.chunks} are fewer than two windows; give {2 * model.sizes.window}")
-    clips = {
-        name: [clip for clip in list_clips(options.clips) if clip.name.startswith(f"{kind}-")]
-        for name, kind in KINDS.items()
-    }
-    few = [KINDS[name] for name, found in clips.items() if len(found) < 2]
-    if few:
-        parser.error(f"{options.clips} holds fewer than two {few[0]} clips; record some, see above")
-    parts = Parts(options.out, "steady", model, clips=str(options.clips), chunks=options.chunks)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
-    with bar() as progress:
-        task = progress.add_task("steady", total=sum(map(len, clips.values())))
-        for name, paths in clips.items():
-            for clip in paths:
-                progress.update(task, description=clip.name)
-                found[name].append(parts.get(clip.name, partial(drive, model, name, clip, options.chunks)))
-                progress.advance(task)
-
-    summaries = {name: summary(drives) for name, drives in found.items()}
+def card(figures: dict[str, Any]) -> str:
+    """The Markdown of a result."""
+    found = figures["drives"]
     means = [
         (
             name,
@@ -108,7 +85,7 @@ def main() -> None:
             f"{each['change']:+.2f} ± {each['standard_error']:.2f}",
             f"{each['windows']:.2f}",
         )
-        for name, each in summaries.items()
+        for name, each in figures["summary"].items()
     ]
     rows = [
         (
@@ -122,23 +99,53 @@ def main() -> None:
         for drives in found.values()
         for one in drives
     ]
-    surroundings = environment(model, shipped_model())
-    text = (
-        "# Steady driving, from many recordings\n\n"
-        f"`python benchmarks/steady.py`: `xcache` against full compute, {options.chunks} chunks at one\n"
-        "action, from each of the recordings named. PSNR in dB, stitched: of the windows of at least five seconds at\n"
-        "either end, the mean change between them with its standard error, and how much a drive's windows scatter.\n\n"
-        + markdown(("scenario", "drives", "first", "last", "change", "scatter"), means)
-        + "\n"
-        + markdown(("recording", "skip", "first", "last", "change", "by window"), rows)
-        + f"\n{about(surroundings)}\n"
-    )
-    figures = {"chunks": options.chunks, "summary": summaries, "drives": found, "on": surroundings}
-    write_card(options.out, "steady", text, figures)
+    return f"""# Steady driving, from many recordings
+
+`python -m lab.steady`: `xcache` against full compute, {figures["chunks"]} chunks at one action, from each of the
+recordings named. PSNR in dB, stitched: of the windows of at least five seconds at either end, the mean change between
+them with its standard error, and how much a drive's windows scatter.
+
+{markdown(("scenario", "drives", "first", "last", "change", "scatter"), means)}
+{markdown(("recording", "skip", "first", "last", "change", "by window"), rows)}
+{about(figures["on"])}
+"""
+
+
+def main(
+    clips: Annotated[Path, typer.Option(help="Recordings, at least two of each kind.")] = Path("data/steady"),
+    out: Out = LAB,
+    chunks: Annotated[int, typer.Option(help="Per drive, a third of a second each.")] = 60,
+) -> None:
+    """X-Cache against full compute in steady driving from many recordings."""
+    model = WorldModel.load(shipped_model())
+    if chunks < 2 * model.sizes.window:
+        raise ValueError(f"--chunks {chunks} is less than two windows; give at least {2 * model.sizes.window}")
+    recordings = {
+        name: [clip for clip in list_clips(clips) if clip.name.startswith(f"{kind}-")] for name, kind in KINDS.items()
+    }
+    few = [KINDS[name] for name, found in recordings.items() if len(found) < 2]
+    if few:
+        command = f"holdover world record --scenario {few[0]} --clips 8 --seed 900000 --out {clips}"
+        raise ValueError(f"{clips} holds fewer than two {few[0]} clips; record some: {command}")
+    parts = Parts(out, "steady", model, clips=str(clips), chunks=chunks)
+    drives: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
+    with bar() as progress:
+        task = progress.add_task("steady", total=sum(map(len, recordings.values())))
+        for name, paths in recordings.items():
+            for clip in paths:
+                progress.update(task, description=clip.name)
+                drives[name].append(parts.get(clip.name, partial(drive, model, name, clip, chunks)))
+                progress.advance(task)
+    figures = {
+        "chunks": chunks,
+        "summary": {name: summary(found) for name, found in drives.items()},
+        "drives": drives,
+        "on": environment(model, shipped_model()),
+    }
+    write_card(out, "steady", card(figures), figures)
     parts.clear()
-    print(text)
-    print(json.dumps(figures))
+    show(out / "steady.md", figures)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

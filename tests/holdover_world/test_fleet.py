@@ -15,12 +15,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
-pytest.importorskip("ray", reason="no Ray; pip install 'holdover[fleet]'")
-from holdover_world.fleet import DRIVERS, Episode, drive, keep_lane, read_plan, run_fleet
-from holdover_world.scene.vehicles import EgoState
-from holdover_world.scene.vehicles import drive as move
+pytest.importorskip("ray", reason="no Ray; pip install 'holdover-world[fleet]'")
+from holdover_world.fleet import DRIVERS, Episode, drive_episode, keep_lane, read_plan, run_fleet
+from holdover_world.scene.vehicles import EgoState, drive
 from holdover_world.sessions.session import WorldSession
-from tests.holdover_world.server.small import fatal_course, small_course, straight
+from tests.holdover_world.env.small import fatal_course, small_course, straight
 
 PLAN = "scenarios: [town, coast]\nseeds: [0, 1]\ndrivers: [keep_lane]\nchunks: 4\n"
 
@@ -32,10 +31,10 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_a_plan_is_every_combination(tmp_path: Path) -> None:
-    rollouts = read_plan(write(tmp_path, PLAN.replace("[keep_lane]", "[brake, straight_on]")), ["eager", "never"])
-    assert len(rollouts) == 2 * 2 * 2 * 2
-    assert len({rollout.key for rollout in rollouts}) == 16
-    assert rollouts[0] == Episode(scenario="town", seed=0, driver="brake", policy="eager", chunks=4)
+    episodes = read_plan(write(tmp_path, PLAN.replace("[keep_lane]", "[brake, straight_on]")), ["eager", "never"])
+    assert len(episodes) == 2 * 2 * 2 * 2
+    assert len({episode.key for episode in episodes}) == 16
+    assert episodes[0] == Episode(scenario="town", seed=0, driver="brake", policy="eager", chunks=4)
     for wrong, message in (
         ("[1]", r"holds \[1\]"),
         (PLAN + "more: 1", "more"),
@@ -54,7 +53,7 @@ def test_the_lane_keeper_comes_back_to_the_middle() -> None:
         offset, heading_error = road.beside(ego)
         speed, curvature = keep_lane({"offset": offset, "heading_error": heading_error}, 10.0, chunk)
         for _ in range(4):
-            ego = move(ego, speed, curvature)
+            ego = drive(ego, speed, curvature)
     assert abs(ego.y) < 0.05
     assert abs(ego.yaw) < 0.01
     assert DRIVERS["brake"]({"offset": 0.0, "heading_error": 0.0}, 10.0, 8)[0] == 0
@@ -64,22 +63,22 @@ def test_a_collision_is_not_a_lane_that_was_left(monkeypatch: pytest.MonkeyPatch
     step = WorldSession.step
     wall = {"front_wide": np.full((2, 32, 48), 0.5, np.float32)}  # half a metre before the camera, inside the car
     monkeypatch.setattr(WorldSession, "step", lambda session, action: replace(step(session, action), depth=wall))
-    row = drive(small_course(), Episode(scenario="town", seed=0, driver="brake", policy="never", chunks=3))
+    row = drive_episode(small_course(), Episode(scenario="town", seed=0, driver="brake", policy="never", chunks=3))
     assert (row["steps"], row["reward"], row["collided"], row["left_lane"]) == (1, -1, True, False)
 
 
 def test_a_fleet_survives_its_workers_and_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOLDOVER_TEST_MARKER", str(tmp_path / "died"))
-    rollouts = read_plan(write(tmp_path, PLAN), ["eager"])
+    episodes = read_plan(write(tmp_path, PLAN), ["eager"])
     torch.set_num_threads(1)
-    here = [drive(small_course(), rollout) for rollout in rollouts]
+    here = [drive_episode(small_course(), episode) for episode in episodes]
     assert [row["steps"] for row in here] == [4] * 4
     # What an earlier run had finished, marked so that driving it again would show.
     parts = tmp_path / "out" / "parts"
     parts.mkdir(parents=True)
-    (parts / f"{rollouts[1].key}.json").write_text(json.dumps({**here[1], "reward": 77.0}))
+    (parts / f"{episodes[1].key}.json").write_text(json.dumps({**here[1], "reward": 77.0}))
     told: list[tuple[int, int]] = []
-    path = run_fleet(rollouts, tmp_path / "out", course=fatal_course, progress=lambda done, of: told.append((done, of)))
+    path = run_fleet(episodes, tmp_path / "out", course=fatal_course, progress=lambda done, of: told.append((done, of)))
     assert (tmp_path / "died").exists()  # a worker was killed in mid-run
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -87,7 +86,7 @@ def test_a_fleet_survives_its_workers_and_repeats_nothing(tmp_path: Path, monkey
     assert [row["reward"] for row in rows] == [here[0]["reward"], 77.0, here[2]["reward"], here[3]["reward"]]
     assert [row["skip"] for row in rows] == [row["skip"] for row in here]
     assert len({row["video"] for row in rows}) == 4
-    done = run_fleet(rollouts, tmp_path / "out", course=fatal_course)  # nothing is left: no cluster is started
+    done = run_fleet(episodes, tmp_path / "out", course=fatal_course)  # nothing is left: no cluster is started
     assert pyarrow.parquet.read_table(done).to_pylist() == rows
 
 
@@ -117,21 +116,21 @@ def head() -> Iterator[str]:
 
 
 def test_a_cluster_elsewhere_gives_the_same(tmp_path: Path, head: str) -> None:
-    rollouts = read_plan(write(tmp_path, PLAN.replace("[0, 1]", "[3]")), ["eager"])
+    episodes = read_plan(write(tmp_path, PLAN.replace("[0, 1]", "[3]")), ["eager"])
     torch.set_num_threads(1)
-    here = [drive(small_course(), rollout) for rollout in rollouts]
-    rows = pyarrow.parquet.read_table(run_fleet(rollouts, tmp_path, course=small_course, address=head)).to_pylist()
+    here = [drive_episode(small_course(), episode) for episode in episodes]
+    rows = pyarrow.parquet.read_table(run_fleet(episodes, tmp_path, course=small_course, address=head)).to_pylist()
     assert [(row["video"], row["reward"]) for row in rows] == [(row["video"], row["reward"]) for row in here]
 
 
 def test_where_no_cluster_is_is_said_at_once(tmp_path: Path) -> None:
-    rollouts = read_plan(write(tmp_path, PLAN), ["eager"])
+    episodes = read_plan(write(tmp_path, PLAN), ["eager"])
     with socket.create_server(("127.0.0.1", 0)) as probe:
         nobody = f"127.0.0.1:{probe.getsockname()[1]}"
     for address in (nobody, "junk", "127.0.0.1:99999"):
         with pytest.raises(ValueError, match=f"address='{address}': no Ray cluster answers there"):
-            run_fleet(rollouts, tmp_path, course=small_course, address=address)
+            run_fleet(episodes, tmp_path, course=small_course, address=address)
     with pytest.raises(ValueError, match="workers=2 with address='127"):
-        run_fleet(rollouts, tmp_path, course=small_course, address=nobody, workers=2)
+        run_fleet(episodes, tmp_path, course=small_course, address=nobody, workers=2)
     with pytest.raises(ValueError, match="workers=0"):
-        run_fleet(rollouts, tmp_path, course=small_course, workers=0)
+        run_fleet(episodes, tmp_path, course=small_course, workers=0)

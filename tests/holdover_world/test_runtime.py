@@ -30,8 +30,8 @@ def test_elsewhere_it_is_taken_for_granted() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_models_are_read_in_it(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    for module in ("transformer", "latents"):
-        monkeypatch.setattr(f"holdover.world.{module}.fast_dtype", lambda: dtype)
+    for module in ("model.transformer", "codec.latents"):
+        monkeypatch.setattr(f"holdover_world.{module}.fast_dtype", lambda: dtype)
     model = WorldModel.load(shipped_model())
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert {p.dtype for a in model.codec.autoencoders.values() for p in a.parameters()} == {dtype}

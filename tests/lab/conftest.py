@@ -1,19 +1,5 @@
-from __future__ import annotations
+"""The tiny world and its clips are those of the world's tests."""
 
-from pathlib import Path
+from tests.holdover_world.conftest import clips, model
 
-import pytest
-
-from holdover_world.model.transformer import WorldModel
-from tests.lab.small import world_model, write_clips
-
-
-@pytest.fixture(scope="session")
-def model() -> WorldModel:
-    return world_model()
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One clip of each kind: 8 latent frames of start and 16 more."""
-    return write_clips(tmp_path_factory.mktemp("clips"), 4 * (8 + 16))
+__all__ = ["clips", "model"]

@@ -13,12 +13,12 @@ from rich.progress import Progress
 
 import holdover
 from holdover.decision import Decision
-from holdover.report.plots import unbeaten
 from holdover_world.model.transformer import WorldModel
 from lab import methods, methods_settings
 from lab.methods import beside_controls, count, fronts, run_methods
-from lab.methods_card import _verdict
+from lab.methods_card import verdict
 from lab.methods_settings import LEFT_OUT, Setting, by_cadence, settings
+from lab.plots import unbeaten
 from tests.lab.small import cut_off_before_the_card
 
 
@@ -178,7 +178,7 @@ def test_a_gain_counts_by_what_is_skipped() -> None:
         return {"name": name, "skip": skip, "control": {"gain_db": gain, "skip": 0.5}}
 
     rows = [row("a", 1.0, 0.5), row("b", 1.0, 0.3), row("c", 0.001, 0.5), row("d", -1.0, 0.9), row("e", None, 0.5)]
-    text = _verdict([*rows, {"control": None}])
+    text = verdict([*rows, {"control": None}])
     assert text.splitlines()[2:] == [
         "- better: `a`",
         "- better, but skips less in the other passes: `b`",

@@ -10,15 +10,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-
-pytest.importorskip("stable_baselines3", reason="no stable-baselines3; pip install 'holdover[rl]'")
-from benchmarks.ppo import POLICIES, make_env, run, summary, train
 from stable_baselines3.common.monitor import Monitor
 
-from holdover_world.env.drive_env import course_of
+from holdover_world.env.drive_env import DriveEnv, course_of
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import RIG
-from holdover_world.scene.vehicles import MAX_CURVATURE, MAX_SPEED
+from lab.ppo import POLICIES, make_env, run, summary, train
 from tests.holdover_world.small import small_config, small_model
 
 FEW = {"n_steps": 8, "batch_size": 16, "n_epochs": 2}
@@ -33,21 +30,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_what_the_agent_is_shown_and_what_it_may_do(checkpoint: Path) -> None:
+def test_what_the_agent_is_shown_and_what_it_may_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[Any, Any]] = []  # of the environment within: actions, and what they led to
+    step = DriveEnv.step
+
+    def noted(self: DriveEnv, action: Any) -> Any:
+        steps.append((action, step(self, action)))
+        return steps[-1][1]
+
+    monkeypatch.setattr(DriveEnv, "step", noted)
     env = make_env(course_of(WorldModel.load(checkpoint)), "highway", "never", "front_wide")
     assert env.action_space == gymnasium.spaces.Box(-1, 1, (2,))
     env.reset(seed=1)
-    assert env.unwrapped.observation_space["lane"].high == pytest.approx([1.75, np.pi / 2])  # type: ignore[index]
+    spaces: Any = env.unwrapped.observation_space
+    assert spaces["lane"].high == pytest.approx([1.75, np.pi / 2])
     for normalised, speed, turn in (([-1, 0], 0.0, 0.0), ([0, 1], 0.5, 1.0), ([1, -0.5], 1.0, -0.5)):
-        seen, *_ = env.step(np.array(normalised, np.float32))
-        drive: Any = env.unwrapped
-        assert drive._car.session.loop._actions[-1][0].tolist() == pytest.approx([speed, turn])
-        ego = drive._car.ego
-        assert seen["ego"] == pytest.approx([ego.speed / MAX_SPEED, ego.curvature / MAX_CURVATURE], rel=0.011)
-        offset, heading = drive._car.road.beside(ego)
-        assert seen["lane"] == pytest.approx(np.clip([offset / 1.75, heading / 0.2], -1, 1), rel=1e-5)
-        assert (seen["front_wide"] == drive.newest.frames["front_wide"][-1]).all()
-        assert seen in env.observation_space
+        shown, *_ = env.step(np.array(normalised, np.float32))
+        action, (seen, *_, info) = steps[-1]
+        assert action.tolist() == pytest.approx([speed, turn])
+        assert shown["ego"] == pytest.approx(seen["ego"] / spaces["ego"].high, rel=1e-5)
+        assert shown["lane"] == pytest.approx(np.clip([info["offset"] / 1.75, info["heading_error"] / 0.2], -1, 1))
+        assert (shown["front_wide"] == seen["front_wide"]).all()
+        assert shown in env.observation_space
 
 
 @pytest.mark.filterwarnings("ignore:.*could reuse nothing")  # as it may be in so few chunks

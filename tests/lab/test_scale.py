@@ -14,8 +14,7 @@ from holdover_world.loop.closed_loop import ClosedLoop
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import RIG
 from lab.scale import Arrangement, decision_pattern, replay, run_scale
-
-from ..world.small import latents, small_model
+from tests.holdover_world.small import latents, small_model
 
 
 @pytest.mark.parametrize("arrangement", ["runs", "scattered"])

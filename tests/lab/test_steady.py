@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.steady import drive, summary
 from numpy.typing import NDArray
 
 import holdover
 from holdover_world.loop.closed_loop import ClosedLoop
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.model.transformer import WorldModel
+from lab.steady import drive, summary
 
 
 def pixels(model: WorldModel, scenario: Scenario, cache: holdover.Cache | None) -> NDArray[np.float64]:

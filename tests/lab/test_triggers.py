@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import holdover
-from holdover.methods.parts.tokens import CHAOTIC, STABLE, TokenCurvature
-from lab.methods_settings import Setting
-from lab.triggers import TRIGGERS
+from holdover.methods.worldcache_htc import CHAOTIC, STABLE, TokenCurvature
+from lab.methods_settings import TRIGGERS, Setting
 from tests.holdover.methods.test_parts import call
 from tests.holdover.methods.test_tokens import NUMBERS, Curve
 

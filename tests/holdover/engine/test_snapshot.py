@@ -47,7 +47,7 @@ def test_saving_replaces_and_leaves_no_other_file(snapshot: holdover.Snapshot, t
     snapshot.save(path)
     loaded = holdover.Snapshot.load(path)
     assert [file.name for file in tmp_path.iterdir()] == ["stream.safetensors"]
-    assert (loaded.policy, loaded.model, loaded.stream) == (snapshot.policy, snapshot.model, snapshot.stream)
+    assert loaded.plain == snapshot.plain
     assert loaded.tensors.keys() == snapshot.tensors.keys()
     assert all(torch.equal(loaded.tensors[name], snapshot.tensors[name]) for name in loaded.tensors)
 
@@ -74,7 +74,7 @@ def test_what_is_no_snapshot_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no snapshot at"):
         holdover.Snapshot.load(tmp_path / "nothing")
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="is not a snapshot of format 'stream 2'"):
+    with pytest.raises(ValueError, match="is not a snapshot of format 'stream 3'"):
         holdover.Snapshot.load(tmp_path / "weights.safetensors")
 
 

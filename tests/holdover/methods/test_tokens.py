@@ -85,7 +85,7 @@ def test_the_scale_of_the_output_leaves_the_drift_alone(seed: int, scale: float,
     for factor in (1.0, scale):
         kept = held(part, outputs(lambda t, factor=factor: factor * (terms[0] + terms[1] * t + terms[2] * t * t)))
         told = call(index=5, num_steps=9, held=kept)
-        drifts.append(part.reused(told, part.predict(told)).numbers["drift"])
+        drifts.append(part.reused(told, part.predict(told))["drift"])
     assert drifts[1] == pytest.approx(drifts[0], rel=2e-2)  # up to ε, which is absolute
     assert drifts[0] > 0
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdover.decision import Decision
-from holdover.report.run_dir import ChunkRecord, Rollout, write_rollout
+from holdover.report.run_dir import ChunkRecord, Rollout
+from holdover.report.run_write import write_rollout
 
 FPS, FRAMES, PER_CHUNK = 12, 96, 4
 BITS, BIT, TOP = 7, 8, 24  # bits of a number; in pixels the side of each bit's square, and where the squares begin

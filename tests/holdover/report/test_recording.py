@@ -15,7 +15,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 import holdover
-import lab
+from holdover.report import Recording, record
 from holdover.report.page import build_page
 from holdover.report.run_read import read_run
 
@@ -44,7 +44,7 @@ def frames(x: Tensor) -> dict[str, NDArray[np.uint8]]:
 
 
 def drive(
-    run: lab.Recording, cache: holdover.Cache | None = None, *, seconds: float | None = 0.5
+    run: Recording, cache: holdover.Cache | None = None, *, seconds: float | None = 0.5
 ) -> dict[str, NDArray[np.uint8]]:
     """The user's loop: two steps a chunk, a KV update after every fourth."""
     model = Model() if cache is None else cache.model_of_this_test  # type: ignore[attr-defined]
@@ -77,9 +77,9 @@ def attached() -> Any:
 
 
 def test_a_recording_is_what_the_loop_did(tmp_path: Path, attached: holdover.Cache) -> None:
-    with lab.record(tmp_path, "kitchen", "full", fps=10, seed=4) as full:
+    with record(tmp_path, "kitchen", "full", fps=10, seed=4) as full:
         truth = drive(full, seconds=1.0)
-    with lab.record(tmp_path, "kitchen", "xcache", fps=10, cache=attached, reference=full, block_share=0.8) as run:
+    with record(tmp_path, "kitchen", "xcache", fps=10, cache=attached, reference=full, block_share=0.8) as run:
         shown = drive(run, attached)
     (first, cached), problems = read_run(tmp_path)
     assert problems == []
@@ -117,7 +117,7 @@ def test_a_recording_is_what_the_loop_did(tmp_path: Path, attached: holdover.Cac
 
 def test_time_is_that_between_chunks_without_the_recording_s_own(tmp_path: Path) -> None:
     picture = {"nose": np.zeros((1, 512, 512, 3), np.uint8)}
-    with lab.record(tmp_path, "kitchen", "full", fps=10) as run:
+    with record(tmp_path, "kitchen", "full", fps=10) as run:
         started = time.perf_counter()
         for _ in range(3):
             time.sleep(0.02)
@@ -127,7 +127,7 @@ def test_time_is_that_between_chunks_without_the_recording_s_own(tmp_path: Path)
 
 def test_a_loop_that_failed_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with lab.record(tmp_path, "kitchen", "full", fps=10) as run:
+        with record(tmp_path, "kitchen", "full", fps=10) as run:
             drive(run)
             raise KeyError
 
@@ -139,26 +139,26 @@ def test_a_loop_that_failed_leaves_nothing(tmp_path: Path) -> None:
 def test_wrong_input_is_named(tmp_path: Path, attached: holdover.Cache) -> None:
     picture = np.zeros((1, 16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match="fps=0"):
-        lab.record(tmp_path, "kitchen", "full", fps=0)
+        record(tmp_path, "kitchen", "full", fps=0)
     with pytest.raises(ValueError, match="letters, digits"):
-        lab.record(tmp_path, "a/b", "full", fps=10)
-    full = lab.record(tmp_path, "kitchen", "full", fps=10)
+        record(tmp_path, "a/b", "full", fps=10)
+    full = record(tmp_path, "kitchen", "full", fps=10)
     with pytest.raises(ValueError, match="'kitchen', not 'cellar'"):
-        lab.record(tmp_path, "cellar", "xcache", fps=10, reference=full)
+        record(tmp_path, "cellar", "xcache", fps=10, reference=full)
     with pytest.raises(ValueError, match="no videos"):
         full.add({"nose": picture.astype(float)})
     full.add({"nose": picture})
     with pytest.raises(ValueError, match="the same in every chunk"):
         full.add({"nose": picture, "tail": picture})
-    other = lab.record(tmp_path, "kitchen", "xcache", fps=10, reference=full)
+    other = record(tmp_path, "kitchen", "xcache", fps=10, reference=full)
     other.add({"tail": picture})
     with pytest.raises(ValueError, match="its reference 'full'"):
         other.__exit__(None, None, None)
     with pytest.raises(ValueError, match="smaller than 11 pixels"):
-        lab.record(tmp_path, "kitchen", "full", fps=10).add({"nose": picture[:, :8]})
+        record(tmp_path, "kitchen", "full", fps=10).add({"nose": picture[:, :8]})
     with pytest.raises(ValueError, match="no chunk"):
-        lab.record(tmp_path, "kitchen", "full", fps=10).__exit__(None, None, None)
-    run = lab.record(tmp_path, "kitchen", "xcache", fps=10, cache=attached)
+        record(tmp_path, "kitchen", "full", fps=10).__exit__(None, None, None)
+    run = record(tmp_path, "kitchen", "xcache", fps=10, cache=attached)
     drive(run, attached)
     attached.reset()
     with attached.step(chunk=0, num_steps=2):

@@ -89,7 +89,7 @@ def test_the_chrome_trace_nests_and_has_a_slice_for_every_block(run: Path, tmp_p
         while open_ends and open_ends[-1] <= begin + 1e-3:
             open_ends.pop()
         assert not open_ends or end <= open_ends[-1] + 1e-3
-        assert len(open_ends) == (2 if "block" in e["args"] else 0 if e["name"].startswith("gen") else 1)
+        assert len(open_ends) == (2 if "block" in e["args"] else 0 if e["name"].startswith("chunk") else 1)
         open_ends.append(end)
     chunks = [e for e in slices if e["name"].startswith("chunk")]
     assert [e["dur"] for e in chunks] == pytest.approx([0.3e6] * 24)

@@ -22,8 +22,7 @@ from holdover_world.training import train_autoencoder as training
 from holdover_world.training.train_autoencoder import AutoencoderSchedule, as_video, normalise, train_autoencoder
 from holdover_world.training.trainer import read_log
 from tests.holdover.ranks import run_ranks
-
-from .small import CAMERAS, small_autoencoder, small_config, write_clip
+from tests.holdover_world.small import CAMERAS, small_autoencoder, small_config, write_clip
 
 SIZES = {"latent_channels": 4, "widths": (8, 16), "encoder_blocks": 1, "decoder_blocks": 1}
 

@@ -15,8 +15,7 @@ from holdover_world.codec.autoencoder import Autoencoder
 from holdover_world.codec.latents import Codec
 from holdover_world.config import WorldConfig
 from holdover_world.scene.depth import from_metres
-
-from .small import CAMERAS, latents, small_codec, small_config, small_model
+from tests.holdover_world.small import CAMERAS, latents, small_codec, small_config, small_model
 
 Colour = dict[str, NDArray[np.uint8]]
 Depth = dict[str, NDArray[np.float32]]

@@ -1,44 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from holdover_world.codec.autoencoder import Autoencoder
-from holdover_world.conditioning.motion import drive
+from holdover_world.conditioning.ego import Ego
 from holdover_world.conditioning.reprojection import LinearPath
 from holdover_world.conditioning.views import Move, View, look
-from holdover_world.config import camera_rays
 from holdover_world.loop.scenarios import load_scenario, shipped_model
-from holdover_world.model.kv_cache import Expected, KVCache
 from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import RIG, Camera
-from holdover_world.scene.vehicles import EgoState, denormalise_action, normalise_action
-from holdover_world.scene.vehicles import drive as drive_by_numbers
-
-from .small import latents, small_model
-
-
-def test_rows_drive_as_one_car_does() -> None:
-    """Braking, speeding up and turning hard, a command for four frames; without a motion from the first command's."""
-    rng = np.random.default_rng(0)
-    commands = np.stack([rng.uniform(0, 30, (3, 6)), rng.uniform(-0.2, 0.2, (3, 6))], -1)
-    actions = torch.from_numpy(normalise_action(commands[..., 0], commands[..., 1]))
-    start = torch.tensor([[20.0, 0.0], [3.0, 0.1], [12.0, -0.02]])
-    for motion in (start, None):
-        poses, after = drive(motion, actions)
-        for row in range(3):
-            speed, curvature = commands[row, 0] if motion is None else motion[row].tolist()
-            state, expected = EgoState(speed=float(speed), curvature=float(curvature)), []
-            for frame in range(24):
-                state = drive_by_numbers(state, *map(float, commands[row, frame // 4]))
-                expected.append([state.x, state.y, state.yaw])
-            np.testing.assert_allclose(poses[row], expected, rtol=1e-4, atol=1e-3)
-            np.testing.assert_allclose(after[row], [state.speed, state.curvature], rtol=1e-4, atol=1e-5)
+from holdover_world.scene.cameras import RIG, Camera, camera_rays
 
 
 def test_the_linear_path_is_an_autoencoder_without_convolutions() -> None:
@@ -122,85 +95,8 @@ def test_a_street_is_nearer_to_what_is_expected_than_to_what_it_was() -> None:
     for name in ("urban", "highway", "uturn"):
         scenario = load_scenario(name, model, chunks=1)
         shown, truth = scenario.start[:, :-1], scenario.start[:, -1:]
-        cache = KVCache(model.sizes.context)
-        cache.commit(shown, scenario.start_actions[:, :-1])
-        assert cache.motion is not None
-        poses, _ = drive(cache.motion, scenario.start_actions[:, -1:])
-        expected, seen, _ = model.reprojection(shown[:, -1], poses)
+        ego, _ = Ego().moved(scenario.start_actions[:, :-1])
+        expected, seen, _ = model.reprojection(shown[:, -1], ego.ahead(scenario.start_actions[:, -1:]))
         error = [(guess - truth)[:, :, colour].square().mean() for guess in (expected, shown[:, -1:])]
         assert error[0] < 0.67 * error[1], name
         assert 0.9 < seen.mean() <= 1
-
-
-def test_expectations_are_worked_out_once_for_each_action() -> None:
-    """Frame by frame the same as all at once, whatever was asked before."""
-    model, asked = small_model(), []
-    cache, actions = model.new_cache(), torch.tensor([[[0.3, 0.1], [0.4, 0.1]]])
-    model(latents(model, 2), sigma=0.0, action_BFA=actions, cache=cache, write=True)
-    assert cache.motion is not None
-    assert torch.equal(cache.motion, drive(None, actions)[1])
-
-    def expect(last: Tensor, poses: Tensor, sites: Any, passed: int) -> Expected:
-        asked.append(poses.shape[1])
-        assert sites is None
-        assert passed + poses.shape[1] == 4 * told.shape[1]
-        return model.reprojection(last, poses, sites, passed)
-
-    def fresh(actions: Tensor) -> Expected:
-        return model.reprojection(cache.last, drive(cache.motion, actions)[0])  # type: ignore[arg-type]
-
-    later = torch.tensor([[[0.3, 0.1], [0.9, -0.5]]])
-    other = torch.tensor([[[0.5, 0.1], [0.9, -0.5]]])
-    steps = (actions, [8]), (actions.clone(), []), (later, [4]), (later, []), (other, [8]), (other[:, :1], [4])
-    for told, worked_out in steps:
-        asked.clear()
-        found = cache.expect(told, expect)
-        for each, again, truth in zip(found, cache.fork().expect(told, expect), fresh(told), strict=True):
-            torch.testing.assert_close(each, truth)
-            assert torch.equal(each, again)
-        assert asked == worked_out
-
-
-def test_what_comes_begins_where_the_ego_was_driven_not_where_its_pictures_show_it() -> None:
-    """A window was committed that shows one drive, another was carried out; by cars that are driven by numbers."""
-    model = small_model()
-    first, shown, done, later = (torch.tensor([[a, b]]) for a, b in (
-        ([0.3, 0.1], [0.3, 0.1]),
-        ([0.3, 0.1], [0.3, 0.1]),
-        ([0.3, 0.1], [0.1, -0.4]),
-        ([0.2, -0.4], [0.2, 0.3]),
-    ))  # fmt: skip
-    asked: list[Tensor] = []
-
-    def expect(last: Tensor, poses: Tensor, sites: Any, passed: int) -> Expected:
-        asked.append(poses)
-        return model.reprojection(last, poses, sites, passed)
-
-    def driven(state: EgoState, actions: Tensor) -> tuple[EgoState, list[list[float]]]:
-        seen = []
-        for speed, curvature in zip(*denormalise_action(actions[0].numpy()), strict=True):
-            for _ in range(4):
-                state = drive_by_numbers(state, speed, curvature)
-                seen.append([state.x, state.y, state.yaw])
-        return state, seen
-
-    cache = model.new_cache()
-    for actions in (first, shown):
-        model(latents(model, 2), sigma=0.0, action_BFA=actions, cache=cache, write=True)
-    cache.carried_out(done)
-    twin = KVCache(cache.capacity)
-    twin.load_state_dict(cache.state_dict())
-    speed, curvature = (float(x[0]) for x in denormalise_action(first[0].numpy()))
-    begun, _ = driven(EgoState(speed=speed, curvature=curvature), first)
-    picture, _ = driven(begun, shown)
-    ego, _ = driven(begun, done)
-    _, poses = driven(ego, later)
-    cos, sin = np.cos(picture.yaw), np.sin(picture.yaw)
-    turned = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
-    expected = (np.array(poses) - [picture.x, picture.y, picture.yaw]) @ turned.T
-    for each in (cache, twin, cache.fork(), cache.take([0])):
-        each.expect(later, expect)
-        np.testing.assert_allclose(asked[-1][0], expected, rtol=1e-3, atol=2e-3)
-    cache.carried_out(shown)  # as if nothing else had been done
-    assert cache.pose is not None
-    assert not cache.pose.any()

@@ -1,4 +1,4 @@
-"""What stands ahead: scenes of known depth, a car that is moved step by step, and the depth of the simulator."""
+"""The gap ahead in scenes of known depth, for a car moved step by step, and in the depth of the simulator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seen(*boxes: tuple[float, float, float, float, float]) -> NDArray[np.float64
     return depth
 
 
-def test_the_gap_is_from_the_bumper_to_what_is_on_the_way() -> None:
+def test_the_gap_is_from_the_bumper_to_the_nearest_obstacle() -> None:
     assert BUMPER == REAR_TO_CENTRE + LENGTH / 2
     assert gap_ahead(seen(), CAMERA) == math.inf
     assert gap_ahead(seen((20.0, -5, 5, 0, 3)), CAMERA) == pytest.approx(20.0 - BUMPER)
@@ -65,7 +65,7 @@ def first_touch(x: float, left_edge: float, right_edge: float, curvature: float)
 
 @pytest.mark.parametrize("curvature", [1e-4, 0.03, -0.03, 0.12, -0.12])
 @pytest.mark.parametrize(("x", "right", "left"), [(16, -4, 1.5), (10, 0.6, 6), (9, -6, -1.2), (6, 0.7, 2)])
-def test_in_a_bend_it_is_along_the_circle(curvature: float, x: float, right: float, left: float) -> None:
+def test_in_a_bend_the_gap_is_along_the_circle(curvature: float, x: float, right: float, left: float) -> None:
     gap = gap_ahead(seen((x, right, left, 0, 3)), CAMERA, curvature=curvature)
     assert gap == pytest.approx(first_touch(x, left, right, curvature), abs=0.5)  # a pixel at 16 m is 0.22 m wide
 
@@ -79,7 +79,7 @@ def test_the_time_is_gap_over_speed(gap: float, speed: float, seconds: float) ->
 
 
 def test_a_depth_image_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"depth is \(48, 64\), give \(64, 128\), as level sees it"):
+    with pytest.raises(ValueError, match=r"depth is \(48, 64\); give \(64, 128\), the size of level"):
         gap_ahead(np.ones((48, 64)), CAMERA)
 
 

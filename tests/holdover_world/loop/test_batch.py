@@ -8,20 +8,22 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import holdover
+from holdover_world.config import FRAMES
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig, LoopState, advance, batches
 from holdover_world.model.transformer import WorldModel
-from tests.holdover_world.small import latents, small_model
+from holdover_world.scene.layout import Track
+from tests.holdover_world.small import latents, small_layout, small_model
 
 POLICY = holdover.xcache(tau_floor=0.9, tau_dev=1e9)
 ACTIONS = torch.rand(12, 2, generator=torch.Generator().manual_seed(5))
 
 
-def loop(model: WorldModel, cache: holdover.Cache | None, n: int, *, start: int = 4) -> ClosedLoop:
+def loop(model: WorldModel, cache: holdover.Cache | None, n: int, *, start: int = 4) -> ClosedLoop[WorldModel]:
     first = latents(model, start, seed=n)
     return ClosedLoop(model, first, torch.zeros(1, start, 2), seed=n, cache=cache, stream=str(n))
 
 
-def drive(alone: ClosedLoop, count: int, offset: int) -> list[Tensor]:
+def drive(alone: ClosedLoop[WorldModel], count: int, offset: int) -> list[Tensor]:
     return [alone.step(ACTIONS[offset + n]).latents for n in range(count)]
 
 
@@ -61,7 +63,7 @@ def test_loops_that_do_not_go_together() -> None:
     model = small_model()
     short, full = loop(model, None, 0, start=2), loop(model, None, 1)
     assert batches([short, full, short]) == [[0, 2], [1]]
-    with pytest.raises(ValueError, match="share model, cache, cadence and KV length"):
+    with pytest.raises(ValueError, match="a cache, a cadence and a KV length"):
         advance([short, full], [ACTIONS[0]] * 2)
 
 
@@ -74,8 +76,30 @@ def test_a_state_goes_on_bit_by_bit(chunks: int) -> None:
     state = original.state
     file = save({name: tensor.contiguous() for name, tensor in state.tensors().items()})
     expected = drive(original, 4, chunks)
-    read = LoopState.from_tensors(load(file), capacity=model.sizes.context)
+    read = LoopState.from_tensors(load(file), model)
     resumed = ClosedLoop.resume(small_model(), read, config=config)
     assert all(torch.equal(a, b) for a, b in zip(drive(resumed, 4, chunks), expected, strict=True))
     original.state = state  # and back in place
     assert all(torch.equal(a, b) for a, b in zip(drive(original, 4, chunks), expected, strict=True))
+
+
+def test_a_loop_goes_on_where_its_start_was_recorded() -> None:
+    """What is drawn depends on the layout; a loop from a file goes on in it."""
+    model, layout = small_model(), small_layout(torch.tensor([[9.0, 1.0, 0.2, 1.0, 2.0, 0.0, 3.0, 0.9, 0.2, 0.2]]))
+    track = Track(layout, torch.zeros(32, 3, dtype=torch.float64), torch.zeros(32, 2))
+    actions = [torch.tensor([0.3, 0.1]), torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.0])]
+
+    def located(track: Track | None) -> ClosedLoop[WorldModel]:
+        return ClosedLoop(model, latents(model, 4), torch.zeros(1, 4, 2), seed=1, track=track)
+
+    alone = located(track)
+    made = [alone.step(action).latents for action in actions]
+    assert not torch.allclose(made[0], located(None).step(actions[0]).latents, atol=1e-3)
+    resumed = located(track)
+    resumed.step(actions[0])
+    resumed = ClosedLoop.resume(model, LoopState.from_tensors(resumed.state.tensors(), model))
+    for action, piece in zip(actions[1:], made[1:], strict=True):
+        torch.testing.assert_close(resumed.step(action).latents, piece)
+    site = alone.history.sites[0]
+    assert site is not None
+    assert site.frame == 15 + 2 * FRAMES

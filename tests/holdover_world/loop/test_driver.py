@@ -1,4 +1,4 @@
-"""The closed loop against the window cadence as METHODS.md states it, read off the calls that the model receives."""
+"""The window cadence of the closed loop, read off the calls that the model receives."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 import holdover
 from holdover_world.conditioning.motion import drive as drive_cars
-from holdover_world.conditioning.motion import placed
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.model.sampler import noise_levels
 from holdover_world.model.transformer import WorldModel
+from holdover_world.scene.poses import placed
 from tests.holdover_world.small import latents, small_model
 
 
@@ -187,6 +187,7 @@ def test_a_cycle_begins_where_the_one_before_it_led() -> None:
         run = loop(small_model(), commit=commit)
         run.step(actions[0])
         run.step(actions[1])
-        assert run.kv.pose is not None
-        torch.testing.assert_close(placed(shown[None], run.kv.pose[None])[0, 0], ends[1], atol=1e-5, rtol=1e-5)
-        assert run.kv.pose.any() == (commit == "first")
+        pose = run.history.ego.pose_B3
+        assert pose is not None
+        torch.testing.assert_close(placed(shown[None], pose[None])[0, 0], ends[1], atol=1e-5, rtol=1e-5)
+        assert pose.any() == (commit == "first")

@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from holdover_world.loop.scenarios import NAMES, load_scenario
+from holdover_world.loop.scenarios import NAMES, load_scenario, shipped_clips, shipped_model
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.clips import read_clip
+from tests.holdover_world.driving import CAMERAS, world_model, write_clips
 from tests.holdover_world.small import small_config, small_layout, small_model
-from tests.lab.small import CAMERAS, world_model, write_clips
 
 
 def test_a_scripted_scenario_is_its_clip(model: WorldModel, clips: Path) -> None:
@@ -76,3 +77,20 @@ def test_what_cannot_be_driven_is_said(model: WorldModel, clips: Path, tmp_path:
     (tmp_path / "dataset.json").write_text((clips / "dataset.json").read_text())
     with pytest.raises(ValueError, match="record one: holdover world record --scenario urban"):
         load_scenario("urban", model, clips=tmp_path)
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "holdover_world_weights"
+    (package / "model" / "student").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        patch.delitem(sys.modules, "holdover_world_weights", raising=False)
+        assert shipped_model(4) == package / "model" / "student"
+        assert shipped_clips() == package / "clips"
+        with pytest.raises(FileNotFoundError, match=r"more than 4 .* pip install 'holdover-world\[teacher\]'"):
+            shipped_model(5)
+        patch.setitem(sys.modules, "holdover_world_weights", None)
+        for shipped in (shipped_model, shipped_clips):
+            with pytest.raises(FileNotFoundError, match="pip install holdover-world-weights"):
+                shipped()

@@ -10,24 +10,23 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from holdover_world.config import camera_rays
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.measure import motion
 from holdover_world.measure.evaluate import (
     Drive,
     cross_view,
+    drive_clip,
     frechet,
     matching_pixels,
-    roll_out,
     run_evaluation,
 )
 from holdover_world.measure.fidelity import depth_errors
 from holdover_world.measure.motion import GAP, SCALE, MotionReader, agreement, train_motion_reader, true_motion
 from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import FPS, RIG, Camera
+from holdover_world.scene.cameras import FPS, RIG, Camera, camera_rays
 from holdover_world.scene.clips import Clip, list_clips, read_clip
-from lab import motion
+from tests.holdover_world.driving import CAMERAS, write_clips
 from tests.holdover_world.small import small_config, small_model
-from tests.lab.small import CAMERAS, write_clips
 
 
 def test_frechet_of_gaussians_that_differ_by_a_shift_and_a_scale() -> None:
@@ -75,7 +74,7 @@ def test_cameras_of_one_far_world_agree_and_mirrored_ones_do_not() -> None:
     assert rows["front_wide", "right_front"]["generated"] == rows["front_wide", "right_front"]["simulator"]
 
 
-def drive(seed: int, frames: int = 41) -> Clip:
+def toy_clip(seed: int, frames: int = 41) -> Clip:
     """A clip in which the ground slides by at a speed, and the horizon to the side at a yaw rate."""
     rng = np.random.default_rng(seed)
     speed, rate = rng.uniform(2, 20), rng.uniform(-0.5, 0.5)
@@ -91,7 +90,7 @@ def drive(seed: int, frames: int = 41) -> Clip:
 
 
 def test_motion_is_that_of_the_poses() -> None:
-    clip = drive(3)
+    clip = toy_clip(3)
     motion = true_motion(clip)
     assert motion.shape == (40 // GAP, 2)
     np.testing.assert_allclose(motion[:, 0], clip.motion[0, 0])
@@ -102,8 +101,8 @@ def test_motion_is_that_of_the_poses() -> None:
 
 
 def test_the_reader_learns_to_read_motion() -> None:
-    reader = train_motion_reader([drive(seed) for seed in range(40)], "front", steps=150, batch=16)
-    unseen = [drive(seed) for seed in range(100, 130)]
+    reader = train_motion_reader([toy_clip(seed) for seed in range(40)], "front", steps=150, batch=16)
+    unseen = [toy_clip(seed) for seed in range(100, 130)]
     read = np.concatenate([reader.motion(clip.frames) for clip in unseen])
     true = np.concatenate([true_motion(clip) for clip in unseen])
     assert read.shape == true.shape
@@ -116,7 +115,7 @@ def test_the_reader_learns_to_read_motion() -> None:
 
 def test_a_reader_is_calibrated_by_what_it_did_not_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that reads too little and beside the truth, and a yaw rate that never varies, which it cannot know about."""
-    clips = [replace(clip, poses=0 * clip.poses) for clip in map(drive, range(5))]
+    clips = [replace(clip, poses=0 * clip.poses) for clip in map(toy_clip, range(5))]
     truth = {id(clip.frames["front"]): true_motion(clip) for clip in clips}
     reader = MotionReader("front")
     monkeypatch.setattr(motion, "_pictures", lambda frames, t: torch.from_numpy(truth[id(frames)][t // GAP]).float())
@@ -200,9 +199,9 @@ def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypat
 def test_a_model_without_depth_is_evaluated_without(tmp_path: Path) -> None:
     clips = write_clips(tmp_path, 4 * (8 + 1), depth=False)
     model = small_model(sizes=small_config(cameras=CAMERAS, window=4, depth_channels=0))
-    rollout = roll_out(model, list_clips(clips)[0], LoopConfig(), seed=0, chunks=1)
-    assert rollout.depth is None
-    assert {name: video.shape for name, video in rollout.made.items()} == {
+    drive = drive_clip(model, list_clips(clips)[0], LoopConfig(), seed=0, chunks=1)
+    assert drive.depth is None
+    assert {name: video.shape for name, video in drive.made.items()} == {
         "front_wide": (4, 32, 48, 3),
         "rear": (4, 32, 32, 3),
     }

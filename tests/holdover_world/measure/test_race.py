@@ -31,17 +31,17 @@ def alone(model: WorldModel, scenario: Scenario, **changes: str) -> Tensor:
 
 
 class Shown:
-    """Everything that the lanes of a race show."""
+    """Everything that the runs of a race show."""
 
     def __init__(self, race: Race) -> None:
         self.race, self.pieces = race, list[dict[str, Tensor]]()
 
     def step(self, action: Tensor) -> None:
         self.race.step(action)
-        runs = dict(self.race.lanes)
+        runs = dict(self.race.runs)
         runs |= {f"reference of {name}": self.race.reference(name) for name in self.race.arms}
         runs |= {f"base of {name}": self.race.base(name) for name in self.race.arms}
-        self.pieces.append({name: lane.pieces[-1].latents for name, lane in runs.items()})
+        self.pieces.append({name: run.pieces[-1].latents for name, run in runs.items()})
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.cat([pieces[name] for pieces in self.pieces], 1)
@@ -61,8 +61,8 @@ def test_a_race_gives_what_each_run_gives_alone(model: WorldModel, scenario: Sce
     assert torch.equal(shown["reference of never"], alone(model, scenario))
     assert torch.equal(shown["reference of emitted"], alone(model, scenario, commit="emitted"))
     assert torch.equal(shown["base of plain"], alone(model, scenario, cadence="plain"))
-    assert "plain" not in race.lanes
-    frames = race.lanes["emitted"].video()
+    assert "plain" not in race.runs
+    frames = race.runs["emitted"].video()
     decoded = model.codec.decode(shown["emitted"], scenario.start[:, -1])
     assert all((frames[name] == decoded[name][0]).all() for name in decoded)
     assert not any(module.__dict__.get("forward") for module in model.modules())  # the model itself was left alone
@@ -75,7 +75,7 @@ def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: S
         shown = Shown(race)
         for action in scenario.actions:
             shown.step(action)
-        assert all(race.lanes["closed"].exact)
+        assert all(race.runs["closed"].exact)
     expected = alone(model, scenario, commit="last_full")
     assert torch.equal(shown["reference of closed"], expected)
     assert torch.equal(shown["closed"], expected)
@@ -94,7 +94,7 @@ def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_wi
         jump = steady.actions[0] + torch.tensor([0.3, 0.0])
         race.step(jump)  # chunk 9, in mid-cycle: the gate makes it a full one
         assert race.reference("eager").loop is not race.base("eager").loop
-        assert race.lanes["eager"].exact[-1]
+        assert race.runs["eager"].exact[-1]
 
 
 def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldModel, clips: Path) -> None:
@@ -106,12 +106,12 @@ def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldM
         for n in range(12):
             action = action + torch.tensor([0.3, 0.0]) * (n in (6, 11))  # third and fourth of a cycle
             shown.step(action)
-        lane, reference = race.lanes["eager"], race.reference("eager")
-        assert lane.exact == [n in (0, 4, 6, 8, 11) for n in range(12)]
-        own, expected = lane.loop.kv.state_dict(), reference.loop.kv.state_dict()
+        run, reference = race.runs["eager"], race.reference("eager")
+        assert run.exact == [n in (0, 4, 6, 8, 11) for n in range(12)]
+        own, expected = run.loop.history.state_dict(), reference.loop.history.state_dict()
     assert all(torch.equal(own[name], expected[name]) for name in expected)
     same = [torch.equal(a, b) for a, b in zip(shown["eager"][0], shown["reference of eager"][0], strict=True)]
-    assert same == lane.exact
+    assert same == run.exact
 
 
 def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldModel, clips: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldMo
             ran = [call.args[0] for call in step.call_args_list]
             if reference.loop is not race.base("eager").loop and any(loop is reference.loop for loop in ran):
                 computed.append(n)
-        exact, frames = race.lanes["eager"].exact, race.reference("eager").video()
+        exact, frames = race.runs["eager"].exact, race.reference("eager").video()
 
     class Told:
         chunk = -1
@@ -152,18 +152,18 @@ def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldMo
 
 
 def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
-    lane = ArmRun.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
+    run = ArmRun.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
     for action in scenario.actions[:5]:
-        lane.step(action)
-    twin = fork(lane.loop, "twin")
+        run.step(action)
+    twin = fork(run.loop, "twin")
     forked = [twin.step(action).latents for action in scenario.actions[5:]]
-    own = [lane.step(action).latents for action in scenario.actions[5:]]
+    own = [run.step(action).latents for action in scenario.actions[5:]]
     assert torch.equal(torch.cat(forked, 1), torch.cat(own, 1))
-    assert len(lane.commit_errors()) == 2  # the fork's KV updates are not the lane's
-    stats = lane.stats()
+    assert len(run.commit_errors()) == 2  # the fork's KV updates are not the run's
+    stats = run.stats()
     assert stats is not None
-    assert len(lane.decisions()) == stats.computed + stats.reused
-    lane.close()
+    assert len(run.decisions()) == stats.computed + stats.reused
+    run.close()
 
 
 def test_commit_errors_compare_what_was_committed_with_what_was_shown(model: WorldModel, scenario: Scenario) -> None:
@@ -174,9 +174,9 @@ def test_commit_errors_compare_what_was_committed_with_what_was_shown(model: Wor
     with Race(model, scenario, arms) as race:
         for action in scenario.actions[:8]:
             race.step(action)
-    assert race.lanes["emitted"].commit_errors() == [0.0, 0.0]
-    assert len(race.lanes["first"].commit_errors()) == 2
-    assert min(race.lanes["first"].commit_errors()) > 0
+    assert race.runs["emitted"].commit_errors() == [0.0, 0.0]
+    assert len(race.runs["first"].commit_errors()) == 2
+    assert min(race.runs["first"].commit_errors()) > 0
 
 
 def test_arms_need_names_of_their_own(model: WorldModel, scenario: Scenario) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import holdover
-from holdover.report.progress import bar
 from holdover_world.loop.closed_loop import ClosedLoop, Commit, LoopConfig
 from holdover_world.loop.scenarios import load_scenario
 from holdover_world.measure.race import Arm, Race
@@ -20,17 +19,14 @@ from holdover_world.measure.reaction import (
     EVENTS,
     Reaction,
     can_react,
-    drive,
-    mean_late,
     mean_ratio,
     measure,
     moments,
     response_ratio,
+    run_race,
 )
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.vehicles import denormalise_action, normalise_action
-from lab import reactions
-from lab.reactions import run_reactions, summary
 
 DRIVING = torch.from_numpy(normalise_action(10.0, 0.0))
 
@@ -53,6 +49,9 @@ class FakeLoop:
 
     def __post_init__(self) -> None:
         self.actions = [DRIVING]
+
+    def fork(self, stream: str) -> FakeLoop:
+        return replace(self, stream=stream)
 
     def step(self, action: Tensor) -> SimpleNamespace:
         self.actions.append(action)
@@ -144,11 +143,6 @@ def test_means_leave_out_what_could_not_be_measured() -> None:
 
     assert mean_ratio([brake(0.5), brake(None), brake(1.0)], "brake") == 0.75
     assert mean_ratio([brake(None)], "brake") is None
-    assert mean_late([brake(0.1, 1.0), brake(1.0, 1.0)], "brake") == 0.5
-    assert mean_late([brake(0.1, 1.0), brake(0.1, 0.2)], "brake") is None
-    row = summary("some", "brake", [brake(0.5, 1.0), brake(None, 0.8)])
-    assert (row["cases"], row["lowest"], row["ratio_by_chunk"]) == (2, 0.5, [0.5, 0.9])
-    assert row["psnr_db"] is None
 
 
 @pytest.mark.parametrize("commit", ["first", "last_full", "emitted"])
@@ -162,7 +156,7 @@ def test_a_cache_that_computes_everything_reacts_as_full_compute_does(
         Arm(name="other", policy=holdover.never()),  # with a rule, and so a reference, of its own
     ]
     with Race(model, scenario, arms) as race:
-        found = drive(race, scenario.actions, at=[6], horizon=4, advance=lambda: None)
+        found = run_race(race, scenario.actions, at=[6], horizon=4, advance=lambda: None)
     for reaction in found["closed"] + found["other"]:
         # None: a lane change that is over, under a rule that commits what came before it
         assert all(ratio is None or ratio == pytest.approx(1.0) for ratio in reaction.ratios)
@@ -170,55 +164,20 @@ def test_a_cache_that_computes_everything_reacts_as_full_compute_does(
 
 
 def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, clips: Any) -> None:
-    """With every block held over nothing of an action reaches the tokens; the cache that reacts shows all of it."""
+    """If every block is reused, no action reaches the tokens. The reactive cache shows all of it."""
     model = copy.deepcopy(model)
-    torch.nn.init.zeros_(model.final_modulation.weight)  # the ways for an action past the blocks: this, and
-    for part in (model.keep, *model.last_embed, model.seen_embed):  # what is expected
+    torch.nn.init.zeros_(model.final_modulation.weight)  # the paths of an action around the blocks: this,
+    for part in (model.keep, *model.last_embed, model.seen_embed):  # and the expectation
         torch.nn.init.zeros_(part.weight)
     torch.nn.init.constant_(model.keep.bias, -200.0)
     scenario = load_scenario("urban-steady", model, clips=clips, chunks=8)
     deaf = holdover.xcache(front_anchors=0, tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     arms = [Arm(name="deaf", policy=deaf), Arm(name="reactive", policy=holdover.xcache_reactive())]
     with Race(model, scenario, arms) as race:
-        measured = drive(race, scenario.actions, at=[5], horizon=2, advance=lambda: None)
-        assert race.lanes["deaf"].loop.chunk == 8
-        streams = {d.stream for d in race.lanes["deaf"].loop.cache.trace}  # type: ignore[union-attr]
+        measured = run_race(race, scenario.actions, at=[5], horizon=2, advance=lambda: None)
+        assert race.runs["deaf"].loop.chunk == 8
+        streams = {d.stream for d in race.runs["deaf"].loop.cache.trace}  # type: ignore[union-attr]
     assert "reaction brake" in streams  # the events ran in streams of their own
     assert mean_ratio(measured["deaf"], "brake") == 0
     assert mean_ratio(measured["reactive"], "brake") == pytest.approx(1.0, abs=0.02)
     assert mean_ratio(measured["reactive"], "steer") == pytest.approx(1.0, abs=0.02)
-
-
-def test_the_bench_writes_a_card(model: WorldModel, clips: Any, tmp_path: Any) -> None:
-    with bar() as progress:
-        figures = run_reactions(model, tmp_path, chunks=8, count=1, clips=clips, progress=progress)
-    assert {row["policy"] for row in figures["rows"]} == {"xcache", "xcache_reactive", "fixed_interval"}
-    assert all(row["cases"] == 3 for row in figures["rows"])
-    text = (tmp_path / "reaction.md").read_text()
-    assert "| xcache_reactive | lane change |" in text
-    with bar() as progress, pytest.raises(ValueError, match="no moment"):
-        run_reactions(model, tmp_path, chunks=4, count=1, clips=clips, progress=progress)
-
-
-def test_a_bench_that_was_cut_off_goes_on(
-    model: WorldModel, clips: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driven, cut_off = [], 2
-
-    def counted(race: Race, *args: Any, **options: Any) -> dict[str, list[Reaction]]:
-        driven.append(race)
-        if len(driven) == cut_off:
-            raise KeyboardInterrupt
-        return drive(race, *args, **options)
-
-    def run(out: Any) -> dict[str, Any]:
-        with bar() as progress:
-            return run_reactions(model, out, chunks=8, count=1, clips=clips, progress=progress)
-
-    monkeypatch.setattr(reactions, "KINDS", ("urban", "highway"))
-    monkeypatch.setattr(reactions, "drive", counted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut")
-    figures = run(tmp_path / "cut")
-    assert len(driven) == 3  # two scenarios, one of them twice
-    assert run(tmp_path / "whole") == figures

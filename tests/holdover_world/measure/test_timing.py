@@ -11,7 +11,7 @@ import torch
 
 import holdover
 from holdover_world.loop.closed_loop import ClosedLoop
-from holdover_world.measure.timing import amdahl_bound, block_share, clock_blocks, cycles, speedup
+from holdover_world.measure.timing import block_share, clock_blocks, cycles, speedup
 from holdover_world.model.transformer import WorldModel
 
 
@@ -30,19 +30,6 @@ def test_cycles_average_whole_cycles_after_the_warm_up() -> None:
 
 def test_speedup_is_the_ratio_of_medians() -> None:
     assert speedup(np.array([4.0, 4, 400]), np.array([2.0, 2, 2])) == 2.0
-
-
-@pytest.mark.parametrize(
-    ("share", "skip", "bound"), [(1, 0.5, 2.0), (0.8, 0.75, 2.5), (0.9, 0, 1.0), (0, 0.7, 1.0), (0.87, 0.714, 2.6398)]
-)
-def test_amdahl(share: float, skip: float, bound: float) -> None:
-    assert amdahl_bound(share, skip) == pytest.approx(bound, rel=1e-4)
-
-
-def test_amdahl_refuses_what_is_no_share() -> None:
-    for share, skip in ((1.2, 0.5), (0.5, -0.1), (1.0, 1.0)):
-        with pytest.raises(ValueError, match=r"share|leaves no time"):
-            amdahl_bound(share, skip)
 
 
 def test_the_blocks_of_denoising_passes_are_timed(model: WorldModel, monkeypatch: pytest.MonkeyPatch) -> None:

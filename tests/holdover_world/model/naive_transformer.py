@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import FRAMES
 from holdover_world.conditioning.motion import drive
-from holdover_world.config import Plane, WorldConfig, token_rays
+from holdover_world.config import FRAMES, Plane, WorldConfig, token_rays
 from holdover_world.model.features import sigma_features
 from holdover_world.model.rotary import RotaryTables, rotate
 from holdover_world.model.transformer import Block, WorldModel

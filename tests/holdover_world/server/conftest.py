@@ -1,4 +1,4 @@
-"""Without the extras there is nothing here to test."""
+"""These tests need the extra `serve`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 MISSING = [
     name
-    for name in ("fastapi", "uvicorn", "websockets", "msgpack", "PIL", "prometheus_client", "gymnasium", "httpx")
+    for name in ("fastapi", "uvicorn", "websockets", "msgpack", "prometheus_client", "httpx")
     if find_spec(name) is None
 ]
 collect_ignore_glob = ["test_*.py"] if MISSING else []
 
 
 def pytest_report_header() -> str:
-    return f"tests/serve skipped, not installed: {', '.join(MISSING)}; run `make install`" if MISSING else ""
+    return f"tests of the server skipped, not installed: {', '.join(MISSING)}; run `make install`" if MISSING else ""

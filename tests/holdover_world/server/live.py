@@ -20,7 +20,7 @@ from holdover_world.server.hub import Hub
 from holdover_world.server.protocol import MAX_MESSAGE
 from holdover_world.server.seats import Limits
 from holdover_world.sessions.world import World
-from tests.holdover_world.server.small import small_world
+from tests.holdover_world.sessions.small import small_world
 
 
 class Live:

@@ -1,4 +1,4 @@
-"""Video as fragments: what comes over a real socket, decoded by a player that knows nothing of us."""
+"""Video as fragments: received over a real socket and decoded by an independent player."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from holdover_world.scene.cameras import FPS
 from tests.holdover_world.server.live import running
-from tests.holdover_world.server.small import action
 from tests.holdover_world.server.test_server import drive, solo
+from tests.holdover_world.sessions.small import action
 
 LUMA = np.array([0.299, 0.587, 0.114])
 

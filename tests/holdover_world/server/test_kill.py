@@ -18,14 +18,14 @@ import pytest
 
 from holdover_world.server.server import ThisThread
 from tests.holdover_world.server.live import Live
-from tests.holdover_world.server.small import action
 from tests.holdover_world.server.test_server import drive, near, solo
+from tests.holdover_world.sessions.small import action
 
 SERVER = """
 import json, sys, threading
 from pathlib import Path
 from holdover_world.server.server import serve
-from tests.holdover_world.server.small import small_world
+from tests.holdover_world.sessions.small import small_world
 world, threads = small_world(), set()
 world.model.register_forward_pre_hook(lambda *_: threads.add(threading.current_thread().name))
 serve(world, port=int(sys.argv[1]), folder=Path(sys.argv[2]), durable=True)

@@ -16,8 +16,8 @@ import torch
 from holdover_world.scene.cameras import RIG, STITCH_ROWS
 from holdover_world.sessions.world import Start, World
 from tests.holdover_world.server.live import Live, running
-from tests.holdover_world.server.small import POLICIES
 from tests.holdover_world.server.test_frames import decoded
+from tests.holdover_world.sessions.small import POLICIES
 from tests.holdover_world.small import latents, small_config, small_model
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdover_world.model.kv_cache import KVCache
+from holdover_world.model.history import WorldHistory
 from holdover_world.model.sampler import noise_levels
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.layout import Track
@@ -95,14 +95,14 @@ def test_a_student_without_a_teacher_learns_what_was_recorded(seed: int) -> None
     stood: list[tuple[int, Tensor]] = []
 
     def student(
-        x: Tensor, *, sigma: float, action_BFA: Tensor, cache: KVCache, write: bool = False, **_: Any
+        x: Tensor, *, sigma: float, action_BFA: Tensor, history: WorldHistory, write: bool = False, **_: Any
     ) -> Tensor:
         number = len(stood) - 1
         if write:
-            cache.commit(x, action_BFA)
-            stood.append((cache.sites[0].frame if cache.sites and cache.sites[0] else -1, action_BFA))
+            history.commit(x, action_BFA)
+            stood.append((history.sites[0].frame if history.sites and history.sites[0] else -1, action_BFA))
         elif torch.is_grad_enabled():
-            compared.append((sigma, cache.sites[0] and cache.sites[0].pose_3 if cache.sites else None, number))
+            compared.append((sigma, history.sites[0] and history.sites[0].pose_3 if history.sites else None, number))
         return guess.expand_as(x).clone()
 
     recipe = Recipe(levels=4, recorded=True)

@@ -315,13 +315,13 @@ def test_segments_stand_where_they_were_recorded(tmp_path: Path) -> None:
     small_layout().save(clips[1])
     batch = Segments(clips, model.codec).batch([(0, 1), (1, 3)], 5, "cpu")
     assert batch.starts == (4, 12)
-    kv = model.new_cache()
-    kv.commit(batch.latents[:, :2], None)
-    batch.without_layout().stand(kv, 2)
-    assert kv.sites == ()
-    batch.stand(kv, 2)
-    assert kv.sites[0] is None
-    site = kv.sites[1]
+    history = model.new_history()
+    history.commit(batch.latents[:, :2], None)
+    batch.without_layout().stand(history, 2)
+    assert history.sites == ()
+    batch.stand(history, 2)
+    assert history.sites[0] is None
+    site = history.sites[1]
     assert site is not None
     assert site.frame == 12 + 2 * 4 - 1
     assert site.pose_3.tolist() == [19, 0, 0]  # `write_clip` goes a metre a frame

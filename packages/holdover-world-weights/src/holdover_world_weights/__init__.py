@@ -1,1 +1,1 @@
-"""The trained models and clips of holdover-world: data alone."""
+"""The trained models and clips of holdover-world."""

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdover.slot import ViewGroup
-from holdover_world.codec.autoencoder import FRAMES, SCALE
-from holdover_world.scene.cameras import RIG, Camera, enlarged
+from holdover_world.scene.cameras import RIG, Camera, camera_rays, enlarged
 from holdover_world.scene.clips import read_cameras
+
+FRAMES = 4  # video frames of a latent frame
+SCALE = 8  # pixels of a latent one, each way
 
 
 @dataclass(frozen=True)
@@ -180,27 +182,6 @@ def config_for(size: str, folder: Path, *, cameras: Sequence[str] | None = None,
     chosen = tuple(camera for name, camera in recorded.items() if not cameras or name in cameras)
     sizes = replace(CONFIGS[size], cameras=chosen)
     return sizes if depth else replace(sizes, depth_channels=0)
-
-
-def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
-    """Directions in ego coordinates through the centre of each square of ``every`` pixels: ``[rows, columns, 3]``.
-
-    They have length 1 along the viewing axis, not in all. Squares may reach beyond the lower and the right edge.
-    """
-    focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
-    right = (np.arange(math.ceil(camera.width / every)) + 0.5) * every - camera.width / 2
-    down = (np.arange(math.ceil(camera.height / every)) + 0.5) * every - camera.height / 2
-    v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
-    return np.stack([u, v, np.ones_like(u)], -1) @ camera_axes(camera)
-
-
-def camera_axes(camera: Camera) -> NDArray[np.float64]:
-    """A camera's right, down and forward in ego coordinates, the rows of ``[3, 3]``."""
-    pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
-    right = math.sin(yaw), -math.cos(yaw), 0.0
-    down = -math.sin(pitch) * math.cos(yaw), -math.sin(pitch) * math.sin(yaw), -math.cos(pitch)
-    forward = math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)
-    return np.array([right, down, forward])
 
 
 def token_rays(config: WorldConfig) -> NDArray[np.float32]:

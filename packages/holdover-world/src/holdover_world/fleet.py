@@ -1,7 +1,7 @@
-"""Evaluate many scenarios, seeds and drivers under many policies, on a Ray cluster: on this machine by default.
+"""Evaluate scenarios, seeds and drivers under several policies on a Ray cluster, by default on this machine.
 
-A rollout is one episode of `holdover_world.env.drive_env`. Each that finishes is written at once, so that a run which is
-killed goes on with those that are left; a rollout whose worker dies is run again by Ray.
+Each episode runs in `holdover_world.env.drive_env`. A finished episode is written at once, so a run that was killed
+continues with the rest. Ray repeats an episode whose worker died.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ import yaml
 from holdover_world.env.drive_env import Course, DriveEnv, shipped_course
 from holdover_world.scene.vehicles import MAX_SPEED, normalise_action
 
-# Typed loosely: these ship no types that help.
+# Any: these packages ship no useful types.
 _arrow: Any = pyarrow
 _parquet: Any = pyarrow.parquet
 _ray: Any = ray
 _yaml: Any = yaml
 
-#: Times that Ray runs a rollout again whose worker died.
+#: How often Ray repeats an episode whose worker died.
 RETRIES = 3
 
 
 def keep_lane(info: Mapping[str, Any], speed: float, chunk: int) -> tuple[float, float]:
-    """Speed (m/s) and curvature (1/m) that bring the car back to the middle at the speed it began with."""
+    """Keep the speed and steer back to the centre line. Returns speed (m/s) and curvature (1/m)."""
     ahead = max(6.0, 1.5 * speed)
     return speed, -2 * (info["offset"] + ahead * math.sin(info["heading_error"])) / ahead**2
 
 
 def straight_on(info: Mapping[str, Any], speed: float, chunk: int) -> tuple[float, float]:
-    """The speed it began with, straight on."""
+    """Keep the speed and drive straight on."""
     return speed, 0.0
 
 
 def brake(info: Mapping[str, Any], speed: float, chunk: int) -> tuple[float, float]:
-    """As `keep_lane`, but from the eighth chunk on it brakes to a halt."""
+    """`keep_lane` for eight chunks, then brake to a halt."""
     return (0.0 if chunk >= 8 else speed), keep_lane(info, speed, chunk)[1]
 
 
@@ -62,7 +62,7 @@ DRIVERS: dict[str, Callable[[Mapping[str, Any], float, int], tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One episode to be driven, of so many chunks at most."""
+    """One episode to drive, of at most ``chunks`` chunks."""
 
     scenario: str
     seed: int
@@ -72,18 +72,18 @@ class Episode:
 
     @property
     def key(self) -> str:
-        """A file's name for it, another for every other rollout."""
+        """A file name, different for every episode."""
         text = json.dumps(asdict(self), sort_keys=True)
         return f"{self.scenario}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def read_plan(path: Path, policies: Sequence[str]) -> list[Episode]:
-    """What a YAML file asks for: every combination of its ``scenarios``, ``seeds`` and ``drivers``, under each policy.
+    """The episodes of a YAML file: its ``scenarios`` times ``seeds`` times ``drivers``, under each policy.
 
-    ``chunks`` is how long each may be.
+    ``chunks`` is the greatest length of each.
 
     Raises:
-        ValueError: the file lacks one of these, has others, or names what there is not.
+        ValueError: a key is missing or unknown, or a value is not valid.
     """
     plan = _yaml.safe_load(path.read_text(encoding="utf-8"))
     wanted = {"scenarios", "seeds", "drivers", "chunks"}
@@ -105,21 +105,21 @@ def read_plan(path: Path, policies: Sequence[str]) -> list[Episode]:
     ]
 
 
-def drive(course: Course, rollout: Episode) -> dict[str, Any]:
-    """Drive one rollout: its own fields, and what came of it, as a row of the results.
+def drive_episode(course: Course, episode: Episode) -> dict[str, Any]:
+    """Drive one episode. Returns its fields and its results, a row of the table.
 
-    ``video`` is a digest of every frame: equal rollouts have equal ones.
+    ``video`` is a digest of all frames: episodes with equal videos have equal digests.
 
     Raises:
         ValueError: the course has no such scenario or policy.
     """
-    env = DriveEnv(rollout.scenario, policy=rollout.policy, course=course)
+    env = DriveEnv(episode.scenario, policy=episode.policy, course=course)
     digest, reused, calls = hashlib.sha256(), 0, 0
-    seen, info = env.reset(seed=rollout.seed)
+    seen, info = env.reset(seed=episode.seed)
     speed = float(seen["ego"][0]) or MAX_SPEED / 3
     total, offset, seconds, over, steps = 0.0, 0.0, 0.0, False, 0
-    for chunk in range(rollout.chunks):
-        command = DRIVERS[rollout.driver](info, speed, chunk)
+    for chunk in range(episode.chunks):
+        command = DRIVERS[episode.driver](info, speed, chunk)
         _, reward, over, _, info = env.step(normalise_action(*command))
         made = env.newest
         assert made is not None
@@ -134,7 +134,7 @@ def drive(course: Course, rollout: Episode) -> dict[str, Any]:
     env.close()
     collided = info.get("gap", math.inf) <= 0
     return {
-        **asdict(rollout),
+        **asdict(episode),
         "steps": steps,
         "reward": total,
         "left_lane": over and not collided,
@@ -147,7 +147,7 @@ def drive(course: Course, rollout: Episode) -> dict[str, Any]:
 
 
 def run_fleet(
-    rollouts: Sequence[Episode],
+    episodes: Sequence[Episode],
     out: Path,
     *,
     workers: int | None = None,
@@ -155,30 +155,30 @@ def run_fleet(
     address: str | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
-    """Drive what is not driven yet, and write all results to ``out/results.parquet``, in the order of the rollouts.
+    """Drive the episodes and write all results to ``out/results.parquet``, in the order of the episodes.
 
     Args:
-        rollouts: what to drive.
-        out: the folder of the run; rollouts that finished in it are not driven again.
-        workers: processes on this machine, 1 by default; with an address the cluster has its own.
-        course: makes what workers drive on; called for each rollout, so it should remember what it made.
-        address: of a Ray cluster that runs already, ``host:port``; Holdover is installed there.
-        progress: is told how many are done, of how many.
+        episodes: what to drive.
+        out: the folder of the run. Episodes that are finished there are not driven again.
+        workers: processes on this machine, 1 by default. Not with ``address``: that cluster has its own workers.
+        course: returns the course to drive on. A worker calls it for each episode, so it should cache its result.
+        address: ``host:port`` of a running Ray cluster on which holdover-world is installed. By default one is started.
+        progress: called with the number of finished episodes and their total.
 
     Raises:
-        ValueError: a rollout asks for what the course has not, or no cluster is at the address.
+        ValueError: the course lacks a scenario or a policy, or no cluster answers at the address.
     """
     parts = out / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    todo = [rollout for rollout in rollouts if not (parts / f"{rollout.key}.json").is_file()]
-    progress(len(rollouts) - len(todo), len(rollouts))
+    todo = [episode for episode in episodes if not (parts / f"{episode.key}.json").is_file()]
+    progress(len(episodes) - len(todo), len(episodes))
     if todo:
         with _cluster(workers, address):
-            for rollout, row in _driven(todo, course):
-                _write(parts / f"{rollout.key}.json", json.dumps(row))
-                todo.remove(rollout)
-                progress(len(rollouts) - len(todo), len(rollouts))
-    rows = [json.loads((parts / f"{rollout.key}.json").read_text()) for rollout in rollouts]
+            for episode, row in _driven(todo, course):
+                _write(parts / f"{episode.key}.json", json.dumps(row))
+                todo.remove(episode)
+                progress(len(episodes) - len(todo), len(episodes))
+    rows = [json.loads((parts / f"{episode.key}.json").read_text()) for episode in episodes]
     results = out / "results.parquet"
     temporary = results.with_suffix(f".{os.getpid()}.partial")
     _parquet.write_table(_arrow.Table.from_pylist(rows), temporary)
@@ -187,24 +187,24 @@ def run_fleet(
 
 
 def _driven(todo: Sequence[Episode], course: Callable[[], Course]) -> Iterator[tuple[Episode, dict[str, Any]]]:
-    """Rollouts as they finish."""
+    """Episodes with their rows, in the order in which they finish."""
     task = _ray.remote(num_cpus=1, max_retries=RETRIES)(_drive_in_worker)
-    running = {task.remote(course, rollout): rollout for rollout in todo}
+    running = {task.remote(course, episode): episode for episode in todo}
     while running:
         (done, *_), _ = _ray.wait(list(running))
         yield running.pop(done), _ray.get(done)
 
 
-def _drive_in_worker(course: Callable[[], Course], rollout: Episode) -> dict[str, Any]:
+def _drive_in_worker(course: Callable[[], Course], episode: Episode) -> dict[str, Any]:
     import torch
 
-    torch.set_num_threads(1)  # a worker has one core; and the same threads give the same frames
-    return drive(course(), rollout)
+    torch.set_num_threads(1)  # a worker has one core, and the number of threads changes rounding
+    return drive_episode(course(), episode)
 
 
 @contextmanager
 def _cluster(workers: int | None, address: str | None) -> Iterator[None]:
-    """A cluster of our own, or the one there is."""
+    """Connect to the cluster at an address, or start one."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
@@ -214,7 +214,7 @@ def _cluster(workers: int | None, address: str | None) -> Iterator[None]:
         _ray.init("local", num_cpus=count, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     else:
         if workers is not None:
-            raise ValueError(f"workers={workers} with address={address!r}: the cluster has its own; leave one out")
+            raise ValueError(f"workers={workers} with address={address!r}: that cluster has its workers; leave one out")
         _knock(address)
         _ray.init(address=address, log_to_driver=False)
     try:
@@ -224,7 +224,7 @@ def _cluster(workers: int | None, address: str | None) -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
-    """See that somebody answers, for which Ray would wait two minutes and then end the process."""
+    """Check that somebody answers: without this Ray waits for two minutes and then ends the process."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -131,4 +131,4 @@ def join_views(parts: Sequence[Tensor], groups: Sequence[ViewGroup], b: int) -> 
 def check_grids(option: str, groups: Sequence[object]) -> None:
     """Raise a ValueError unless an option holds token grids."""
     if not all(isinstance(group, ViewGroup) for group in groups):
-        raise ValueError(f"{option}={groups!r} is not all token grids; give holdover.ViewGroup objects")
+        raise ValueError(f"{option}={groups!r} holds what is no token grid; give holdover.ViewGroup objects")

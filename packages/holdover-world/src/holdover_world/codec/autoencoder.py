@@ -21,8 +21,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-FRAMES = 4  # video frames of a latent frame
-SCALE = 8  # pixels of a latent one, each way
+from holdover_world.config import FRAMES, SCALE
+
 _PATCH = 4  # pixels that become channels before the first convolution, each way
 
 #: How the names of weights begin that make pictures of latents; all others make latents of pictures.

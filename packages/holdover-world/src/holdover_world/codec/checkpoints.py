@@ -15,27 +15,27 @@ from safetensors.torch import load_file, save_file
 
 Network = TypeVar("Network", bound=ModelMixin)
 
-#: Of a network that lies beside the one it began with, half as large as its weights would be.
+#: The file of a network that is kept as its difference from another network; half the size of its weights.
 DIFFERENCE = "difference.safetensors"
 
 
 def write_network(network: ModelMixin, folder: Path) -> None:
-    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``; other files of the folder stay."""
-    # Names with an underscore are diffusers' own: among them the path that a network was read from.
+    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``; other files in the folder stay."""
+    # Names with an underscore are diffusers' own, among them the path that the network was read from.
     twin = type(network).from_config({k: v for k, v in network.config.items() if not k.startswith("_")})
     twin.load_state_dict(network.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    torch.nn.Module.to(twin, dtype=torch.bfloat16).save_pretrained(temporary)  # ModelMixin.to would warn of nothing
+    torch.nn.Module.to(twin, dtype=torch.bfloat16).save_pretrained(temporary)  # ModelMixin.to warns without need
     for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors keeps weights from all other users
+        file.chmod(0o644)  # safetensors lets only the owner read them
         file.replace(folder / file.name)
     temporary.rmdir()
 
 
 def write_difference(network: ModelMixin, base: ModelMixin, folder: Path) -> None:
-    """Write what a network adds to another of the same sizes: eight bits a value, and a scale for every row."""
+    """Write the difference of a network from another of the same sizes: eight bits a value, one scale a row."""
     tensors = {}
     for (name, own), other in zip(network.state_dict().items(), base.state_dict().values(), strict=True):
         added = own.float() - other.float()
@@ -50,25 +50,26 @@ def write_difference(network: ModelMixin, base: ModelMixin, folder: Path) -> Non
 
 
 def add_difference(network: ModelMixin, folder: Path) -> None:
-    """Make a network what another was: the reverse of `write_difference`, within half a scale.
+    """Add what `write_difference` wrote; the sum is exact within half a scale and rounded to bfloat16.
+
+    The rounding makes the sum the same in every dtype, and the same as that of the network kept whole.
 
     Raises:
-        ValueError: the folder holds the difference from another kind of network.
+        ValueError: the folder holds no difference, or that of another kind of network.
     """
     try:
         tensors = load_file(folder / DIFFERENCE)
         for name, value in network.state_dict().items():
-            value.copy_(value.float() + tensors.pop(name) * tensors.pop(f"{name}.scale"))
+            value.copy_((value.float() + tensors.pop(name) * tensors.pop(f"{name}.scale")).bfloat16())
         if tensors:
             raise KeyError(*tensors)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder} does not hold what a {type(network).__name__} like this is to be changed by"
-        ) from error
+        kind = type(network).__name__
+        raise ValueError(f"{folder} does not hold the difference of a {kind} from this one") from error
 
 
 def weights_digest(folder: Path) -> str:
-    """Tells the weights in a folder from others."""
+    """A digest of the weights in a folder."""
     name = DIFFERENCE if (folder / DIFFERENCE).is_file() else SAFETENSORS_WEIGHTS_NAME
     with (folder / name).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -81,7 +82,7 @@ def read_network(kind: type[Network], folder: Path, dtype: torch.dtype) -> Netwo
         ValueError: the folder holds something else.
     """
     try:
-        # Not from_pretrained, which draws weights that are missing.
+        # Not from_pretrained: it fills in missing weights at random.
         network = kind.from_config(kind.load_config(folder))
         network.load_state_dict(load_file(folder / SAFETENSORS_WEIGHTS_NAME))
     except (OSError, TypeError, KeyError, RuntimeError, ValueError, SafetensorError) as error:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import FRAMES, SCALE, Autoencoder
-from holdover_world.codec.checkpoints import DIFFERENCE, read_network, write_network
-from holdover_world.config import Plane, WorldConfig
+from holdover_world.codec.autoencoder import Autoencoder
+from holdover_world.codec.checkpoints import read_network, write_network
+from holdover_world.config import FRAMES, SCALE, Plane, WorldConfig
 from holdover_world.runtime import fast_dtype
 from holdover_world.scene.depth import from_metres, to_metres
 
@@ -53,19 +53,19 @@ class Codec:
 
     @classmethod
     def load(cls, folder: Path, sizes: WorldConfig, *, dtype: torch.dtype | None = None) -> Codec:
-        """Read the autoencoders that lie beside a transformer; a student kept as a difference has its teacher's.
+        """Read the autoencoders of a model: those in its folder, or those of its teacher, one folder up.
 
         Args:
-            dtype: of the weights; by default what the CPU is fast in (`fast_dtype`).
+            dtype: of the weights; by default the one the CPU is fast in (`fast_dtype`).
 
         Raises:
-            ValueError: one is missing, or of another version or size, or was not trained to its end.
+            ValueError: an autoencoder is missing, of another version or size, or its training was interrupted.
         """
-        if (folder / DIFFERENCE).is_file():
-            folder = folder.parent
         autoencoders = {}
         for modality in sizes.modalities:
             own = folder / modality
+            if not own.is_dir() and (folder.parent / "config.json").is_file():
+                own = folder.parent / modality
             if not own.is_dir():
                 raise ValueError(f"no autoencoder of {modality} in {folder}: give another folder, or train one")
             autoencoders[modality] = read_network(Autoencoder, own, dtype or fast_dtype())

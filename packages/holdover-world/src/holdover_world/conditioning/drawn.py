@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from holdover_world.conditioning.views import View
-from holdover_world.config import camera_rays
+from holdover_world.scene.cameras import camera_rays
 from holdover_world.scene.depth import FAR
-from holdover_world.scene.layout import GROUNDS, METRES, Layout
-from holdover_world.simulator.meshes import SHADE, SUN
-from holdover_world.simulator.scenery import FOG, HORIZON, ZENITH
+from holdover_world.scene.layout import METRES, Layout
+from holdover_world.scene.palette import FOG, GROUNDS, HORIZON, SHADE, SUN, ZENITH
 
 _EVERY = 2  # pixels, each way, for which a box is looked for once
 _REACH = 170.0  # metres within which boxes are looked for

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import FRAMES
+from holdover_world.config import FRAMES
 from holdover_world.scene.vehicles import EgoState, denormalise_action
 from holdover_world.scene.vehicles import drive as drive_one
 
@@ -35,20 +35,3 @@ def drive(motion_B2: Tensor | None, action_BFA: Tensor) -> tuple[Tensor, Tensor]
         poses.append(seen)
         motion.append((state.speed, state.curvature))
     return torch.tensor(poses, device=action_BFA.device), torch.tensor(motion, device=action_BFA.device)
-
-
-def placed(origin_B3: Tensor | None, poses_BK3: Tensor) -> Tensor:
-    """Poses (x, y, yaw) in coordinates of others, in those that these are given in; None: in their own."""
-    if origin_B3 is None:
-        return poses_BK3
-    x, y, yaw = (each[:, None] for each in origin_B3.unbind(-1))
-    cos, sin = yaw.cos(), yaw.sin()
-    ahead, left, turn = poses_BK3.unbind(-1)
-    return torch.stack([x + ahead * cos - left * sin, y + ahead * sin + left * cos, yaw + turn], -1)
-
-
-def seen_from(origin: Tensor, poses: Tensor) -> Tensor:
-    """The reverse of `placed`, ``[*, 3]`` each."""
-    x, y, turn = (poses - origin).unbind(-1)
-    cos, sin = origin[..., 2].cos(), origin[..., 2].sin()
-    return torch.stack([x * cos + y * sin, y * cos - x * sin, turn], -1)

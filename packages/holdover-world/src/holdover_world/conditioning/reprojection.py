@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdover_world.codec.autoencoder import FRAMES, SCALE, Autoencoder
+from holdover_world.codec.autoencoder import Autoencoder
 from holdover_world.codec.latents import Codec, from_tokens, padded, to_tokens
 from holdover_world.conditioning.drawn import Around, Drawn, draw
-from holdover_world.conditioning.motion import seen_from
+from holdover_world.conditioning.lookup import Expected
 from holdover_world.conditioning.views import Move, View, look
-from holdover_world.config import Plane, WorldConfig
+from holdover_world.config import FRAMES, SCALE, Plane, WorldConfig
 from holdover_world.scene.depth import FAR, NEAR, from_metres, to_metres
 from holdover_world.scene.layout import Site
+from holdover_world.scene.poses import seen_from
 
 _STEPS = 2  # in which the depth that a camera will see is found
 _GROUND = 0.75  # what lies farther than this share of the way to the ground is the ground
@@ -91,7 +92,7 @@ class Reprojection(nn.Module):
     @torch.no_grad()
     def forward(
         self, last_BNP: Tensor, poses_BK3: Tensor, sites: Sequence[Site | None] | None = None, passed: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Expected:
         """Look the next latent frames up.
 
         Args:
@@ -110,7 +111,7 @@ class Reprojection(nn.Module):
             for last, poses, site in zip(last_BNP, poses_BK3, sites or (None,) * len(last_BNP), strict=True)
         ]
         latents, seen, layouts = zip(*rows, strict=True)
-        return torch.stack(latents), torch.stack(seen), torch.stack(layouts)
+        return Expected(torch.stack(latents), torch.stack(seen), torch.stack(layouts))
 
     def _row(self, last_NP: Tensor, poses_K3: Tensor, site: Site | None, passed: int) -> tuple[Tensor, Tensor, Tensor]:
         views = self._views.get(last_NP.device)

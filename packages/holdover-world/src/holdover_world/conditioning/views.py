@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import SCALE
-from holdover_world.config import camera_axes, camera_rays
-from holdover_world.scene.cameras import Camera
+from holdover_world.config import SCALE
+from holdover_world.scene.cameras import Camera, camera_axes, camera_rays
 from holdover_world.scene.depth import FAR
 
 

@@ -1,4 +1,4 @@
-"""What stands in the car's way, measured in a depth image of a camera on it."""
+"""The distance to the next obstacle, measured in a depth image of a camera on the car."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover_world.config import camera_rays
-from holdover_world.scene.cameras import Camera
+from holdover_world.scene.cameras import Camera, camera_rays
 from holdover_world.scene.vehicles import LENGTH, REAR_TO_CENTRE, WIDTH
 
 _BUMPER = REAR_TO_CENTRE + LENGTH / 2  # metres ahead of the rear axle
-_LOWEST, _HIGHEST = 0.4, 2.0  # metres above the ground: over kerbs and what depth is off by there, under signs
-_SUPPORT = 4  # pixels that must see a thing: fewer are noise
+_LOWEST, _HIGHEST = 0.4, 2.0  # metres above the ground: above kerbs and errors of depth, below signs
+_SUPPORT = 4  # an obstacle covers at least this many pixels; fewer are noise
 
 
 def gap_ahead(depth: NDArray[np.floating], camera: Camera, *, curvature: float = 0.0) -> float:
-    """Metres from the front bumper to the nearest thing that the car would touch if it drove on along its circle.
+    """Metres from the front bumper to the nearest obstacle on the circle that the car follows.
 
     Args:
-        depth: of the camera, metres along its viewing axis ``[height, width]``.
-        camera: where it is and how it looks.
-        curvature: of the circle, 1/m.
+        depth: metres along the camera's viewing axis, ``[height, width]``.
+        camera: the camera that saw it.
+        curvature: of the circle, 1/m, positive to the left.
 
     Returns:
-        Infinity where nothing is seen on the way; zero or less where something is inside the car's front.
+        Infinity if the way is free; zero or less if an obstacle is inside the front of the car.
 
     Raises:
-        ValueError: the image is not of the camera's size.
+        ValueError: the image does not have the camera's size.
     """
     if depth.shape != (camera.height, camera.width):
-        raise ValueError(f"depth is {depth.shape}, give ({camera.height}, {camera.width}), as {camera.name} sees it")
+        raise ValueError(f"depth is {depth.shape}; give ({camera.height}, {camera.width}), the size of {camera.name}")
     x, y, z = np.moveaxis(depth[..., None] * _rays(camera) + np.array(camera.position), -1, 0)
     solid = (z > _LOWEST) & (z < _HIGHEST)
     gaps = _gaps(x[solid], y[solid], curvature)
@@ -40,9 +39,9 @@ def gap_ahead(depth: NDArray[np.floating], camera: Camera, *, curvature: float =
 
 
 def time_to_collision(gap: float, speed: float) -> float:
-    """Seconds to cross ``gap`` metres at ``speed`` m/s: what is ahead is taken to stand, for one image cannot tell.
+    """Seconds to cross ``gap`` metres at ``speed`` m/s, as if the obstacle stood still: one image shows no motion.
 
-    For a car ahead that drives as fast this is the time headway, which the two-second rule is about.
+    For a car ahead of the same speed this is the time headway, the quantity of the two-second rule.
     """
     return max(gap, 0.0) / speed if speed > 0 else (float("inf") if gap > 0 else 0.0)
 
@@ -53,8 +52,8 @@ def _gaps(x: NDArray[np.floating], y: NDArray[np.floating], curvature: float) ->
     inside = (x > 0) & (x < _BUMPER) & (np.abs(y) < side)
     if abs(curvature) < 1e-6:
         return np.where((np.abs(y) < side) & (x > 0), x - _BUMPER, np.inf)
-    # Around the middle of the circle, at a point's radius: its angle, and that of the foremost part of the car. That is
-    # the bumper, or farther in, where the bumper does not reach, the flank.
+    # Polar coordinates around the centre of the circle. At a point's radius, compare its angle with that of the car's
+    # foremost part: the bumper, or the flank at radii that the bumper does not reach.
     centre = 1 / abs(curvature)
     across = centre - y * np.sign(curvature)
     radius, inner = np.hypot(x, across), centre - side

@@ -1,8 +1,8 @@
-"""``gymnasium.make("holdover/Drive-v1")``: drive in the world model; importing this module registers it.
+"""Drive in the world model: ``gymnasium.make("holdover/Drive-v1")``. Importing this module registers the environment.
 
-What is seen is generated. Where the car is, is not: its pose follows from the commands by the kinematic bicycle of the
-data (`holdover_world.scene.vehicles`), and it is held against the lanes of the scene in which the clip began. What stands in
-its way is known where the model draws depth (`holdover_world.env.ahead`).
+The world model generates the pictures. The pose of the car comes from the commands, by the kinematic bicycle model of
+`holdover_world.scene.vehicles`, and is compared with the lanes of the scene in which the clip was recorded. Obstacles
+are measured in the generated depth, if the model has depth (`holdover_world.env.ahead`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from holdover_world.sessions.world import POLICIES, World, load_starts
 from holdover_world.simulator.scenes import build_scene
 
 ID = "holdover/Drive-v1"
-#: Seconds to whatever is ahead that cost nothing: the two-second rule.
+#: Seconds to an obstacle from which on the reward is not reduced: the two-second rule.
 _SAFE = 2.0
-#: Normalised speed and curvature.
+#: The least and the greatest action: normalised speed and curvature.
 _LEAST, _MOST = np.array([0, -1], np.float32), np.array([1, 1], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Road:
-    """Where the lanes of a scene are, and where the car stands when the start of a clip is over.
+    """The lanes of a scene, and the state of the car at the end of a clip's start.
 
     Attributes:
-        points: of the middles of all lanes, ``[M, 2]`` metres, a metre apart or less.
-        headings: of the lanes there, ``[M]`` radians.
-        start: the car.
+        points: points on the centre lines of all lanes, ``[M, 2]`` metres, at most a metre apart.
+        headings: the direction of the lane at each point, ``[M]`` radians.
+        start: the state of the car.
     """
 
     points: NDArray[np.float64]
@@ -50,7 +50,7 @@ class Road:
     start: EgoState
 
     def beside(self, ego: EgoState) -> tuple[float, float]:
-        """Metres to the left of the nearest lane that leads the car's way, and radians to the left of its heading."""
+        """Offset (m) and heading error (rad) from the nearest lane of the car's direction, positive to the left."""
         turned = _wrapped(ego.yaw - self.headings)
         along = np.abs(turned) < np.pi / 2
         if not along.any():
@@ -63,7 +63,7 @@ class Road:
 
 
 def road_of(scenario: str, frames: int) -> Road:
-    """The road of a scenario's shipped clip, ``frames`` video frames after its beginning."""
+    """The road of a scenario's shipped clip, with the car where it is after ``frames`` video frames."""
     clip = read_clip(first_clip(shipped_clips(), scenario, frames), cameras=[], frames=frames)
     lanes = build_scene(scenario, clip.seed).lanes
     points, headings = [], []
@@ -81,14 +81,14 @@ def road_of(scenario: str, frames: int) -> Road:
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """What environments have in common: a world, and the road of each of its scenarios."""
+    """What environments share: a world, and the road of each of its scenarios."""
 
     world: World
     roads: dict[str, Road]
 
 
 def course_of(model: WorldModel, policies: Sequence[str] = POLICIES) -> Course:
-    """A model on the shipped clips' roads under these policies."""
+    """A course of a model: the shipped clips' roads, under these policies."""
     starts, sizes = load_starts(model), model.sizes
     offered = {name: policy_by_name(name) for name in policies}
     world = World(model, starts, policies=offered, depth="depth" in sizes.modalities)
@@ -98,12 +98,12 @@ def course_of(model: WorldModel, policies: Sequence[str] = POLICIES) -> Course:
 
 @cache
 def shipped_course(policies: tuple[str, ...] = POLICIES) -> Course:
-    """The same with the shipped model; loaded once."""
+    """The course of the shipped model. It is loaded once."""
     return course_of(WorldModel.load(shipped_model()), policies)
 
 
 class _Car:
-    """One car on its road: pose, reward, end."""
+    """One car on its road: its pose, its reward, and the end of its episode."""
 
     def __init__(self, course: Course, cameras: Sequence[str], policy: str | None, max_offset: float) -> None:
         self.course, self.max_offset = course, max_offset
@@ -127,7 +127,7 @@ class _Car:
     def move(
         self, action: NDArray[np.float32], depth: Mapping[str, NDArray[np.float32]]
     ) -> tuple[float, bool, dict[str, Any]]:
-        """Along under a normalised action, which led to this depth: reward, whether it is over, what is known."""
+        """Move the car under a normalised action that gave this depth. Returns reward, terminated and info."""
         speed, curvature = denormalise_action(action)
         for _ in range(self.course.world.model.sizes.frames_per_latent):
             self.ego = drive(self.ego, float(speed), float(curvature), dt=1 / FPS)
@@ -143,7 +143,7 @@ class _Car:
         return float(progress * (1 - (info["offset"] / self.max_offset) ** 2) * safe), False, info
 
     def observe(self, frames: Mapping[str, NDArray[np.uint8]] | None) -> dict[str, Any]:
-        """The newest frame of each camera, black before the first, the car's own motion, and its place in the lane."""
+        """The newest frame of each camera (black before the first chunk), the car's motion, its place in the lane."""
         seen: dict[str, Any] = {
             name: np.zeros(shape, np.uint8) if frames is None else frames[name][-1]
             for name, shape in self.pictures.items()
@@ -155,7 +155,7 @@ class _Car:
         }
 
     def spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
-        """What it observes, and what it may be told."""
+        """The observation space and the action space."""
         seen: dict[str, gymnasium.Space[Any]] = {
             name: gymnasium.spaces.Box(0, 255, shape, np.uint8) for name, shape in self.pictures.items()
         }
@@ -181,24 +181,25 @@ def _clipped(action: Any) -> NDArray[np.float32]:
 
 
 class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
-    """Keep the lane, swiftly. One step is one chunk, a third of a second of the shipped model.
+    """Keep the lane and drive fast. One step is one chunk: a third of a second with the shipped model.
 
-    The action is normalised: speed in [0, 1], curvature in [-1, 1]. The observation is the newest frame of each camera;
-    ``ego``, speed in m/s and curvature in 1/m; and ``lane``, what a lane sensor would tell: metres left of the lane's
-    middle, ``max_offset`` at most, and radians left of its heading. The reward is speed along the lane as a share of
-    the greatest, times one less the squared offset as a share of ``max_offset``; leaving the lane ends the episode at
-    -1. Where the model draws depth, less than two seconds to what is ahead cost their share, and running into it ends
-    the episode likewise.
+    The action is normalised speed in [0, 1] and curvature in [-1, 1]. The observation is the newest frame of each
+    camera; ``ego``, speed in m/s and curvature in 1/m; and ``lane``, the reading of a lane sensor: offset from the
+    centre line in metres, at most ``max_offset``, and heading error in radians, both positive to the left.
+
+    The reward is ``speed along the lane / greatest speed * (1 - (offset / max_offset)**2)``. If the model has depth, it
+    is multiplied by ``time to collision / 2 s`` when that is less than 1. Leaving the lane or a collision ends the
+    episode with a reward of -1.
 
     Args:
-        scenario: to start in; by default each episode draws one.
-        cameras: to observe; by default all.
-        policy: of the world; by default the reactive one, so that a car that brakes is seen to.
-        max_offset: metres from the lane's middle at which it is left.
-        course: by default the shipped one.
+        scenario: where episodes start; by default each episode draws one.
+        cameras: the cameras to observe; by default all.
+        policy: one of the world's policies; by default its first.
+        max_offset: the offset in metres at which the car has left the lane.
+        course: by default that of the shipped model.
 
     Attributes:
-        newest: what the world made of the latest action; None at an episode's beginning.
+        newest: the newest chunk; None at the beginning of an episode.
 
     Raises:
         ValueError: there is no such scenario, camera or policy.
@@ -224,14 +225,14 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin an episode; the first pictures come with the first step."""
+        """Begin an episode. Pictures are black until the first step."""
         super().reset(seed=seed)
         info = self._car.reset(*_chosen(self.course, self.scenario, self.np_random))
         self.newest = None
         return self._car.observe(None), info
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """One chunk under an action, clipped to its space."""
+        """Generate one chunk under an action, which is clipped to the action space."""
         bounded = _clipped(action)
         self.newest = self._car.session.step(bounded.tolist())
         reward, over, info = self._car.move(bounded, self.newest.depth)
@@ -250,10 +251,9 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
 
 class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float32], NDArray[Any]]):
-    """Many cars of one world: a step advances all in shared forward passes. Arguments as for `DriveEnv`.
+    """Many cars in one world: a step advances all of them in shared forward passes. Arguments as for `DriveEnv`.
 
-    A car that left its lane, hit something or drove ``max_episode_steps`` begins anew in the next step, whose action it
-    ignores.
+    A car whose episode ended, or that drove ``max_episode_steps``, is reset in the next step and ignores that action.
     """
 
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}  # noqa: RUF012

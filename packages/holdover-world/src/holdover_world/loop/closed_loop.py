@@ -13,21 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from holdover.engine.cache import Cache
 from holdover.step import Step
-from holdover_world.codec.autoencoder import FRAMES
-from holdover_world.model.kv_cache import KVBatch, KVCache
+from holdover_world.loop.protocol import History, Located, LoopCache, LoopModel, Saved, Stacks
 from holdover_world.model.sampler import Sampler, denoise, noise_levels
-from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.layout import Track
 
 Cadence = Literal["window", "plain"]
 Commit = Literal["first", "last_full", "emitted"]
+M = TypeVar("M", bound=LoopModel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +95,21 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopState:
-    """Where a loop stands, but for what its cache holds over. Shares memory with the loop; nobody writes into it.
+    """Where a loop stands, without the entries of its cache. Shares memory with the loop; nobody writes into it.
 
     Attributes:
-        kv: the KV cache.
+        history: what the model remembers of the video.
+        last: the newest committed latent frame, ``[B, N, P]``.
         chunk: the number of the next chunk.
         noise_source: the state of the generator that draws the noise.
-        noise: of the cycle ``[S, B, F, N, P]``; None at its beginning.
-        emitted, actions: of the cycle so far, per chunk ``[B, 1, N, P]`` and ``[B, A]``.
-        committed: latents ``[B, F, N, P]`` and actions ``[B, F, A]`` that the KV update will write.
+        noise: the noise of the cycle, ``[S, B, F, N, P]``; None at the beginning of a cycle.
+        emitted, actions: what the cycle emitted so far and under which actions, per chunk ``[B, 1, N, P]`` and
+            ``[B, A]``.
+        committed: the latents ``[B, F, N, P]`` and actions ``[B, F, A]`` that the KV update will write.
     """
 
-    kv: KVCache
+    history: History
+    last: Tensor
     chunk: int
     noise_source: Tensor
     noise: Tensor | None
@@ -118,9 +118,15 @@ class LoopState:
     committed: tuple[Tensor, Tensor] | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, by name."""
-        named = {f"kv.{name}": tensor for name, tensor in self.kv.state_dict().items()}
-        named |= {"chunk": torch.tensor(self.chunk), "noise_source": self.noise_source}
+        """Everything, by name.
+
+        Raises:
+            TypeError: the model's history cannot be saved (`Saved`).
+        """
+        if not isinstance(self.history, Saved):
+            raise TypeError(f"a {type(self.history).__name__} cannot be saved; give it state_dict and load_state_dict")
+        named = {f"history.{name}": tensor for name, tensor in self.history.state_dict().items()}
+        named |= {"last": self.last, "chunk": torch.tensor(self.chunk), "noise_source": self.noise_source}
         named |= {"noise": self.noise} if self.noise is not None else {}
         named |= {f"emitted.{n}": piece for n, piece in enumerate(self.emitted)}
         named |= {f"actions.{n}": action for n, action in enumerate(self.actions)}
@@ -129,14 +135,16 @@ class LoopState:
         return named
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], *, capacity: int) -> LoopState:
-        """The reverse of `tensors`; ``capacity`` is that of the KV cache, in latent frames."""
-        kv = KVCache(capacity)
-        kv.load_state_dict({name[3:]: tensor for name, tensor in tensors.items() if name.startswith("kv.")})
+    def from_tensors(cls, tensors: Mapping[str, Tensor], model: LoopModel) -> LoopState:
+        """The reverse of `tensors`, for this model."""
+        history = model.new_history()
+        own = {name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")}
+        history.load_state_dict(own)
         count = sum(name.startswith("emitted.") for name in tensors)
         committed = "committed.latents" in tensors
         return cls(
-            kv=kv,
+            history=history,
+            last=tensors["last"],
             chunk=int(tensors["chunk"]),
             noise_source=tensors["noise_source"],
             noise=tensors.get("noise"),
@@ -146,31 +154,35 @@ class LoopState:
         )
 
 
-class ClosedLoop:
-    """One stream of a world model, driven action by action.
+class ClosedLoop(Generic[M]):
+    """One stream of a model, driven action by action.
 
     Args:
-        model: the world model, with or without a cache attached.
-        start: clean latents ``[B, F, N, P]`` the video begins with, whole windows; they fill the KV cache.
+        model: the model, with or without a cache attached.
+        start: clean latents ``[B, F, N, P]`` that the video begins with, whole windows. They are written into the
+            history.
         start_actions: their normalised actions ``[B, F, A]``.
         config: the cadence.
         seed: of the noise.
-        cache: what `holdover.attach` returned for this model, or None to compute everything.
+        cache: what `holdover.attach` returned for this model; None computes everything.
         stream: the name of this stream in the cache.
-        track: the layout that the start was recorded in, and how it went through it; `ClosedLoop` goes on in it.
+        track: what the start was recorded along, for a model whose history is `Located`.
+
+    Raises:
+        ValueError: the start is not whole windows with their actions, or the model has no use for a track.
     """
 
     def __init__(
         self,
-        model: WorldModel,
+        model: M,
         start: Tensor,
         start_actions: Tensor,
         *,
         config: LoopConfig | None = None,
         seed: int = 0,
-        cache: Cache | None = None,
+        cache: LoopCache | None = None,
         stream: str = "default",
-        track: Track | None = None,
+        track: Any = None,
     ) -> None:
         window = model.sizes.window
         if start.shape[1] == 0 or start.shape[1] % window:
@@ -178,36 +190,43 @@ class ClosedLoop:
         if start_actions.shape[:2] != start.shape[:2]:
             raise ValueError(f"start_actions {tuple(start_actions.shape)} do not match start {tuple(start.shape)}")
         self._set_up(model, config or LoopConfig(), cache, stream)
-        self.kv = model.new_cache()
+        history: History = model.new_history()
+        if track is not None and not isinstance(history, Located):
+            raise ValueError(f"a {type(history).__name__} has no place on a map; leave track out")
+        self.history = history
         self.chunk = 0
         self._noise_source = torch.Generator(start.device).manual_seed(seed)
         self._committed: tuple[Tensor, Tensor] | None = None
         self._begin_cycle()
         length = 1 if self.config.cadence == "plain" else window
         for first in range(0, start.shape[1], length):
-            _write_kv([self], [(start[:, first : first + length], start_actions[:, first : first + length])])
-            if track is not None:
-                track = track.to(start.device)
-                self.kv.stand([track] * len(start), [(first + length) * FRAMES - 1] * len(start))
+            part = slice(first, first + length)
+            _write_history([self], [(start[:, part], start_actions[:, part])])
+            if isinstance(history, Located) and track is not None:
+                history.follow(track)
 
     @classmethod
     def resume(
         cls,
-        model: WorldModel,
+        model: M,
         state: LoopState,
         *,
         config: LoopConfig | None = None,
-        cache: Cache | None = None,
+        cache: LoopCache | None = None,
         stream: str = "default",
-    ) -> ClosedLoop:
-        """A loop that goes on from a state; what was held over is the cache's to restore."""
+    ) -> ClosedLoop[M]:
+        """A loop that goes on from a state. Entries of the cache are the cache's to restore."""
         loop = cls.__new__(cls)
         loop._set_up(model, config or LoopConfig(), cache, stream)
-        loop._noise_source = torch.Generator(state.kv.last.device if state.kv.last is not None else "cpu")
+        loop._noise_source = torch.Generator(state.last.device)
         loop.state = state
         return loop
 
-    def _set_up(self, model: WorldModel, config: LoopConfig, cache: Cache | None, stream: str) -> None:
+    def fork(self, stream: str) -> ClosedLoop[M]:
+        """A loop that goes on from here as another stream. Entries of the cache are the cache's to fork."""
+        return ClosedLoop.resume(self.model, self.state, config=self.config, cache=self.cache, stream=stream)
+
+    def _set_up(self, model: M, config: LoopConfig, cache: LoopCache | None, stream: str) -> None:
         self.model, self.config, self.cache, self.stream = model, config, cache, stream
         self.sigmas = noise_levels(config.steps, config.shift)
 
@@ -219,20 +238,19 @@ class ClosedLoop:
     @property
     def rows(self) -> int:
         """B, videos that advance as one."""
-        return 0 if self.kv.last is None else self.kv.last.shape[0]
+        return len(self.last)
 
     @property
     def before(self) -> Tensor:
         """The latent frame before the next piece, see `Piece`."""
-        before = self._emitted[-1][:, -1] if self._emitted else self.kv.last
-        assert before is not None
-        return before
+        return self._emitted[-1][:, -1] if self._emitted else self.last
 
     @property
     def state(self) -> LoopState:
         """Where the loop stands; may be put back, into this loop or another, any number of times."""
         return LoopState(
-            kv=self.kv.fork(),
+            history=self.history.fork(),
+            last=self.last,
             chunk=self.chunk,
             noise_source=self._noise_source.get_state(),
             noise=self._noise,
@@ -243,7 +261,7 @@ class ClosedLoop:
 
     @state.setter
     def state(self, state: LoopState) -> None:
-        self.kv, self.chunk = state.kv.fork(), state.chunk
+        self.history, self.last, self.chunk = state.history.fork(), state.last, state.chunk
         self._noise_source.set_state(state.noise_source)
         self._noise: Tensor | None = state.noise
         self._emitted, self._actions, self._committed = list(state.emitted), list(state.actions), state.committed
@@ -264,12 +282,11 @@ class ClosedLoop:
 
     def _begin(self, action: Tensor) -> _ChunkInputs:
         """Take an action: what the next chunk is made from."""
-        last_BNP = self.kv.last
-        assert last_BNP is not None
-        action_BA = action.to(last_BNP.device, torch.float32).expand(last_BNP.shape[0], -1)
+        last_BNP = self.last
+        action_BA = action.to(last_BNP.device, torch.float32).expand(len(last_BNP), -1)
         if self._noise is None or self.config.fresh_noise:
             draws = 1 if self.config.sampler == "euler" else self.config.steps
-            draw = draws, last_BNP.shape[0], self.window_frames, *last_BNP.shape[1:]
+            draw = draws, len(last_BNP), self.window_frames, *last_BNP.shape[1:]
             self._noise = torch.randn(draw, generator=self._noise_source, device=last_BNP.device)
         position = len(self._emitted)
         self._actions.append(action_BA)
@@ -313,7 +330,7 @@ class _ChunkInputs:
 
 
 @torch.inference_mode()
-def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piece]:
+def advance(loops: Sequence[ClosedLoop[Any]], actions: Sequence[Tensor]) -> list[Piece]:
     """Generate the next piece of every loop, all in one batch.
 
     Several loops share model, cache and cadence, are of one row each, and hold equally many latent frames in their KV
@@ -329,7 +346,8 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
     """
     if len(batches(loops)) > 1 or (len(loops) > 1 and any(loop.rows != 1 for loop in loops)):
         raise ValueError(
-            "loops of one batch share model, cache, cadence and KV length, one row each; sort by `batches`"
+            "loops of one batch share a model that stacks histories, a cache, a cadence and a KV length, and have one "
+            "row each; sort them by `batches`"
         )
     made = [loop._begin(action) for loop, action in zip(loops, actions, strict=True)]
     actions_BFA = torch.cat([each.actions_BFA for each in made])
@@ -358,10 +376,12 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
         windows = tuple(window.clone() for window in windows)
     pieces = [loop._finish(each, window) for loop, each, window in zip(loops, made, windows, strict=True)]
     full = [loop for loop in loops if len(loop._emitted) == loop.window_frames]
-    writing = _write_kv(full, [loop._committed for loop in full if loop._committed is not None]) if full else 0.0
-    for loop in full:
-        loop.kv.carried_out(torch.stack(loop._actions, 1))
-        loop._begin_cycle()
+    writing = 0.0
+    if full:
+        committed = [loop._committed for loop in full if loop._committed is not None]
+        writing = _write_history(full, committed, torch.cat([torch.stack(loop._actions, 1) for loop in full]))
+        for loop in full:
+            loop._begin_cycle()
     for loop in loops:
         loop.chunk += 1
     return [
@@ -370,35 +390,42 @@ def advance(loops: Sequence[ClosedLoop], actions: Sequence[Tensor]) -> list[Piec
     ]
 
 
-def batches(loops: Sequence[ClosedLoop]) -> list[list[int]]:
+def batches(loops: Sequence[ClosedLoop[Any]]) -> list[list[int]]:
     """The positions of loops that can advance together, batch by batch."""
     found: dict[object, list[int]] = {}
     for n, loop in enumerate(loops):
-        found.setdefault((id(loop.model), id(loop.cache), loop.config, loop.kv.length), []).append(n)
+        alone = None if isinstance(loop.model, Stacks) else n
+        key = id(loop.model), id(loop.cache), loop.config, loop.history.length, alone
+        found.setdefault(key, []).append(n)
     return list(found.values())
 
 
 @torch.inference_mode()
-def _write_kv(loops: Sequence[ClosedLoop], committed: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The clean pass: returns its seconds."""
+def _write_history(
+    loops: Sequence[ClosedLoop[Any]], committed: Sequence[tuple[Tensor, Tensor]], done_BFA: Tensor | None = None
+) -> float:
+    """The clean pass, which is the KV update: returns its seconds."""
     latents, actions = torch.cat([each for each, _ in committed]), torch.cat([each for _, each in committed])
     fields: list[dict[str, Any]] = [{"role": "kv_update"} for _ in loops]
-    return _forward(loops, fields, latents, sigma=0.0, action_BFA=actions, write=True)[1]
+    _, took = _forward(loops, fields, latents, sigma=0.0, action_BFA=actions, write=True, done_BFA=done_BFA)
+    for loop, (own, _) in zip(loops, committed, strict=True):
+        loop.last = own[:, -1].clone()  # a view would keep the whole window in memory
+    return took
 
 
 def _forward(
-    loops: Sequence[ClosedLoop], fields: Sequence[Mapping[str, Any]], latents: Tensor, **inputs: Any
+    loops: Sequence[ClosedLoop[Any]], fields: Sequence[Mapping[str, Any]], latents: Tensor, **inputs: Any
 ) -> tuple[Tensor, float]:
     """One pass of the model over all loops, and its seconds."""
     first, alone = loops[0], len(loops) == 1
     steps = [{"stream": loop.stream, "chunk": loop.chunk, **each} for loop, each in zip(loops, fields, strict=True)]
-    within: AbstractContextManager[None] = nullcontext()
+    within: AbstractContextManager[Any] = nullcontext()
     if first.cache is not None:
         within = first.cache.step(**steps[0]) if alone else first.cache.step(rows=[Step(**step) for step in steps])
     with within:
         started = perf_counter()
-        kv = first.kv if alone else KVBatch([loop.kv for loop in loops])
-        output: Tensor = first.model(latents, cache=kv, **inputs)
+        history = first.history if alone else first.model.stack([loop.history for loop in loops])
+        output: Tensor = first.model(latents, history=history, **inputs)
         if output.is_cuda:
             torch.cuda.synchronize(output.device)
         return output, perf_counter() - started

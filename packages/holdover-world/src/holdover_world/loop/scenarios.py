@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,29 +58,29 @@ class Scenario:
 
 
 def shipped_model(steps: int = LoopConfig.steps) -> Path:
-    """The checkpoint that comes with the package for so many steps: the student of a few, or its teacher.
+    """The folder of the trained model for this many denoising steps: up to four take the student, more the teacher.
 
     Raises:
-        FileNotFoundError: this installation has none.
+        FileNotFoundError: its package is not installed.
     """
-    path = _assets() / "model"
+    path = _weights() / "model"
     if steps <= LoopConfig.steps:
-        path /= "student"
-    if not path.is_dir():
-        raise FileNotFoundError("this installation ships no world model; train one and pass it with --model")
+        return path / "student"
+    if not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(
+            f"more than {LoopConfig.steps} denoising steps take the teacher, which is a package of its own: "
+            "pip install 'holdover-world[teacher]'"
+        )
     return path
 
 
 def shipped_clips() -> Path:
-    """The folder of the clips that come with the package.
+    """The folder of the recorded clips that come with the trained models.
 
     Raises:
-        FileNotFoundError: this installation has none.
+        FileNotFoundError: their package is not installed.
     """
-    folder = _assets() / "clips"
-    if not folder.is_dir():
-        raise FileNotFoundError("this installation ships no clips; record some and pass them with --clips")
-    return folder
+    return _weights() / "clips"
 
 
 def first_clip(folder: Path, kind: str, frames: int) -> Path:
@@ -143,8 +144,13 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ch
     )
 
 
-def _assets() -> Path:
-    return Path(str(files("holdover_world_weights")))
+def _weights() -> Path:
+    try:
+        return Path(str(files("holdover_world_weights")))
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            "the trained models and clips are a package of their own: pip install holdover-world-weights"
+        ) from error
 
 
 def _per_piece(actions: NDArray[Any], per: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The demo: a world model drives with and without X-Cache, and the difference in time and in pixels is shown."""
+"""The demo: a world model drives with and without X-Cache. Its figures compare the time and the pixels."""
 
 from __future__ import annotations
 
@@ -11,52 +11,55 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from holdover.methods.registry import policy
+from holdover.report.environment import environment
 from holdover.report.files import write_json
 from holdover.report.page import build_page
 from holdover.report.recording import command_line
-from holdover.report.run_dir import ChunkRecord, Rollout, remove_rollouts, write_rollout
+from holdover.report.run_dir import ChunkRecord, Rollout, remove_rollouts
+from holdover.report.run_write import write_rollout
 from holdover_world.loop.closed_loop import Cadence, LoopConfig
 from holdover_world.loop.scenarios import NAMES, STEADY, Scenario, load_scenario
-from holdover_world.measure.measure import Metrics, describe, describe_full, environment
+from holdover_world.measure.figures import Metrics, describe, describe_full
 from holdover_world.measure.race import Arm, ArmRun, Race
-from holdover_world.measure.reaction import EVENTS, drive, moments
+from holdover_world.measure.reaction import EVENTS, moments, run_race
 from holdover_world.measure.stlpips import StLpips
+from holdover_world.measure.tables import published_figures
 from holdover_world.measure.timing import cadence_block_share
 from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import FPS
+from holdover_world.scene.cameras import FPS, STITCH_ROWS
 
-#: What `run_demo` compares; the names are those of the policies.
+#: The arms of the demo. Their names are those of the policies.
 ARMS = (("xcache", LoopConfig(commit="first")), ("xcache_reactive", LoopConfig(commit="last_full")))
-MOMENTS = 1  # at which each rollout's reactions are measured
+MOMENTS = 1  # moments in each run at which reactions are measured
 SHOWN = [event for event in EVENTS if event.name in ("brake", "steer")]
 
-#: How many chunks are driven where nothing is asked for: twenty seconds, or what is done in nine minutes, so that
-#: cores that slow down on the way have one more.
+#: By default: at most this many chunks per scenario (twenty seconds), and about this many seconds in all. Nine minutes
+#: leave a reserve of one minute for cores that slow down.
 LONGEST, SECONDS = 60, 540.0
-#: What a scenario takes, in chunks of full compute and steady driving: for each chunk, on the script and
-#: steady; for reactions, reading, writing and comparing.
+#: The cost of a scenario, in units of one chunk of full compute: for each chunk of a scripted and of a steady scenario,
+#: and once for reading, reactions, writing and comparing.
 _STEPS: Mapping[Cadence, tuple[float, float]] = {"window": (4.2, 2.1), "plain": (3.7, 3.7)}
 _SCENARIO = 22.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """What to run.
+    """The options of the demo.
 
     Attributes:
-        scenarios: names, see `holdover_world.loop.scenarios.NAMES`.
-        chunks: per scenario; by default 60, which are 20 seconds, or as many whole cycles as are done in ten
-            minutes on the machine at hand.
-        seed: of the noise.
-        cadence: in ``plain`` every chunk is committed, and X-Cache has nothing to skip.
-        every: SSIM and ST-LPIPS look at every so-manieth frame.
+        scenarios: names from `holdover_world.loop.scenarios.NAMES`.
+        chunks: chunks per scenario. By default 60 (20 seconds), or the whole cycles that this machine drives in ten
+            minutes.
+        seed: the seed of the noise.
+        cadence: the cadence. In ``plain`` every chunk is committed, so X-Cache cannot skip anything.
+        every: SSIM and ST-LPIPS are computed on every n-th frame.
     """
 
     scenarios: Sequence[str] = NAMES
     chunks: int | None = None
     seed: int = 0
     cadence: Cadence = "window"
-    every: int = 20  # five chunks: as many looks at each place of a cycle
+    every: int = 20  # five chunks, so that every position of a cycle is sampled equally often
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.scenarios if name not in NAMES]
@@ -77,20 +80,20 @@ def run_demo(
     checkpoint: Path | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Run the demo and write its files to ``out``: report.json, the rollouts (`holdover.report.run_dir`), the page.
+    """Run the demo. Writes ``report.json``, the rollouts (`holdover.report.run_dir`) and the page to ``out``.
 
     Args:
-        model: the world model; is copied, not changed.
-        out: a folder; is created, and files of an earlier demo are replaced.
-        clips: recordings to start from; by default the shipped ones.
-        checkpoint: the model's folder, named in the report.
-        progress: shows how far the demo is.
+        model: the world model. It is copied, not changed.
+        out: the folder to write to. Files of an earlier demo are replaced.
+        clips: the recordings to start from; by default the shipped ones.
+        checkpoint: the model's folder, for the report.
+        progress: shows the progress.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        ValueError: ``chunks`` is too short for a cycle after the warm-up, or a clip for the chunks.
+        ValueError: ``chunks`` leaves no cycle after the warm-up, or a clip is too short for the chunks.
     """
     shortest = 2 * model.sizes.window
     chunks = LONGEST if options.chunks is None else options.chunks
@@ -105,9 +108,9 @@ def run_demo(
         scenarios = [scenario.first(chunks, model.sizes.frames_per_latent) for scenario in scenarios]
         if chunks < LONGEST:
             progress.print(
-                f"{chunks} chunks per scenario are done in ten minutes here, "
-                f"{chunks * model.sizes.frames_per_latent / FPS:.0f} seconds of driving; "
-                f"--chunks {LONGEST} takes what it takes."
+                f"This machine drives {chunks} chunks per scenario in ten minutes "
+                f"({chunks * model.sizes.frames_per_latent / FPS:.0f} seconds of video). "
+                f"For {LONGEST}, however long it takes: --chunks {LONGEST}."
             )
     progress.update(total, total=len(scenarios) * (chunks + 1) + 1, completed=1)
     metrics = Metrics(every=options.every, distance=distance, block_shares={options.cadence: share}, events=SHOWN)
@@ -138,13 +141,13 @@ def run_demo(
 
 
 def affordable(pace: float, scenarios: Sequence[str], cycle: int, cadence: Cadence = "window") -> int:
-    """How many chunks of each scenario are done in ten minutes: whole cycles, two at least, `LONGEST` at most.
+    """The number of chunks per scenario for ten minutes: whole cycles, at least two, at most `LONGEST` chunks.
 
     Args:
-        pace: seconds of a chunk in full compute, in steady driving.
-        scenarios: names.
-        cycle: chunks of a cycle.
-        cadence: in ``plain`` nothing is skipped, on the script or in steady driving.
+        pace: seconds of a chunk in full compute.
+        scenarios: names of the scenarios.
+        cycle: the number of chunks in a cycle.
+        cadence: the cadence; in ``plain`` nothing is skipped.
     """
     scripted, steady = _STEPS[cadence]
     steps = sum(steady if name.endswith(STEADY) else scripted for name in scenarios)
@@ -153,7 +156,7 @@ def affordable(pace: float, scenarios: Sequence[str], cycle: int, cadence: Caden
 
 
 def steady_skip_ceiling(model: WorldModel) -> float:
-    """The most that X-Cache can skip: all but the first chunk of a cycle, all but the first block."""
+    """The greatest skip rate of X-Cache: all but the first chunk of a cycle, and in it all but the first block."""
     window, blocks = model.sizes.window, model.sizes.layers
     return (window - 1) / window * (blocks - 1) / blocks
 
@@ -176,11 +179,11 @@ def _run_scenario(
 
         def advance() -> None:
             progress.advance(total)
-            for name, lane in race.lanes.items():
-                stats = lane.stats()
+            for name, run in race.runs.items():
+                stats = run.stats()
                 held[name].append(stats.bytes_held if stats else 0)
 
-        reactions = drive(race, scenario.actions, at=at, events=metrics.events, advance=advance)
+        reactions = run_race(race, scenario.actions, at=at, events=metrics.events, advance=advance)
         progress.update(total, description=f"{scenario.name}: comparing")
         full = race.base(arms[0].name)
         policies = [describe_full(full, scenario, metrics)]
@@ -192,7 +195,7 @@ def _run_scenario(
                 name = f"full-as-{arm.name}"
                 writer.write(reference, name, {})
             policies.append(describe(race, arm.name, scenario, metrics, reactions[arm.name]))
-            writer.write(race.lanes[arm.name], arm.name, policies[-1], reference, name, held[arm.name])
+            writer.write(race.runs[arm.name], arm.name, policies[-1], reference, name, held[arm.name])
     progress.advance(total)
     return {
         "name": scenario.name,
@@ -216,20 +219,20 @@ class _Writer:
 
     def write(
         self,
-        lane: ArmRun,
+        run: ArmRun,
         name: str,
         figures: Mapping[str, Any],
         reference: ArmRun | None = None,
         reference_name: str | None = None,
         held: Sequence[int] = (),
     ) -> None:
-        cached = lane.arm.policy is not None
+        cached = run.arm.policy is not None
         chunks = [
             ChunkRecord(
                 chunk=g,
-                frames=lane.loop.model.sizes.frames_per_latent,
-                seconds=lane.end_to_end_seconds[g],
-                dit_seconds=lane.dit_seconds[g],
+                frames=run.loop.model.sizes.frames_per_latent,
+                seconds=run.end_to_end_seconds[g],
+                dit_seconds=run.dit_seconds[g],
                 bytes_held=held[g] if held else None,
                 action=tuple(action),
             )
@@ -239,10 +242,12 @@ class _Writer:
             scenario=self.scenario.name,
             name=name,
             fps=FPS,
-            policy=repr(lane.arm.policy) if cached else None,
+            policy=repr(run.arm.policy) if cached else None,
             reference=reference_name,
             block_share=self.about["block_share"] if cached else None,
             figures=figures,
+            published=published_figures(self.scenario.name) if name == "full" else {},
+            rows=STITCH_ROWS,
             command=self.command,
             seed=self.seed,
             environment=self.about,
@@ -250,8 +255,8 @@ class _Writer:
         write_rollout(
             self.out,
             rollout,
-            lane.video(),
+            run.video(),
             chunks=chunks,
-            decisions=lane.decisions() if cached else (),
+            decisions=run.decisions() if cached else (),
             reference=reference.video() if reference else None,
         )

@@ -1,4 +1,4 @@
-"""How good a world model is, cached or not: against the simulator, over time, and whether it does what it is told."""
+"""Evaluation of a world model against the simulator: fidelity, drift, response to actions, agreement of cameras."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from holdover.report.plots import plot_pictures
+from holdover.report.environment import environment
+from holdover.report.fidelity import psnr
 from holdover.report.tables import markdown
-from holdover_world.config import camera_rays
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
-from holdover_world.measure.fidelity import FAR, compare, depth_errors, psnr
-from holdover_world.measure.measure import environment
+from holdover_world.measure.cards import about, write_card
+from holdover_world.measure.fidelity import FAR, compare, depth_errors
 from holdover_world.measure.motion import agreement, camera_ahead, train_motion_reader, true_motion
+from holdover_world.measure.plots import plot_pictures
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import FPS, Camera
+from holdover_world.scene.cameras import FPS, Camera, camera_rays
 from holdover_world.scene.clips import Clip, list_clips, read_clip, read_track
-from lab.cards import about, write_card
 
-#: Seconds from the start at which a rollout is compared with the simulator, the last `EVERY` frames before each.
+#: Seconds from the start at which a drive is compared with the simulator, over the last `EVERY` frames before each.
 HORIZONS = (0.5, 1.0, 2.0, 4.0)
-#: Seconds between which the Fréchet distance is taken.
+#: The spans, in seconds, over which the Fréchet distance is computed.
 SPANS = ((0, 2), (2, 5), (5, 10), (10, 16), (16, 22))
-#: Every so-manieth frame is looked at, where looking at all would take long.
+#: Slow comparisons use every n-th frame.
 EVERY = 4
-#: Of the network that reads motion back.
+#: Training steps of the network that reads motion.
 TRAINING_STEPS = 1600
-#: Least share of a camera's pixels that another must see as well for the two to be compared.
+#: Two cameras are compared if the second sees at least this share of the first one's pixels.
 OVERLAP = 0.1
 
 Video = Mapping[str, NDArray[np.uint8]]
@@ -44,16 +44,16 @@ Video = Mapping[str, NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Drive:
-    """What a model made of a clip's actions, and what the simulator showed."""
+    """The video that a model generated under a clip's actions, and the video of the simulator."""
 
     scenario: str
     made: Video
     depth: Mapping[str, NDArray[np.float32]] | None
-    clip: Clip  # from the first frame that was generated
+    clip: Clip  # begins with the first generated frame
 
 
-def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, chunks: int) -> Drive:
-    """Drive a clip's own actions from its first two windows, everything computed."""
+def drive_clip(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, chunks: int) -> Drive:
+    """Start with a clip's first two windows and drive its actions, in full compute."""
     sizes, codec = model.sizes, model.codec
     per, start = sizes.frames_per_latent, 2 * sizes.window
     clip = read_clip(path, cameras=[camera.name for camera in sizes.cameras], depth="depth" in sizes.modalities)
@@ -80,13 +80,13 @@ def roll_out(model: WorldModel, path: Path, loop: LoopConfig, *, seed: int, chun
 
 
 def reconstruct(model: WorldModel, clip: Clip) -> dict[str, NDArray[np.uint8]]:
-    """A clip to latents and back: the best that a model could show."""
+    """A clip encoded and decoded: the best video that a model can generate."""
     latents = model.codec.encode(clip.frames, clip.depth, at_once=model.sizes.window)
     return {name: video[0] for name, video in model.codec.decode(latents).items()}
 
 
 def _joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Per camera the pieces of one row of a batch as one video."""
+    """The pieces of a batch of one row, joined to one video per camera."""
     return {name: np.concatenate([piece[name][0] for piece in pieces]) for name in pieces[0]}
 
 
@@ -103,29 +103,29 @@ def run_evaluation(
     seed: int = 0,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Evaluate a world model in full compute; writes `card_name`, as Markdown and as JSON, and crops of pictures.
+    """Evaluate a world model in full compute. Writes a card as Markdown and JSON (`card_name`), and crops of pictures.
 
     Args:
-        clips: held-out recordings, each long enough for two windows and the chunks; longer by preference.
-        data: other recordings, on which the network that reads motion back is trained.
-        steps: denoising passes of a chunk; more than four follow the flow by Euler's steps.
-        guidance: on the action, see `LoopConfig`.
-        per_scenario: clips to drive of every scenario.
-        chunks: to drive of each clip, at most.
+        clips: held-out recordings, each at least two windows and ``chunks`` chunks long.
+        data: other recordings, on which the network that reads motion is trained.
+        steps: denoising steps per chunk. With more than four the sampler is Euler's.
+        guidance: guidance on the action, see `LoopConfig`.
+        per_scenario: the number of clips per scenario.
+        chunks: the number of chunks per clip, at most.
 
     Raises:
         ValueError: there are no clips.
     """
     chosen = _choose(clips, per_scenario)
-    # With everything computed this commits what was shown, as servers and environments do.
+    # In full compute this rule commits what is shown, as in sessions.
     loop = replace(LoopConfig.of_steps(steps), commit="last_full", guidance=guidance)
     task = progress.add_task("evaluating", total=len(chosen) + TRAINING_STEPS)
-    rollouts = []
+    drives = []
     for path in chosen:
         progress.update(task, description=f"evaluating: {path.name}")
-        rollouts.append(roll_out(model, path, loop, seed=seed, chunks=chunks))
+        drives.append(drive_clip(model, path, loop, seed=seed, chunks=chunks))
         progress.advance(task)
-    progress.update(task, description="evaluating: learning to read motion")
+    progress.update(task, description="evaluating: training the reader of motion")
     ahead = camera_ahead(model.sizes.cameras)
     reader = train_motion_reader(
         [read_clip(path, cameras=[ahead]) for path in list_clips(data)],
@@ -134,30 +134,30 @@ def run_evaluation(
         seed=seed,
         advance=lambda: progress.advance(task),
     )
-    true = np.concatenate([true_motion(r.clip) for r in rollouts])
+    true = np.concatenate([true_motion(r.clip) for r in drives])
     read = {
-        "generated": np.concatenate([reader.motion(r.made) for r in rollouts]),
-        "simulator": np.concatenate([reader.motion(r.clip.frames) for r in rollouts]),
+        "generated": np.concatenate([reader.motion(r.made) for r in drives]),
+        "simulator": np.concatenate([reader.motion(r.clip.frames) for r in drives]),
     }
     distance = StLpips()
-    decoded = [reconstruct(model, r.clip) for r in rollouts]
+    decoded = [reconstruct(model, r.clip) for r in drives]
     figures: dict[str, Any] = {
         "steps": steps,
         "guidance": guidance,
         "clips": [path.name for path in chosen],
-        "reconstruction_psnr_db": _reconstruction(rollouts, decoded),
-        "horizons": {f"{seconds:g}": _fidelity(rollouts, seconds, distance) for seconds in HORIZONS},
-        "depth": {f"{seconds:g}": _depth(rollouts, seconds) for seconds in HORIZONS} if rollouts[0].depth else None,
-        "frechet": _drift(rollouts, distance),
+        "reconstruction_psnr_db": _reconstruction(drives, decoded),
+        "horizons": {f"{seconds:g}": _fidelity(drives, seconds, distance) for seconds in HORIZONS},
+        "depth": {f"{seconds:g}": _depth(drives, seconds) for seconds in HORIZONS} if drives[0].depth else None,
+        "frechet": _drift(drives, distance),
         "action": {
             source: {"speed": agreement(m[:, 0], true[:, 0]), "yaw_rate": agreement(m[:, 1], true[:, 1])}
             for source, m in read.items()
         },
-        "cross_view": cross_view(rollouts, model.sizes.cameras),
+        "cross_view": cross_view(drives, model.sizes.cameras),
         "environment": environment(model),
     }
     name = card_name(steps, guidance)
-    plot_pictures(out / f"{name}-crops.png", _crops(rollouts, decoded, ahead))
+    plot_pictures(out / f"{name}-crops.png", _crops(drives, decoded, ahead))
     write_card(out, name, card(figures), figures)
     return figures
 
@@ -171,24 +171,24 @@ def _choose(clips: Path, per_scenario: int) -> list[Path]:
     return chosen
 
 
-def _reconstruction(rollouts: Sequence[Drive], decoded: Sequence[Video]) -> float:
-    """PSNR in dB of what was decoded, over all cameras and clips."""
+def _reconstruction(drives: Sequence[Drive], decoded: Sequence[Video]) -> float:
+    """PSNR in dB of the decoded clips, over all cameras and clips."""
     errors = [
         np.square(video.astype(np.float32) - r.clip.frames[name]).ravel()
-        for r, videos in zip(rollouts, decoded, strict=True)
+        for r, videos in zip(drives, decoded, strict=True)
         for name, video in videos.items()
     ]
     return psnr(np.concatenate(errors))
 
 
-def _crops(rollouts: Sequence[Drive], decoded: Sequence[Video], camera: str) -> dict[str, dict[str, Any]]:
-    """Of each scenario the middle of a camera's picture after one second, as recorded, decoded and generated."""
+def _crops(drives: Sequence[Drive], decoded: Sequence[Video], camera: str) -> dict[str, dict[str, Any]]:
+    """For each scenario the middle of a camera's picture after one second: recorded, decoded and generated."""
     rows: dict[str, dict[str, Any]] = {}
-    for r, videos in zip(rollouts, decoded, strict=True):
+    for r, videos in zip(drives, decoded, strict=True):
         frame = min(FPS, len(r.made[camera]), len(videos[camera])) - 1
         height, width = r.made[camera].shape[1:3]
         part = slice(height // 4, height), slice(width // 4, width - width // 4)
-        titles = {"recorded": r.clip.frames, "decoded from its latents": videos, "generated": r.made}
+        titles = {"recorded": r.clip.frames, "encoded and decoded": videos, "generated": r.made}
         rows.setdefault(r.scenario, {title: video[camera][frame][part] for title, video in titles.items()})
     return rows
 
@@ -197,7 +197,7 @@ def _before(seconds: float) -> slice:
     return slice(round(seconds * FPS) - EVERY, round(seconds * FPS))
 
 
-def _fidelity(rollouts: Sequence[Drive], seconds: float, distance: StLpips) -> dict[str, float]:
+def _fidelity(drives: Sequence[Drive], seconds: float, distance: StLpips) -> dict[str, float]:
     frames = _before(seconds)
     parts = [
         compare(
@@ -206,7 +206,7 @@ def _fidelity(rollouts: Sequence[Drive], seconds: float, distance: StLpips) -> d
             every=EVERY // 2,
             distance=distance,
         )
-        for r in rollouts
+        for r in drives
     ]
     return {
         "psnr_db": psnr(np.concatenate([p.errors["stitched"] for p in parts])),
@@ -215,23 +215,23 @@ def _fidelity(rollouts: Sequence[Drive], seconds: float, distance: StLpips) -> d
     }
 
 
-def _depth(rollouts: Sequence[Drive], seconds: float) -> dict[str, float | None]:
-    """The errors of depth, all cameras together."""
+def _depth(drives: Sequence[Drive], seconds: float) -> dict[str, float | None]:
+    """The errors of depth over all cameras."""
     made, true = (
         np.concatenate([video[_before(seconds)].ravel() for depth in some if depth for video in depth.values()])
-        for some in ([r.depth for r in rollouts], [r.clip.depth for r in rollouts])
+        for some in ([r.depth for r in drives], [r.clip.depth for r in drives])
     )
     return depth_errors(made, true)
 
 
-def _drift(rollouts: Sequence[Drive], distance: StLpips) -> list[dict[str, Any]]:
-    """The Fréchet distance of generated pictures from the simulator's of the same seconds, beside that of two halves
-    of the simulator's own."""
+def _drift(drives: Sequence[Drive], distance: StLpips) -> list[dict[str, Any]]:
+    """For each span the Fréchet distance between the generated and the simulator's pictures, and between two halves of
+    the simulator's."""
     rows = []
     for begin, end in SPANS:
         part = slice(begin * FPS, end * FPS, EVERY)
-        made = _embed([r.made for r in rollouts], part, distance)
-        true = _embed([r.clip.frames for r in rollouts], part, distance)
+        made = _embed([r.made for r in drives], part, distance)
+        true = _embed([r.clip.frames for r in drives], part, distance)
         if len(made):
             rows.append(
                 {
@@ -250,18 +250,18 @@ def _embed(videos: Sequence[Video], part: slice, distance: StLpips) -> NDArray[n
 
 
 def frechet(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Fréchet distance of two sets of features ``[N, C]``, both taken as Gaussian (FID, Heusel et al., 1706.08500)."""
+    """Fréchet distance of two sets of features ``[N, C]``, taken as Gaussian (FID, Heusel et al., arXiv 1706.08500)."""
     a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    # The trace of the root of a product of covariances: its eigenvalues are real and not negative, but for rounding.
+    # The trace of the square root of a product of covariances. Its eigenvalues are real and positive, up to rounding.
     root = np.sqrt(np.linalg.eigvals(a @ b).real.clip(min=0)).sum()
     return float(np.square(first.mean(0) - second.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * root)
 
 
-def cross_view(rollouts: Sequence[Drive], cameras: Sequence[Camera]) -> list[dict[str, Any]]:
-    """PSNR in dB between neighbouring cameras where both look, generated and simulated.
+def cross_view(drives: Sequence[Drive], cameras: Sequence[Camera]) -> list[dict[str, Any]]:
+    """PSNR in dB between neighbouring cameras in the region that both see, for generated and simulated video.
 
-    Pixels are matched by direction, as if all were far away; where two cameras stand apart, near things do not match
-    in the simulator either.
+    Pixels are matched by direction, as if everything were far away. Near things do not match, in the simulator either,
+    if two cameras stand apart.
     """
     rows = []
     for one, other in combinations(cameras, 2):
@@ -271,7 +271,7 @@ def cross_view(rollouts: Sequence[Drive], cameras: Sequence[Camera]) -> list[dic
             continue
         row: dict[str, Any] = {"cameras": [one.name, other.name], "share": float(seen.mean())}
         for source in ("generated", "simulator"):
-            videos = [r.made if source == "generated" else r.clip.frames for r in rollouts]
+            videos = [r.made if source == "generated" else r.clip.frames for r in drives]
             errors = [_mismatch(video[one.name][::EVERY], video[other.name][::EVERY], where, seen) for video in videos]
             row[source] = psnr(np.array(errors))
         rows.append(row)
@@ -281,22 +281,22 @@ def cross_view(rollouts: Sequence[Drive], cameras: Sequence[Camera]) -> list[dic
 def _mismatch(
     one: NDArray[np.uint8], other: NDArray[np.uint8], where: NDArray[np.float64], seen: NDArray[np.bool_]
 ) -> float:
-    """Mean squared difference of ``one`` and of ``other`` looked up where ``one`` looks, over the pixels both see."""
+    """Mean squared difference of two cameras over the pixels that both see; ``where`` maps ``one`` to ``other``."""
     grid = torch.from_numpy(np.nan_to_num(where)).float().expand(len(other), -1, -1, -1)
     looked = F.grid_sample(torch.from_numpy(other).permute(0, 3, 1, 2).float(), grid, align_corners=False)
     return float(np.square(looked.permute(0, 2, 3, 1).double().numpy() - one)[:, seen].mean())
 
 
 def card_name(steps: int, guidance: float) -> str:
-    """Of an evaluation's files: ``world``, with what differs from four steps without guidance."""
+    """The name of an evaluation's files: ``world``, plus steps and guidance if they are not the default."""
     few, unguided = steps == LoopConfig.steps, guidance == 1
     return "world" + ("" if few else f"-{steps}") + ("" if unguided else f"-guided-{guidance:g}")
 
 
 def matching_pixels(one: Camera, other: Camera) -> NDArray[np.float64]:
-    """Where ``other`` sees each of ``one``'s directions, ``[H, W, 2]``; NaN where it does not.
+    """For each pixel of ``one``, where ``other`` sees the same direction: ``[H, W, 2]``, NaN if it does not.
 
-    Column and row, -1 and 1 being the borders of its picture, as `torch.nn.functional.grid_sample` counts.
+    The values are column and row in the coordinates of `torch.nn.functional.grid_sample`: -1 and 1 are the borders.
     """
     x, y, z = np.moveaxis(camera_rays(one), -1, 0)
     yaw, pitch = np.radians(other.yaw), np.radians(other.pitch)
@@ -305,13 +305,13 @@ def matching_pixels(one: Camera, other: Camera) -> NDArray[np.float64]:
     reach = np.tan(np.radians(other.fov) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         where = np.stack([-left / forward, -up / forward * other.width / other.height], -1) / reach
-    # Half a pixel from the border on, interpolation would mix in what lies outside.
+    # Less than half a pixel from the border, interpolation would mix in pixels from outside.
     inside = (np.abs(where) <= 1 - 1 / np.array([other.width, other.height])).all(-1) & (forward > 0)
     return np.where(inside[..., None], where, np.nan)
 
 
 def card(figures: dict[str, Any]) -> str:
-    """The Markdown of an evaluation."""
+    """The card of an evaluation, in Markdown."""
     horizons = [
         (f"{seconds} s", f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['lpips']:.3f}")
         for seconds, row in figures["horizons"].items()
@@ -340,29 +340,29 @@ def card(figures: dict[str, Any]) -> str:
     ]
     return f"""# The world model against the simulator
 
-Everything computed, what is shown committed, {figures["steps"]} steps a chunk, guidance {figures["guidance"]:g},
-the actions of held-out clips ({", ".join(figures["clips"])}).
+Full compute, the shown pictures committed, {figures["steps"]} steps per chunk, guidance {figures["guidance"]:g}.
+Actions of held-out clips: {", ".join(figures["clips"])}.
 
-The recordings taken to latents and back are {figures["reconstruction_psnr_db"]:.1f} dB from what was recorded, all
-cameras. The middle of the camera ahead, after one second:
+Recordings encoded and decoded have a PSNR of {figures["reconstruction_psnr_db"]:.1f} dB over all cameras. The middle of
+the camera ahead after one second:
 
-![recorded, decoded from its latents, and generated]({card_name(figures["steps"], figures["guidance"])}-crops.png)
+![recorded, encoded and decoded, generated]({card_name(figures["steps"], figures["guidance"])}-crops.png)
 
-Fidelity after so many seconds, stitched view:
+Fidelity over time, stitched view:
 
 {markdown(("after", "PSNR, dB", "SSIM", "ST-LPIPS"), horizons)}
-Depth nearer than {FAR:g} m, all cameras: mean relative error, and share of pixels right within a factor of 1.25:
+Depth nearer than {FAR:g} m, all cameras: mean relative error, and share of pixels within a factor of 1.25 of the truth:
 
-{markdown(("after", "AbsRel", "within 1.25"), depth) if depth else "This model draws no depth."}
-Drift: Fréchet distance (mean features of ST-LPIPS's AlexNet, all cameras) of generated pictures from the simulator's of
-the same seconds, beside that of two halves of the simulator's own:
+{markdown(("after", "AbsRel", "within 1.25"), depth) if depth else "This model has no depth."}
+Drift: Fréchet distance between generated and simulated pictures of the same seconds, and between two halves of the
+simulated ones. Features are the mean features of ST-LPIPS's AlexNet, all cameras:
 
-{markdown(("seconds", "pictures", "Fréchet distance", "simulator's own"), drift)}
-Action: speed and yaw rate that a network, trained on the simulator's pictures and calibrated by some that it did not
-learn from, reads back from the camera ahead, against the motion that the commands gave in the simulator:
+{markdown(("seconds", "pictures", "Fréchet distance", "within the simulator"), drift)}
+Response to actions: a network reads speed and yaw rate from the camera ahead. They are compared with the true motion
+of the simulator. The network is trained on simulated pictures and calibrated with others:
 
 {markdown(("what", "correlation", "slope", "simulator: correlation", "slope"), action)}
-Agreement of neighbouring cameras where both look, PSNR in dB of pixels matched by direction:
+Agreement of neighbouring cameras in the region that both see, PSNR in dB of pixels matched by direction:
 
 {markdown(("cameras", "of the first", "generated", "simulator"), views)}
 {about(figures["environment"])}

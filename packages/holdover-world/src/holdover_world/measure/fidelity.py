@@ -1,8 +1,8 @@
-"""How close one video is to another: PSNR, SSIM and ST-LPIPS, per camera and for the stitched view.
+"""How close a video is to another: PSNR, SSIM and ST-LPIPS, per camera and for the stitched view.
 
-PSNR is that of the mean squared error over all frames, not a mean of decibels: chunks that are computed in full
-are equal bit for bit and would make such a mean infinite. The stitched view is the rig on one canvas; PSNR and SSIM
-count only the pixels that some camera covers, ST-LPIPS sees the canvas as it is.
+PSNR is computed from the mean squared error over all frames. A mean of decibels would be infinite, because frames of
+chunks that are computed in full are equal bit for bit. The stitched view is the rig on one canvas. PSNR and SSIM count
+only the pixels that a camera covers; ST-LPIPS sees the whole canvas.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage.metrics import structural_similarity
 
+from holdover.report.fidelity import STITCHED, psnr, squared_errors, ssim
 from holdover_world.measure.stlpips import StLpips
 from holdover_world.scene.cameras import stitch
 
 Video = Mapping[str, NDArray[np.uint8]]  # per camera [T, height, width, 3]
-STITCHED = "stitched"
-#: Metres from which on depth is not compared: hills and the sky.
+#: Depth is compared up to this many metres. Beyond it are hills and the sky.
 FAR = 100.0
 _View = tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_] | None]  # a video, its reference, the pixels that count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Of one view. ``psnr_db`` is infinite for equal videos; ``lpips`` is ST-LPIPS, None where it was not computed."""
+    """Figures of one view. ``psnr_db`` is infinite for equal videos. ``lpips`` is ST-LPIPS, None if not computed."""
 
     psnr_db: float
     ssim: float
     lpips: float | None
 
     def to_json(self) -> dict[str, float | None]:
-        """JSON knows no infinity: equal videos have a PSNR of null."""
+        """Plain JSON values. JSON has no infinity, so the PSNR of equal videos is null."""
         return {
             "psnr_db": self.psnr_db if math.isfinite(self.psnr_db) else None,
             "ssim": self.ssim,
@@ -49,8 +48,8 @@ class Comparison:
     """One video against its reference.
 
     Attributes:
-        errors: per camera, and for the stitched view, the mean squared error of each frame ``[T]``, in units of 1/255.
-        ssim, lpips: per camera and stitched, the mean over the sampled frames.
+        errors: the mean squared error of each frame ``[T]`` in units of 1/255, for each camera and the stitched view.
+        ssim, lpips: the mean over the sampled frames, for each camera and the stitched view.
     """
 
     errors: Mapping[str, NDArray[np.float64]]
@@ -65,14 +64,14 @@ class Comparison:
         return psnr(self.errors[view][frames])
 
     def psnr_by(self, frames: int, view: str = STITCHED) -> list[float]:
-        """PSNR in dB of consecutive runs of ``frames`` frames; a last incomplete one is left out."""
+        """PSNR in dB of consecutive parts of ``frames`` frames. An incomplete last part is left out."""
         errors = self.errors[view]
         return [psnr(errors[i : i + frames]) for i in range(0, len(errors) - frames + 1, frames)]
 
     def psnr_at_ends(self, frames: int, least: int, view: str = STITCHED) -> tuple[float, float]:
-        """PSNR in dB of the first and of the last ``least`` frames or a few more, of whole runs of ``frames`` frames.
+        """PSNR in dB of the first and of the last ``least`` frames, rounded up to whole parts of ``frames`` frames.
 
-        Where every run begins with what was computed in full, ends that are not whole may hold more of it than others.
+        With parts of one window both ends hold the same share of chunks that are computed in full.
         """
         errors = self.errors[view][: len(self.errors[view]) // frames * frames]
         count = math.ceil(least / frames) * frames
@@ -84,14 +83,14 @@ def compare(video: Video, reference: Video, *, every: int = 1, distance: StLpips
 
     Args:
         video, reference: per camera ``uint8 [T, height, width, 3]``.
-        every: SSIM and ST-LPIPS look at every so-manieth frame; PSNR always looks at all.
+        every: SSIM and ST-LPIPS are computed on every n-th frame, PSNR on all.
         distance: ST-LPIPS, or None to leave it out.
 
     Raises:
         ValueError: the videos do not match.
     """
     if {n: v.shape for n, v in video.items()} != {n: v.shape for n, v in reference.items()}:
-        raise ValueError("the videos differ in cameras, sizes or length; compare rollouts of one scenario")
+        raise ValueError("the videos differ in cameras, sizes or length; compare runs of one scenario")
     if every < 1:
         raise ValueError(f"every={every} is not a number of frames; give 1 or more")
     errors = {name: squared_errors(frames, reference[name]) for name, frames in video.items()}
@@ -113,10 +112,10 @@ def compare(video: Video, reference: Video, *, every: int = 1, distance: StLpips
 
 
 def depth_errors(made: NDArray[np.floating], true: NDArray[np.floating]) -> dict[str, float | None]:
-    """How far depth is from the truth, both ``[...]`` in metres, over pixels that truly are nearer than `FAR`.
+    """Errors of depth ``[...]`` in metres, over the pixels whose true depth is less than `FAR`.
 
-    ``abs_rel`` is the mean of ``|made - true| / true``, ``within_1.25`` the share of pixels whose larger depth is less
-    than 1.25 times the smaller; None where nothing is near. Source: Eigen et al., arXiv 1406.2283, section 4.
+    ``abs_rel`` is the mean of ``|made - true| / true``. ``within_1.25`` is the share of pixels whose larger depth is
+    less than 1.25 times the smaller. Both are None if no pixel is near. Source: Eigen et al., arXiv 1406.2283, 4.
     """
     near = (true > 0) & (true < FAR)
     if not near.any():
@@ -126,36 +125,5 @@ def depth_errors(made: NDArray[np.floating], true: NDArray[np.floating]) -> dict
     return {"abs_rel": float(np.abs(ratio - 1).mean()), "within_1.25": float(within.mean())}
 
 
-def squared_errors(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
-    """The mean squared error of each frame ``[T]`` of two videos ``uint8 [T, ...]``."""
-    return np.array([np.square(a.astype(np.float64) - b).mean() for a, b in zip(first, second, strict=True)])
-
-
-def psnr(squared_errors: NDArray[np.float64]) -> float:
-    """Peak signal-to-noise ratio in dB of 8-bit pictures, infinite without error."""
-    mean = float(np.mean(squared_errors))
-    return 10 * math.log10(255**2 / mean) if mean > 0 else math.inf
-
-
 def _mean_ssim(first: NDArray[Any], second: NDArray[Any], mask: NDArray[np.bool_] | None) -> float:
     return fmean(ssim(a, b, mask) for a, b in zip(first, second, strict=True))
-
-
-def ssim(first: NDArray[Any], second: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> float:
-    """Structural similarity (Wang et al., 2004: Gaussian window of sigma 1.5) of two pictures ``uint8 [H, W, 3]``.
-
-    With a mask ``[H, W]`` the mean is over the pixels it covers.
-    """
-    if np.array_equal(first, second):
-        return 1.0
-    _, full = structural_similarity(  # type: ignore[no-untyped-call]
-        first,
-        second,
-        channel_axis=-1,
-        data_range=255,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        full=True,
-    )
-    return float(full.mean() if mask is None else full[mask].mean())

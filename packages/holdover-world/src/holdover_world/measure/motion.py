@@ -1,4 +1,4 @@
-"""Reading the ego's motion back from video: a small network trained on the simulator's pictures."""
+"""A small network that reads the motion of the car from video. It is trained on the simulator's pictures."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from holdover_world.scene.cameras import FPS, Camera
 from holdover_world.scene.clips import Clip
 from holdover_world.scene.vehicles import MAX_SPEED
 
-#: Frames from the first picture to the last.
+#: Frames from the first picture that the network sees to the last.
 GAP = 8
-#: The pictures that are looked at: near enough that no two dashes of a lane are taken for one another, and far enough
-#: apart to see what moves little from one picture to the next.
+#: The pictures that the network sees. They are close enough that a lane's dashes are not confused, and far enough apart
+#: to show small motion.
 MOMENTS = (0, 2, 4, GAP)
-#: How many pixels across what is softened is averaged over; 1 leaves it as it is.
+#: The sizes in pixels of the average that softens a picture; 1 leaves it unchanged.
 SOFTNESS = (1, 2, 3, 4, 6)
-#: What brings speed (m/s) and yaw rate (rad/s) to about one.
+#: The scale of speed (m/s) and yaw rate (rad/s).
 SCALE = np.array([MAX_SPEED, 0.5])
-#: Every so-manieth clip is not learned from: by these the reader is calibrated.
+#: Every n-th clip is kept for the calibration and not trained on.
 _CALIBRATES = 6
 
 
 class MotionReader(nn.Module):
-    """Speed and yaw rate from a few moments of a camera that looks ahead.
+    """Reads speed and yaw rate from a few pictures of a camera that looks ahead.
 
     Attributes:
-        offset, slope: of what the network reads over what is true, see `calibrate`.
+        offset, slope: of the line of the network's readings over the true values, see `calibrate`.
     """
 
     def __init__(self, camera: str) -> None:
@@ -61,11 +61,11 @@ class MotionReader(nn.Module):
         return (motion - self.offset) / self.slope
 
     def calibrate(self, clips: Sequence[Clip]) -> None:
-        """Take out what is lost in reading, by clips that were not learned from.
+        """Correct the readings with clips that were not trained on.
 
-        Where a network is unsure it reads towards the mean, so that its readings of perfect pictures rise by less than
-        what is true. As with any instrument they are drawn over known values, and that line is inverted (classical
-        calibration). What does not vary in these clips is left as it is read.
+        An unsure network reads towards the mean, so its readings vary less than the truth. This fits the line of the
+        readings over the known values, and `motion` inverts it (classical calibration). A quantity that does not vary
+        in these clips is not corrected.
         """
         read = np.concatenate([self.motion(clip.frames) for clip in clips])
         true = np.concatenate([true_motion(clip) for clip in clips])
@@ -76,7 +76,7 @@ class MotionReader(nn.Module):
 
 
 def true_motion(clip: Clip, every: int = GAP) -> NDArray[np.float64]:
-    """What `MotionReader.motion` should read from a clip: mean speed and yaw rate from its poses.
+    """The true motion of a clip at the places of `MotionReader.motion`: mean speed and yaw rate from its poses.
 
     Args:
         every: frames from one reading to the next.
@@ -95,22 +95,22 @@ def train_motion_reader(
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> MotionReader:
-    """Train on recorded clips, and calibrate by every sixth of them, which is not learned from.
+    """Train on recorded clips. Every sixth clip is left out of training and used to calibrate.
 
-    Pictures are softened in part, brightened and made noisy, because generated video is; half of the batches are
-    mirrored, with their yaw rates.
+    Pictures are softened, brightened and made noisy, as generated video is. Half of the batches are mirrored together
+    with their yaw rates.
 
     Args:
-        clips: to learn from, and to calibrate by.
-        camera: which of theirs to look at.
-        advance: is called after every step.
+        clips: the clips to train on and to calibrate with.
+        camera: the camera to look at.
+        advance: called after every step.
 
     Raises:
         ValueError: there are fewer than two clips.
     """
     if len(clips) < 2:
         raise ValueError(
-            f"{len(clips)} clips to learn to read motion from: give two or more, for it is calibrated by one"
+            f"{len(clips)} clips to train the reader of motion on; give two or more, because one is for calibration"
         )
     known, clips = clips[::_CALIBRATES], [clip for n, clip in enumerate(clips) if n % _CALIBRATES]
     torch.manual_seed(seed)
@@ -139,9 +139,9 @@ def train_motion_reader(
 
 
 def agreement(read: NDArray[np.float64], true: NDArray[np.float64]) -> dict[str, float | None]:
-    """Pearson correlation of two series, and the slope of the first over the second (least squares).
+    """Pearson correlation of two series, and the least-squares slope of the first over the second.
 
-    None where a series is constant.
+    Both are None if a series is constant.
     """
     covariance = np.cov(true, read)
     if 0 in np.diag(covariance):
@@ -153,7 +153,7 @@ def agreement(read: NDArray[np.float64], true: NDArray[np.float64]) -> dict[str,
 
 
 def camera_ahead(cameras: Sequence[Camera]) -> str:
-    """The name of the camera that looks ahead; the widest of several."""
+    """The name of the camera that looks ahead, the widest if there are several."""
     return min(cameras, key=lambda camera: (abs(camera.yaw), -camera.fov)).name
 
 
@@ -163,7 +163,7 @@ def _pictures(frames: NDArray[np.uint8], start: int) -> Tensor:
 
 
 def _softened(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """As a generator might have drawn them: each a mixture of itself and its blur, in other light, with noise."""
+    """Augmented pictures: each mixed with its blur, in other light and with noise."""
 
     def drawn(low: float, high: float) -> Tensor:
         return torch.from_numpy(rng.uniform(low, high, (len(pictures), 1, 1, 1))).float()

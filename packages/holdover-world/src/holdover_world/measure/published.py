@@ -1,4 +1,4 @@
-"""What the X-Cache paper reports (arXiv 2604.20289), to stand beside one's own figures."""
+"""The figures of the X-Cache paper (arXiv 2604.20289)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One split: 7 cameras, 264 frames at 12 frames/s, 4 steps, 30 blocks; reference is full compute.
+    """One split of the paper: 7 cameras, 264 frames at 12 frames/s, 4 steps, 30 blocks. The reference is full compute.
 
-    ``lpips`` is LPIPS, not ST-LPIPS; times are of the DiT alone, in seconds per chunk.
+    ``lpips`` is LPIPS, not ST-LPIPS. Times are of the DiT alone, in seconds per chunk.
     """
 
     split: str

@@ -1,8 +1,8 @@
-"""Does a cached rollout still obey? An abrupt action in the middle of a cycle, with and without, cached and in full.
+"""How a cached run reacts to an abrupt action in mid-cycle, compared with full compute.
 
-The *response* is what the action changes: pictures under the event minus pictures without it. The
-*response ratio* is the projection of the cached response onto the full one, ``<cached, full> / |full|^2``: 1 is right,
-0 is a car that drives on as if nothing had been said.
+The *response* is the change of the pictures: with the event minus without it. The *response ratio* is the projection of
+the cached response onto that of full compute, ``<cached, full> / |full|^2``. It is 1 for the same response and 0 if the
+car ignores the action.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from holdover.engine.cache import Cache
 from holdover_world.loop.closed_loop import ClosedLoop, Commit, Piece
 from holdover_world.measure.race import Race, fork
+from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.vehicles import denormalise_action, normalise_action
 
-#: A response ratio from which the rollout counts as having reacted.
+#: The response ratio from which a run counts as having reacted.
 REACTED = 0.9
-#: Below this commanded speed (m/s) there is nothing to brake and steering moves nothing.
+#: Reactions are not measured below this commanded speed (m/s): braking and steering would change little.
 MIN_SPEED = 2.0
 _STEER = 4.0  # m/s^2, lateral acceleration of an evasive turn
 _LANE_CHANGE = 2.5  # m/s^2, of a brisk lane change
 _SHARPEST = 0.1  # 1/m
-_STILL = 0.01  # of an action's range; the script's own small corrections
+_STILL = 0.01  # of an action's range: changes up to this are the script's small corrections
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What is commanded from its chunk on: maps the present action ``[A]`` to one action per chunk."""
+    """An abrupt command. Maps the current action ``[A]`` to the actions of the chunks from the event on."""
 
     name: str
     actions: Callable[[Tensor], Sequence[Tensor]]
@@ -48,7 +50,7 @@ def _change_lane(action: Tensor) -> Sequence[Tensor]:
     return _turned(action, _LANE_CHANGE), _turned(action, -_LANE_CHANGE), action
 
 
-#: Each holds its last action. Braking is to a fifth of the speed.
+#: The last action of an event continues. Braking is to a fifth of the speed.
 EVENTS = (
     Event(name="brake", actions=_brake),
     Event(name="steer", actions=_steer),
@@ -58,15 +60,14 @@ EVENTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Reaction:
-    """One event, once.
+    """The reaction to one event.
 
     Attributes:
-        event: its name.
-        position: where in the cycle it fell.
-        ratios: the response ratio of each chunk from the event's own on; None where the full-compute rollout
-            does not respond either.
-        response: root mean square of the full response in the event's own chunk, in units of 1/255.
-        error: mean squared error of the cached picture there, in units of 1/255: what PSNR sees of it.
+        event: the name of the event.
+        position: its position in the cycle.
+        ratios: the response ratio of each chunk from that of the event on. None if full compute does not respond.
+        response: root mean square of the full-compute response in the event's chunk, in units of 1/255.
+        error: mean squared error of the cached pictures in that chunk, in units of 1/255.
     """
 
     event: str
@@ -77,53 +78,53 @@ class Reaction:
 
     @property
     def late(self) -> int | None:
-        """Chunks until the ratio first reaches `REACTED`, 0 in the event's own; None if it never did."""
+        """Chunks until the ratio reaches `REACTED`: 0 in the event's chunk, None if it never does."""
         return next((i for i, ratio in enumerate(self.ratios) if ratio is not None and ratio >= REACTED), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """One chunk under an event: its pictures in [-1, 1], all in one row, and how they differ from calm."""
+    """One chunk under an event: its pictures in [-1, 1] as one vector, and their change against no event."""
 
     pictures: Tensor
     change: Tensor
 
 
-Responses = dict[str, list[Response]]  # per event, for each chunk from it on
+Responses = dict[str, list[Response]]  # for each event the chunks from it on
 
 
 def response_ratio(cached: Tensor, full: Tensor) -> float | None:
-    """The projection of one response onto another, None where the other is zero."""
+    """The projection of the cached response onto the full one; None if the full one is zero."""
     norm = float(full.double().square().sum())
     return float((cached.double() * full.double()).sum()) / norm if norm > 0 else None
 
 
 def can_react(action: Tensor) -> bool:
-    """Whether the car moves enough under ``action [A]`` for braking and steering to show."""
+    """Whether the car moves fast enough under ``action [A]`` for braking and steering to show."""
     return float(denormalise_action(action.numpy())[0]) >= MIN_SPEED
 
 
 def measure(
-    cached: ClosedLoop,
-    full: ClosedLoop,
+    cached: ClosedLoop[WorldModel],
+    full: ClosedLoop[WorldModel],
     action: Tensor,
     *,
     events: Sequence[Event] = EVENTS,
     horizon: int = 1,
     full_responses: Responses | None = None,
 ) -> list[Reaction]:
-    """Measure the reaction of a cached rollout from where it stands; neither loop is moved.
+    """Measure the reactions of a cached loop from its current state. Neither loop is advanced.
 
     Args:
-        cached: a running loop with a cache, in the middle of a cycle.
+        cached: a running loop with a cache, in mid-cycle.
         full: its full-compute reference, at the same chunk.
-        action: what is commanded without an event, ``[A]``.
-        horizon: chunks to look at, the event's own included.
-        full_responses: filled with the reference's responses, or read where it holds them: several cached loops
-            with the same reference need them once.
+        action: the action ``[A]`` without an event.
+        horizon: the number of chunks to look at, the event's chunk included.
+        full_responses: the reference's responses. They are computed if it is empty, so that several cached loops with
+            one reference can share it.
 
     Raises:
-        ValueError: the loops stand at different chunks.
+        ValueError: the loops are at different chunks.
     """
     if cached.chunk != full.chunk:
         raise ValueError(f"the cached loop is at chunk {cached.chunk}, the full one at {full.chunk}")
@@ -146,19 +147,19 @@ def measure(
 def measure_race(
     race: Race, action: Tensor, *, events: Sequence[Event] = EVENTS, horizon: int = 1
 ) -> dict[str, list[Reaction]]:
-    """`measure` for every cached run of a race, where it stands; the race is not moved."""
+    """`measure` for every cached run of a race, from its current state. The race is not advanced."""
     responses: dict[tuple[int, Commit], Responses] = {}
     reactions = {}
-    for name, lane in race.lanes.items():
-        # By the arm's own rule, but not after its commits: those are decisions of a run that is not under way.
-        full, commit = fork(race.reference(name).loop, "reference"), lane.loop.config.commit
+    for name, run in race.runs.items():
+        # With the arm's commit rule, but not following its commits: the event is not part of the arm's run.
+        full, commit = fork(race.reference(name).loop, "reference"), run.loop.config.commit
         full.cache, full.config = None, replace(full.config, commit=commit)
         memory = responses.setdefault((id(race.reference(name).loop), commit), {})
-        reactions[name] = measure(lane.loop, full, action, events=events, horizon=horizon, full_responses=memory)
+        reactions[name] = measure(run.loop, full, action, events=events, horizon=horizon, full_responses=memory)
     return reactions
 
 
-def drive(
+def run_race(
     race: Race,
     actions: Tensor,
     *,
@@ -167,18 +168,18 @@ def drive(
     horizon: int = 1,
     advance: Callable[[], None],
 ) -> dict[str, list[Reaction]]:
-    """Run a race to the end, measuring reactions on the way.
+    """Run a race to the end and measure reactions on the way.
 
     Args:
-        actions: one per chunk ``[G, A]``.
-        at: chunks at which to measure, see `moments`.
+        actions: one action for each chunk, ``[G, A]``.
+        at: the chunks at which to measure, see `moments`.
         events, horizon: see `measure`.
         advance: called after each chunk.
 
     Returns:
         The reactions of each cached run.
     """
-    reactions: dict[str, list[Reaction]] = {name: [] for name in race.lanes}
+    reactions: dict[str, list[Reaction]] = {name: [] for name in race.runs}
     for g, action in enumerate(actions):
         if g in at:
             for name, found in measure_race(race, action, events=events, horizon=horizon).items():
@@ -189,11 +190,11 @@ def drive(
 
 
 def moments(actions: Tensor, cycle: int, count: int) -> list[int]:
-    """Chunks at which to measure, at most ``count``, spread over a rollout.
+    """At most ``count`` chunks at which to measure, spread over a run.
 
-    They lie in mid-cycle, after the first cycle and before a cycle's last chunk, where even a cache that never
-    reacts is only one chunk late; the car moves there. The action has held still since the cycle's start, or
-    changed less than elsewhere: while the script itself is changing it, an event is not what changes the picture.
+    The car moves there. They are in mid-cycle, after the first cycle. The last chunk of a cycle is left out: there even
+    a cache that never reacts is only one chunk late. The action has been constant since the start of the cycle, or has
+    changed least: while the script changes the action, the change of the picture is not due to the event.
     """
     inside = range(1, max(2, cycle - 1))
     unrest = {
@@ -214,18 +215,12 @@ def moments(actions: Tensor, cycle: int, count: int) -> list[int]:
 
 
 def mean_ratio(reactions: Sequence[Reaction], event: str) -> float | None:
-    """The mean response ratio in the event's own chunk; None where it could not be measured."""
+    """The mean response ratio in the event's chunk; None if it was never measured."""
     ratios = [r.ratios[0] for r in reactions if r.event == event and r.ratios[0] is not None]
     return fmean(ratios) if ratios else None
 
 
-def mean_late(reactions: Sequence[Reaction], event: str) -> float | None:
-    """The mean number of chunks until the rollout reacted; None if in some case it did not within the horizon."""
-    late = [r.late for r in reactions if r.event == event]
-    return None if not late or None in late else fmean(n for n in late if n is not None)
-
-
-def _respond(loop: ClosedLoop, action: Tensor, events: Sequence[Event], horizon: int) -> Responses:
+def _respond(loop: ClosedLoop[WorldModel], action: Tensor, events: Sequence[Event], horizon: int) -> Responses:
     calm = _run(loop, "calm", [action] * horizon)
     responses = {}
     for event in events:
@@ -237,29 +232,29 @@ def _respond(loop: ClosedLoop, action: Tensor, events: Sequence[Event], horizon:
 
 
 def _mean_square(difference: Tensor) -> float:
-    """Of pictures in [-1, 1], in units of 1/255 of a pixel's range."""
+    """The mean square of a difference of pictures in [-1, 1], in units of 1/255."""
     return float((difference.double() * 127.5).square().mean())
 
 
-def _run(loop: ClosedLoop, name: str, actions: Sequence[Tensor]) -> list[Tensor]:
+def _run(loop: ClosedLoop[WorldModel], name: str, actions: Sequence[Tensor]) -> list[Tensor]:
     stream = f"reaction {name}"
     twin = fork(loop, stream)
     shown = [_pictures(loop, twin.step(action)) for action in actions]
-    if loop.cache is not None:
+    if isinstance(loop.cache, Cache):
         loop.cache.reset(stream)
     return shown
 
 
-def _pictures(loop: ClosedLoop, piece: Piece) -> Tensor:
-    """What a piece shows, in [-1, 1], all cameras in one row."""
+def _pictures(loop: ClosedLoop[WorldModel], piece: Piece) -> Tensor:
+    """The pictures of a piece in [-1, 1], all cameras as one vector."""
     cameras = loop.model.codec.pictures("colour", piece.latents, piece.before)
     return torch.cat([video.flatten() for video in cameras.values()]).clamp(-1, 1)
 
 
 def _turned(action: Tensor, lateral_acceleration: float) -> Tensor:
-    """The same speed, turned out of its present course at a lateral acceleration in m/s^2, positive to the left."""
+    """The same speed with a curvature changed by a lateral acceleration in m/s^2, positive to the left."""
     speed, curvature = denormalise_action(action.numpy())
-    if curvature > 0:  # a car that turns left already is turned the other way: at full lock no other way shows
+    if curvature > 0:  # a car that already turns left is turned right: at full lock only that shows
         lateral_acceleration = -lateral_acceleration
     change = max(-_SHARPEST, min(_SHARPEST, lateral_acceleration / max(float(speed), MIN_SPEED) ** 2))
     return torch.from_numpy(normalise_action(speed, curvature + change))

@@ -1,9 +1,8 @@
 """ST-LPIPS: a learned perceptual distance between pictures (Ghildyal and Liu, ECCV 2022, arXiv 2207.13686).
 
 The network is an AlexNet made tolerant to shifts (stride 1 and blurred down-sampling with reflected borders), with a
-learned weight per channel. Its weights are read from the `stlpips_pytorch` package's own file; the package itself is
-not imported, because importing it needs torchvision. ST-LPIPS is not LPIPS: its numbers are of the same kind but
-cannot be compared with those of LPIPS (Zhang et al., 2018).
+learned weight per channel. The weights come from a file of the `stlpips_pytorch` package. The package is not imported,
+because that needs torchvision. The values cannot be compared with those of LPIPS (Zhang et al., 2018).
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ _CONVOLUTIONS = ("slice1.0", "slice2.5", "slice3.9", "slice4.11", "slice5.13")
 
 
 def weights_path() -> Path:
-    """Where the installed `stlpips_pytorch` package keeps its AlexNet weights.
+    """The file of AlexNet weights in the installed `stlpips_pytorch` package.
 
     Raises:
-        ModuleNotFoundError: the package is not installed; the message has the line that installs it.
+        ModuleNotFoundError: the package is not installed.
     """
     spec = find_spec("stlpips_pytorch")  # finds a package without importing it
     for folder in (spec.submodule_search_locations if spec else None) or ():
         if (path := Path(folder) / _WEIGHTS).is_file():
             return path
-    raise ModuleNotFoundError("ST-LPIPS needs its weight file: pip install --no-deps stlpips_pytorch==0.0.2")
+    raise ModuleNotFoundError("ST-LPIPS needs its weight file: pip install stlpips_pytorch==0.0.2")
 
 
 class StLpips:
-    """The distance, 0 for equal pictures and larger for less similar ones.
+    """The distance of two pictures: 0 if they are equal, larger if they are less similar.
 
     Args:
         path: the weight file; by default that of the installed package.
@@ -58,7 +57,7 @@ class StLpips:
 
     @torch.inference_mode()
     def embedding(self, video: NDArray[Any]) -> NDArray[np.float64]:
-        """The last stage's features of ``uint8 [T, height, width, 3]``, their mean over each frame: ``[T, 256]``."""
+        """The mean features of the last stage for each frame: ``[T, 256]`` from ``uint8 [T, height, width, 3]``."""
         features: NDArray[np.float64] = self._features(torch.from_numpy(video))[-1].mean((2, 3)).double().numpy()
         return features
 

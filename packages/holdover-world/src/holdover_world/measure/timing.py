@@ -1,4 +1,4 @@
-"""Speed, measured so that it can be believed: whole cycles of interleaved runs, and the bound beside the ratio."""
+"""Speed: whole cycles of interleaved runs, and the share of time that the blocks take."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from holdover_world.model.transformer import WorldModel
 def cycles(seconds: NDArray[np.float64], chunks: int, *, warm_up: int = 1) -> NDArray[np.float64]:
     """Mean seconds of a chunk in each whole cycle ``[cycles]``.
 
-    KV updates fall on every last chunk of a cycle, so single chunks do not compare; cycles do.
+    The last chunk of a cycle includes the KV update, so single chunks are not comparable, but whole cycles are.
 
     Args:
-        seconds: per chunk ``[G]``.
-        chunks: of one cycle.
-        warm_up: cycles left out at the start.
+        seconds: seconds of each chunk, ``[G]``.
+        chunks: the number of chunks in a cycle.
+        warm_up: the number of cycles to leave out at the start.
 
     Raises:
         ValueError: no whole cycle remains.
@@ -41,38 +41,19 @@ def cycles(seconds: NDArray[np.float64], chunks: int, *, warm_up: int = 1) -> ND
 
 
 def speedup(full: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """How many times faster: the ratio of the medians of two interleaved runs."""
+    """The speed-up: the ratio of the medians of two interleaved runs."""
     return float(np.median(full) / np.median(other))
 
 
-def amdahl_bound(block_share: float, skip: float) -> float:
-    """The speed-up that skipping a share of the blocks' time allows at most: ``1 / (1 - block_share * skip)``.
-
-    Args:
-        block_share: of the time without a cache, what the skippable block calls take.
-        skip: the share of those calls that is skipped.
-
-    Raises:
-        ValueError: a share is not between 0 and 1, or the two leave no time at all.
-    """
-    for name, value in (("block_share", block_share), ("skip", skip)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a share, between 0 and 1")
-    remaining = 1 - block_share * skip
-    if remaining == 0:
-        raise ValueError("block_share=1 with skip=1 leaves no time; a model does more than run its blocks")
-    return 1 / remaining
-
-
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was asked to."""
+    """Seconds on a clock, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 class BlockClock:
-    """Seconds spent in the blocks of denoising passes, or in whole ones."""
+    """Seconds spent in the blocks of denoising passes, or in the whole passes."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -109,20 +90,21 @@ def clock_blocks(model: WorldModel, *, whole: bool = False) -> Iterator[BlockClo
             hook.remove()
 
 
-def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> tuple[float, float]:
-    """The share of the DiT time, KV updates included, that the blocks of denoising passes take without a cache, and the
-    seconds of a chunk.
+def block_share(loop: ClosedLoop[WorldModel], action: Tensor, *, cycles: int = 2) -> tuple[float, float]:
+    """The share of the DiT time that the blocks of denoising passes take without a cache, and the seconds of a chunk.
+
+    KV updates count as DiT time.
 
     Args:
-        loop: a loop without a cache, at the start of a cycle; it is run on.
-        action: the action ``[A]`` to run it with.
-        cycles: how many to run; one more is run first to warm up.
+        loop: a loop without a cache, at the start of a cycle. It is advanced.
+        action: the action ``[A]`` of all chunks.
+        cycles: the number of cycles to time, after one of warm-up.
 
     Raises:
         ValueError: the loop has a cache.
     """
     if loop.cache is not None:
-        raise ValueError("the share of block time is that of the model alone; give a loop without a cache")
+        raise ValueError("the share of block time is measured on the model alone; give a loop without a cache")
     for _ in range(loop.window_frames):
         loop.step(action)
     total, chunks = 0.0, cycles * loop.window_frames
@@ -133,6 +115,6 @@ def block_share(loop: ClosedLoop, action: Tensor, *, cycles: int = 2) -> tuple[f
 
 
 def cadence_block_share(model: WorldModel, scenario: Scenario, config: LoopConfig) -> tuple[float, float]:
-    """`block_share` of a model under a cadence, from a scenario's start."""
+    """`block_share` of a model with this cadence, from the start of a scenario."""
     start = scenario.start, scenario.start_actions
     return block_share(ClosedLoop(model, *start, config=config, track=scenario.track), scenario.actions[0])

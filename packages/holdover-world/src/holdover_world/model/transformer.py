@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from holdover.slot import Slot, ViewGroup
 from holdover_world.codec.checkpoints import DIFFERENCE, add_difference, read_network, write_network
 from holdover_world.codec.latents import Codec
+from holdover_world.conditioning.lookup import Expected
 from holdover_world.conditioning.reprojection import Reprojection
 from holdover_world.config import WorldConfig
 from holdover_world.model.features import RAY_FEATURES, action_features, neighbourhoods, ray_features, sigma_features
-from holdover_world.model.kv_cache import Expected, KVBatch, KVCache
+from holdover_world.model.history import HistoryBatch, WorldHistory
+from holdover_world.model.kv_cache import KVBatch, KVCache
 from holdover_world.model.rotary import RotaryTables, Table, rotate
 from holdover_world.runtime import fast_dtype
 
@@ -53,7 +55,7 @@ class Pass:
     modulation_BF6C: Tensor
     rotary_temporal: tuple[Table, ...]
     rotary_cross: Table
-    cache: KVCache | KVBatch | None
+    kv: KVCache | KVBatch | None
     write: bool
 
     def rotary(self, group: int, views: int) -> Table:
@@ -66,8 +68,8 @@ class Pass:
     def take(self, rows: Sequence[int]) -> Pass:
         """The same for some rows of the batch."""
         tables = tuple((cos, sin) if cos.dim() == 2 else (cos[rows], sin[rows]) for cos, sin in self.rotary_temporal)
-        cache = self.cache.take(rows) if self.cache else None
-        return replace(self, modulation_BF6C=self.modulation_BF6C[rows], rotary_temporal=tables, cache=cache)
+        kv = self.kv.take(rows) if self.kv else None
+        return replace(self, modulation_BF6C=self.modulation_BF6C[rows], rotary_temporal=tables, kv=kv)
 
 
 def take_rows(rows: Sequence[int], hidden_BLC: Tensor, shared: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -143,11 +145,11 @@ class Block(nn.Module):
             q, k, v = part.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, b * views, heads, -1, c // heads)
             table = shared.rotary(g, views)
             q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
-            held = shared.cache.get(self.index, g) if shared.cache else None
-            if shared.cache and shared.write:
-                shared.cache.stage(self.index, g, k, v)
+            held = shared.kv.get(self.index, g) if shared.kv else None
+            if shared.kv and shared.write:
+                shared.kv.stage(self.index, g, k.unflatten(0, (b, views)), v.unflatten(0, (b, views)))
             if held:
-                k, v = torch.cat([held[0], k], 2), torch.cat([held[1], v], 2)
+                k, v = (torch.cat([old.flatten(0, 1), new], 2) for old, new in zip(held, (k, v), strict=True))
             out = attention(q, k, v).view(b, views, heads, f, -1, c // heads).permute(0, 3, 1, 4, 2, 5)
             sizes = [(p.stop - p.start) // views for p in parts]
             for outputs, tokens in zip(made, out.split(sizes, 3), strict=True):
@@ -268,8 +270,9 @@ class WorldModel(ModelMixin, ConfigMixin):
         *,
         sigma: float | Tensor,
         action_BFA: Tensor | None,
-        cache: KVCache | KVBatch | None = None,
+        history: WorldHistory | HistoryBatch | None = None,
         write: bool = False,
+        done_BFA: Tensor | None = None,
     ) -> Tensor:
         """Predict clean latents.
 
@@ -278,8 +281,9 @@ class WorldModel(ModelMixin, ConfigMixin):
             sigma: noise level in [0, 1], a number or one per row ``[B]``.
             action_BFA: the normalised action of each latent frame; frames not yet commanded hold the newest. None: any
                 (the other branch of classifier-free guidance).
-            cache: the KV cache of the stream, or those of a stream per row; its windows are attended to.
-            write: commit this pass's keys and values to the cache (the clean pass of the KV update).
+            history: of the video, or of one video per row; the windows in its KV cache are attended to.
+            write: this is the clean pass of a KV update: add these latents, with their keys and values, to the history.
+            done_BFA: with ``write``, the actions that the ego carried out meanwhile; by default ``action_BFA``.
         """
         b, f, n, _ = x_BFNP.shape
         dtype = self.keep.weight.dtype
@@ -290,13 +294,13 @@ class WorldModel(ModelMixin, ConfigMixin):
         condition_BFC = F.silu(self.sigma_mlp(sigma_features(sigma_B).to(dtype))[:, None] + action)
         shared = Pass(
             modulation_BF6C=self.modulation(condition_BFC).unflatten(-1, (6, -1)),
-            rotary_temporal=self._rotary.temporal(cache.starts if cache else (0,), f, x_BFNP.device, dtype),
+            rotary_temporal=self._rotary.temporal(history.kv.starts if history else (0,), f, x_BFNP.device, dtype),
             rotary_cross=self._rotary.cross(x_BFNP.device, dtype),
-            cache=cache,
+            kv=history.kv if history else None,
             write=write,
         )
         hidden_BFNC = self._each(self.embed, x_BFNP.to(dtype)) + self.ray_mlp(self.rays_NR.to(dtype))
-        expected = self._expected(cache, action_BFA, f) if cache is not None else None
+        expected = self._expected(history, action_BFA, f) if history is not None else None
         if expected is not None:
             # What stands still is looked up: attention alone takes long to learn where to look.
             expected_BFNP, seen_BFN1, layout_BFNP = (x.to(dtype) for x in expected)
@@ -307,8 +311,8 @@ class WorldModel(ModelMixin, ConfigMixin):
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
-        if cache is not None and write:
-            cache.commit(x_BFNP, action_BFA)
+        if history is not None and write:
+            history.commit(x_BFNP, action_BFA, done_BFA)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
         final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
         clean = self._each(self.head, final_BFNC)
@@ -318,24 +322,31 @@ class WorldModel(ModelMixin, ConfigMixin):
             clean = torch.addcmul(clean, self.keep_layout(final_BFNC), layout_BFNP)
         return clean
 
-    def _expected(self, cache: KVCache | KVBatch, action_BFA: Tensor | None, frames: int) -> Expected | None:
+    def _expected(
+        self, history: WorldHistory | HistoryBatch, action_BFA: Tensor | None, frames: int
+    ) -> Expected | None:
         """What the latent frames would be if the world stood still, of each token the share that is known from there,
         and the layout; without an action, what they were, and nothing is known."""
-        if cache.last is None:
+        if history.last is None:
             return None
         if action_BFA is None:
-            last_BFNP = cache.last[:, None].expand(-1, frames, -1, -1)
+            last_BFNP = history.last[:, None].expand(-1, frames, -1, -1)
             nothing = last_BFNP.new_zeros(1)
-            return last_BFNP, nothing.expand(*last_BFNP.shape[:3], 1), nothing.expand_as(last_BFNP)
-        return cache.expect(action_BFA, self.reprojection)
+            return Expected(last_BFNP, nothing.expand(*last_BFNP.shape[:3], 1), nothing.expand_as(last_BFNP))
+        return history.expect(action_BFA, self.reprojection)
 
     def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
         """Every modality's tokens ``[..., N, *]`` through its own layer."""
         parts = zip(layers, self._modality_tokens, strict=True)
         return torch.cat([layer(x[..., tokens, :]) for layer, tokens in parts], -2)
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.sizes.context)
+    def new_history(self) -> WorldHistory:
+        """The history of a new video."""
+        return WorldHistory(kv=KVCache(self.sizes.context))
+
+    def stack(self, histories: Sequence[WorldHistory]) -> HistoryBatch:
+        """The histories of several videos as one batch, one row each."""
+        return HistoryBatch(histories)
 
     def holdover_slots(self) -> list[Slot]:
         """Where `holdover.attach` finds the blocks, and attention and MLP within them."""
@@ -355,22 +366,23 @@ class WorldModel(ModelMixin, ConfigMixin):
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None) -> WorldModel:
         """Read a model and its codec, in evaluation mode.
 
-        A student may lie in its teacher's folder, as the difference from it (`write_difference`).
+        A student in a folder of its teacher's folder may be kept whole, or as its difference from the teacher
+        (`write_difference`).
 
         Args:
-            dtype: of the weights; by default what the CPU is fast in (`fast_dtype`).
+            dtype: of the weights; by default the one the CPU is fast in (`fast_dtype`).
 
         Raises:
             FileNotFoundError: there is no such folder.
             ValueError: the folder does not hold a world model, or not one of this version.
         """
-        if (folder / DIFFERENCE).is_file():
-            model = cls.load(folder.parent, dtype=dtype)
+        different = (folder / DIFFERENCE).is_file()
+        base = folder.parent if different else folder
+        if not (base / cls.config_name).is_file():
+            raise FileNotFoundError(f"no world model in {base}; train one with `holdover world train`")
+        model = read_network(cls, base, dtype or fast_dtype())
+        if different:
             add_difference(model, folder)
-            return model
-        if not (folder / cls.config_name).is_file():
-            raise FileNotFoundError(f"no world model in {folder}; train one with `holdover world train`")
-        model = read_network(cls, folder, dtype or fast_dtype())
         model.codec = Codec.load(folder, model.sizes, dtype=dtype)
         return model
 

@@ -5,6 +5,7 @@ Ego coordinates are metres, x forward, y left, z up, with the origin on the grou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,27 @@ RIG: tuple[Camera, ...] = (
 def enlarged(rig: tuple[Camera, ...], times: int) -> tuple[Camera, ...]:
     """The same rig with so many times the pixels, each way."""
     return tuple(replace(camera, width=camera.width * times, height=camera.height * times) for camera in rig)
+
+
+def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
+    """Directions in ego coordinates through the centre of each square of ``every`` pixels: ``[rows, columns, 3]``.
+
+    They have length 1 along the viewing axis, not in all. Squares may reach beyond the lower and the right edge.
+    """
+    focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
+    right = (np.arange(math.ceil(camera.width / every)) + 0.5) * every - camera.width / 2
+    down = (np.arange(math.ceil(camera.height / every)) + 0.5) * every - camera.height / 2
+    v, u = np.meshgrid(down / focal, right / focal, indexing="ij")
+    return np.stack([u, v, np.ones_like(u)], -1) @ camera_axes(camera)
+
+
+def camera_axes(camera: Camera) -> NDArray[np.float64]:
+    """A camera's right, down and forward in ego coordinates, the rows of ``[3, 3]``."""
+    pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
+    right = math.sin(yaw), -math.cos(yaw), 0.0
+    down = -math.sin(pitch) * math.cos(yaw), -math.sin(pitch) * math.sin(yaw), -math.cos(pitch)
+    forward = math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)
+    return np.array([right, down, forward])
 
 
 #: Camera names of the stitched view, row by row; rows narrower than the widest are centred.

@@ -14,38 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from holdover_world.conditioning.motion import placed
-from holdover_world.simulator.meshes import CAR_COLOURS, PAINT, Solid, car_solids
-from holdover_world.simulator.scenery import KERB, KERB_Z, YELLOW
-from holdover_world.simulator.textures import mean_colour
-
-if TYPE_CHECKING:
-    from holdover_world.simulator.scenery import Scene
-    from holdover_world.simulator.traffic import Car
+from holdover_world.scene.palette import GROUNDS
+from holdover_world.scene.poses import placed
 
 FILE = "layout.npz"
 METRES = 0.2  # of a square of the ground
-_MARGIN = 4.0  # metres around all roads
-
-#: What the ground may be, by number, and its colour from 0 to 1.
-GROUNDS = {
-    "grass": mean_colour("grass"),
-    "asphalt": mean_colour("asphalt"),
-    "slabs": mean_colour("slabs"),
-    "kerb": KERB,
-    "paint": PAINT,
-    "yellow": YELLOW,
-}
-_NUMBER = {name: n for n, name in enumerate(GROUNDS)}
 
 
 @dataclass(frozen=True)
@@ -117,26 +96,10 @@ class Layout:
         except (OSError, KeyError, ValueError, BadZipFile) as error:
             raise ValueError(f"{folder / FILE} is damaged ({error}): record the clip again") from error
 
-    @classmethod
-    def of(cls, scene: Scene, cars: Sequence[Car], poses_TC3: NDArray[np.float32]) -> Layout:
-        """Of a simulated scene, its cars and where they were."""
-        ground, corner = _ground(scene)
-        parts = []
-        for number, car in enumerate(cars):
-            for solid in car_solids(0.0, 0.0, 0.0, CAR_COLOURS[car.colour], van=car.van):
-                parts.append([number, solid.x, 0.0, *_row(solid)[3:]])
-        return cls(
-            ground_GH=torch.from_numpy(ground),
-            corner_2=torch.tensor(corner),
-            boxes_M10=torch.tensor([_row(solid) for solid in scene.mesh.solids], dtype=torch.float32).view(-1, 10),
-            parts_J10=torch.tensor(parts, dtype=torch.float32).view(-1, 10),
-            poses_TC3=torch.from_numpy(poses_TC3),
-        )
-
 
 @dataclass(frozen=True)
 class Track:
-    """A layout, and how a recording went through it: pose ``[T, 3]`` and motion ``[T, 2]`` at each video frame."""
+    """A layout, and how a recording went through it: pose ``[T, 3]`` and motion ``[T, 2]`` in each video frame."""
 
     layout: Layout
     poses_T3: Tensor
@@ -147,17 +110,31 @@ class Track:
         return replace(self, layout=self.layout.to(device))
 
     def site(self, frame: int) -> Site:
-        """Where the ego was at a video frame."""
+        """Where the ego was in a video frame."""
         return Site(self.layout, self.poses_T3[frame].double(), frame)
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an ego is: in which layout, its pose (x, y, yaw; ``float64 [3]``, on the CPU), which frame of the log."""
+    """The place of an ego in a layout.
+
+    Attributes:
+        layout: the layout.
+        pose_3: x, y and yaw in it, ``float64 [3]``, on the CPU.
+        frame: the video frame of the log.
+    """
 
     layout: Layout
     pose_3: Tensor
     frame: int
+
+    def moved(self, pose_3: Tensor, frames: int) -> Site:
+        """The place that many video frames later, at a pose relative to this one."""
+        return Site(self.layout, self.ahead(pose_3[None])[0], self.frame + frames)
+
+    def ahead(self, poses_K3: Tensor) -> Tensor:
+        """Poses relative to this one, in the layout's coordinates."""
+        return placed(self.pose_3[None], poses_K3.double().cpu()[None])[0]
 
     def state_dict(self) -> dict[str, Tensor]:
         # Copies: rows of a batch may share a layout, and a file of safetensors holds nothing twice.
@@ -165,70 +142,33 @@ class Site:
         return {**own, "pose": self.pose_3, "frame": torch.tensor(self.frame)}
 
     @classmethod
-    def from_state_dict(cls, tensors: Mapping[str, Tensor], prefix: str) -> Site | None:
-        """The reverse of `state_dict`, of tensors whose names begin so; None where there are none."""
-        if f"{prefix}pose" not in tensors:
-            return None
-        layout = Layout(**{field.name: tensors[prefix + field.name] for field in fields(Layout)})
-        return cls(layout, tensors[f"{prefix}pose"].cpu(), int(tensors[f"{prefix}frame"]))
-
-    def moved(self, pose_3: Tensor, frames: int) -> Site:
-        """So many video frames later, at a pose in coordinates of this one."""
-        return Site(self.layout, self.ahead(pose_3[None])[0], self.frame + frames)
-
-    def ahead(self, poses_K3: Tensor) -> Tensor:
-        """Poses in coordinates of this one, in the layout's."""
-        return placed(self.pose_3[None], poses_K3.double().cpu()[None])[0]
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Site:
+        """The reverse of `state_dict`."""
+        layout = Layout(**{field.name: tensors[field.name] for field in fields(Layout)})
+        return cls(layout, tensors["pose"].cpu(), int(tensors["frame"]))
 
 
-def _row(solid: Solid) -> list[float]:
-    size = solid.length / 2, solid.width / 2
-    return [solid.x, solid.y, solid.yaw, *size, solid.bottom, solid.top, *solid.colour]
+class Sites(tuple[Site | None, ...]):
+    """Per row of a batch its place, or None where the row has no layout; empty where no row has one."""
 
+    def moved(self, ends_B3: Tensor, frames: int) -> Sites:
+        """The places that many video frames later, each at a pose relative to its present one."""
+        ends = zip(self, ends_B3, strict=True) if self else ()
+        return Sites(site and site.moved(end, frames) for site, end in ends)
 
-def _ground(scene: Scene) -> tuple[NDArray[np.uint8], tuple[float, float]]:
-    """Everything that lies flat, drawn from below upwards, and the corner of what it covers."""
-    flat: list[tuple[float, int, NDArray[np.float64]]] = []
-    for (material, _, _), quads in scene.mesh.parts.items():
-        for quad in quads:
-            height = quad[:, 2]
-            if material == "grass" or np.ptp(height) > 1e-6 or height[0] > KERB_Z + 0.05:
-                continue
-            if material == "zebra":
-                flat += [(height[0], _NUMBER["asphalt"], quad[:, :2])]
-                flat += [(height[0] + 1e-4, _NUMBER["paint"], stripe) for stripe in _stripes(quad)]
-            else:
-                flat.append((height[0], _number(material, quad[0, 5:8]), quad[:, :2]))
-    points = np.concatenate([corners for _, _, corners in flat])
-    low, high = points.min(0) - _MARGIN, points.max(0) + _MARGIN
-    columns, rows = np.ceil((high - low) / METRES).astype(int).tolist()
-    image = Image.new("L", (columns, rows), _NUMBER["grass"])
-    draw = ImageDraw.Draw(image)
-    for _, number, corners in sorted(flat, key=lambda each: each[0]):
-        draw.polygon([tuple(p) for p in ((corners - low) / METRES - 0.5).tolist()], fill=number)
-    return np.array(image), (float(low[0]), float(low[1]))
+    def take(self, rows: Sequence[int]) -> Sites:
+        """The places of some rows."""
+        return Sites(self[row] for row in rows if self)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        named = [(f"{row}.{name}", t) for row, site in enumerate(self) if site for name, t in site.state_dict().items()]
+        return dict(named)
 
-def _number(material: str, colour: NDArray[np.float64]) -> int:
-    """What a flat face is."""
-    if material in _NUMBER:
-        return _NUMBER[material]
-    near = {name: float(np.abs(np.array(GROUNDS[name]) - colour).max()) for name in ("kerb", "paint", "yellow")}
-    return _NUMBER[min(near, key=near.__getitem__)]
-
-
-def _stripes(quad: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """The bright stripes of a zebra crossing: the first half of every whole step of its first coordinate."""
-    u, corners = quad[:, 3], quad[:, :2]
-    # Two sides run along the stripes; the other two, from `a` to `b` and from `d` to `c`, across them.
-    order = [0, 1, 2, 3] if abs(u[1] - u[0]) > abs(u[2] - u[1]) else [1, 2, 3, 0]
-    a, b, c, d = corners[order]
-    first, last = u[order[0]], u[order[1]]
-    found = []
-    for n in range(int(np.floor(min(first, last))), int(np.ceil(max(first, last)))):
-        ends = np.clip((np.array([n, n + 0.5]) - first) / (last - first), 0, 1)
-        if abs(ends[1] - ends[0]) > 1e-6:
-            found.append(
-                np.stack([a + (b - a) * ends[0], a + (b - a) * ends[1], d + (c - d) * ends[1], d + (c - d) * ends[0]])
-            )
-    return found
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor], rows: int) -> Sites:
+        """The reverse of `state_dict`, for a batch of this many rows."""
+        found: list[Site | None] = []
+        for row in range(rows):
+            own = {name.removeprefix(f"{row}."): t for name, t in tensors.items() if name.startswith(f"{row}.")}
+            found.append(Site.from_state_dict(own) if own else None)
+        return cls(found if any(found) else ())

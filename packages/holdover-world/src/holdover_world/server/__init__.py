@@ -1,0 +1,1 @@
+"""The server: sessions over HTTP and WebSocket, and a page to drive on."""

@@ -1,4 +1,4 @@
-"""Who may ask: bearer tokens, requests of a web page elsewhere, bodies of any size."""
+"""Access control: bearer tokens, the origin of requests, and the size of bodies."""
 
 from __future__ import annotations
 
@@ -15,51 +15,55 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdover_world.server.seats import RefusedError, owner_of
 
-#: The stream's subprotocol; a browser, which can set no header, sends its token as another: ``bearer.<token>``.
+#: The subprotocol of the stream. A browser cannot set headers on a WebSocket, so it sends its token as a second
+#: subprotocol, ``bearer.<token>``.
 SUBPROTOCOL = "holdover.v1"
 _BEARER = "bearer."
 MAX_BODY = 64 * 1024
 
 
 class Access:
-    """Maps a request to its owner.
+    """Maps a request to the owner of sessions.
 
     Args:
-        tokens: who may use the server, each for its own sessions; none turns checks off.
+        tokens: one for each user; each has sessions of its own. Without tokens only this machine is served.
+
+    Raises:
+        ValueError: a token is too short or has characters that a header cannot carry.
     """
 
     def __init__(self, tokens: Iterable[str] = ()) -> None:
         self._tokens = tuple(tokens)
         for token in self._tokens:
             if len(token) < 16 or not token.isascii() or any(c.isspace() or c in '",;' for c in token):
-                raise ValueError("a token is too short or holds spaces, quotes or commas; give 16 plain characters")
+                raise ValueError("a token is short or has spaces, quotes or commas; give 16 or more plain characters")
 
     @property
     def open(self) -> bool:
         return not self._tokens
 
     def owner(self, connection: HTTPConnection) -> str:
-        """Whose request it is.
+        """The owner who sent a request.
 
         Raises:
-            RefusedError: it carries no valid token, or comes from a web page of another site.
+            RefusedError: the request has no valid token, or comes from a web page of another site.
         """
         origin, host = connection.headers.get("origin"), connection.headers.get("host")
         if origin is not None and urlsplit(origin).netloc != host:
-            raise RefusedError(403, "requests of web pages elsewhere are refused")
+            raise RefusedError(403, "requests from web pages of other sites are refused")
         if self.open:
             if not is_loopback(urlsplit(f"//{host}").hostname or ""):
-                raise RefusedError(403, "without tokens only requests to localhost are served")
+                raise RefusedError(403, "this server has no tokens, so it serves only requests to localhost")
             return "local"
         given = _token(connection)
         for token in self._tokens:
             if given is not None and secrets.compare_digest(given.encode(), token.encode()):
                 return owner_of(token)
-        raise RefusedError(401, "a bearer token is needed: Authorization: Bearer <token>")
+        raise RefusedError(401, "send a bearer token: Authorization: Bearer <token>")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host name or address."""
+    """Whether a host name or address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -67,15 +71,15 @@ def is_loopback(host: str) -> bool:
 
 
 def read_tokens(path: Path) -> list[str]:
-    """One token a line; blank lines and ``#`` comments are skipped.
+    """The tokens of a file, one per line. Blank lines and ``#`` comments are skipped.
 
     Raises:
-        ValueError: the file holds none.
+        ValueError: the file has no tokens.
     """
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     tokens = [line for line in lines if line and not line.startswith("#")]
     if not tokens:
-        raise ValueError(f"{path} holds no token; write one a line, of 16 characters or more")
+        raise ValueError(f"{path} holds no token; write one per line, each of 16 characters or more")
     return tokens
 
 
@@ -90,12 +94,12 @@ def _token(connection: HTTPConnection) -> str | None:
 
 
 def plain(status: int, detail: object, **headers: str) -> Response:
-    """JSON in ASCII: whatever a client sent and gets back can be encoded."""
+    """A JSON response in ASCII, so that any text a client sent can be encoded."""
     return Response(json.dumps({"detail": detail}), status, headers, "application/json")
 
 
 class BodyLimit:
-    """Refuses bodies that are longer than any request of ours."""
+    """Refuses requests with a body longer than `MAX_BODY` bytes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The server's routes: REST for sessions and snapshots, a WebSocket for the video, a page to drive on."""
+"""The routes: REST for sessions and snapshots, a WebSocket for the video, and the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from starlette.datastructures import State
 
 from holdover_world.scene.cameras import FPS
 from holdover_world.server.access import SUBPROTOCOL, Access, BodyLimit, plain
-from holdover_world.server.frames import track
+from holdover_world.server.frames import video_track
 from holdover_world.server.hub import Hub
 from holdover_world.server.protocol import (
     AckMessage,
@@ -35,13 +35,13 @@ from holdover_world.server.protocol import (
     pack,
     parse,
 )
-from holdover_world.server.seats import Reader, RefusedError, Seat, Shelved
+from holdover_world.server.seats import Reader, RefusedError, Seat, StoredSnapshot
 
 log = logging.getLogger("holdover_world.server")
 
-#: Of a connection, after which it is closed.
+#: A connection is closed after this many invalid messages.
 MAX_MISTAKES = 32
-#: How such connections end, and those of a server that shuts down.
+#: Close codes: after too many invalid messages, and when the server shuts down.
 MISBEHAVED, RESTARTING = 1008, 1012
 
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
@@ -52,11 +52,11 @@ _SECURITY = {
     "referrer-policy": "no-referrer",
 }
 
-Id = Annotated[str, Path(pattern="^[0-9a-f]{16}$", description="As given at its creation.")]
+Id = Annotated[str, Path(pattern="^[0-9a-f]{16}$", description="The id from its creation.")]
 
 
 def create_app(hub: Hub, access: Access) -> FastAPI:
-    """The application of one hub."""
+    """The web application of a hub."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -65,8 +65,8 @@ def create_app(hub: Hub, access: Access) -> FastAPI:
         await hub.drain()
 
     app = FastAPI(
-        title="Holdover", version=version("holdover"), lifespan=lifespan, docs_url=None, redoc_url=None,
-        description="World models, driven action by action. The video comes over a WebSocket, see `stream`.",
+        title="Holdover", version=version("holdover-world"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        description="Drive a world model, action by action. The video comes over a WebSocket, see `stream`.",
     )  # fmt: skip
     app.state = State({"hub": hub, "access": access})
     app.add_middleware(BodyLimit)
@@ -86,14 +86,17 @@ async def _owner(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_err
 Owner = Annotated[str, Depends(_owner)]
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Detail, "description": "The body cannot be read."},
-    401: {"model": Detail, "description": "No valid token."},
-    403: {"model": Detail, "description": "From a web page elsewhere, or not to localhost where there are no tokens."},
+    401: {"model": Detail, "description": "There is no valid token."},
+    403: {
+        "model": Detail,
+        "description": "A page of another site, or another host than localhost without tokens.",
+    },
     413: {"model": Detail, "description": "The body is too long."},
-    422: {"description": "What was sent is not what is asked for."},
+    422: {"description": "The request is not valid."},
 }
-GONE: dict[int | str, dict[str, Any]] = {404: {"model": Detail, "description": "There is none of this name for you."}}
+GONE: dict[int | str, dict[str, Any]] = {404: {"model": Detail, "description": "You have none of this id."}}
 FULL: dict[int | str, dict[str, Any]] = {
-    429: {"model": Detail, "description": "You have as many as one may have."},
+    429: {"model": Detail, "description": "You have as many as one user may have."},
     503: {"model": Detail, "description": "The server is full, or shutting down."},
 }
 
@@ -108,63 +111,63 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # Without the input: what a client sent is not repeated to it.
+        # The input is left out: what a client sent is not sent back.
         return plain(
             422, [{"loc": [str(at) for at in e["loc"]], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
         )
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return plain(500, "the server made a mistake; its log tells")
+        return plain(500, "the server failed; see its log")
 
 
 def _sessions(app: FastAPI, hub: Hub) -> None:
     @app.post("/v1/sessions", status_code=201, responses=REFUSALS | FULL, tags=["sessions"])
     async def create(owner: Owner, new: NewSession) -> SessionInfo:
-        """Begin a video."""
-        return _info(hub, await hub.create(owner, new))
+        """Begin a video in a new session."""
+        return _session_info(hub, await hub.create(owner, new))
 
     @app.get("/v1/sessions", responses=REFUSALS, tags=["sessions"])
     async def list_sessions(owner: Owner) -> list[SessionInfo]:
         """Your sessions."""
-        return [_info(hub, seat) for seat in hub.keeper.seats.values() if seat.owner == owner]
+        return [_session_info(hub, seat) for seat in hub.keeper.seats.values() if seat.owner == owner]
 
     @app.get("/v1/sessions/{id}", responses=REFUSALS | GONE, tags=["sessions"])
     async def show(owner: Owner, id: Id) -> SessionInfo:
-        """One of them."""
-        return _info(hub, hub.seat(owner, id))
+        """One of your sessions."""
+        return _session_info(hub, hub.seat(owner, id))
 
     @app.delete("/v1/sessions/{id}", status_code=204, responses=REFUSALS | GONE, tags=["sessions"])
     async def delete(owner: Owner, id: Id) -> None:
-        """End a session and free what it holds."""
+        """End a session and free its memory."""
         await hub.delete(owner, id)
 
     @app.post("/v1/sessions/{id}/fork", status_code=201, responses=REFUSALS | GONE | FULL, tags=["sessions"])
     async def fork(owner: Owner, id: Id) -> SessionInfo:
-        """Another session that goes on from where this one stands."""
-        return _info(hub, await hub.fork(owner, id))
+        """A new session that continues from the state of this one."""
+        return _session_info(hub, await hub.fork(owner, id))
 
     @app.post("/v1/sessions/{id}/snapshots", status_code=201, responses=REFUSALS | GONE | FULL, tags=["snapshots"])
     async def snapshot(owner: Owner, id: Id) -> SnapshotInfo:
-        """Remember where a session stands."""
-        return _shelved(await hub.snapshot(owner, id))
+        """Save the state of a session."""
+        return _snapshot_info(await hub.snapshot(owner, id))
 
 
 def _snapshots(app: FastAPI, hub: Hub) -> None:
     @app.get("/v1/snapshots", responses=REFUSALS, tags=["snapshots"])
     async def list_snapshots(owner: Owner) -> list[SnapshotInfo]:
         """Your snapshots."""
-        return [_shelved(each) for each in hub.keeper.shelf.values() if each.seat.owner == owner]
+        return [_snapshot_info(each) for each in hub.keeper.snapshots.values() if each.seat.owner == owner]
 
     @app.post("/v1/snapshots/{id}/restore", status_code=201, responses=REFUSALS | GONE | FULL, tags=["snapshots"])
     async def restore(owner: Owner, id: Id) -> SessionInfo:
-        """A new session that goes on from a snapshot."""
-        return _info(hub, await hub.restore(owner, id))
+        """A new session that continues from a snapshot."""
+        return _session_info(hub, await hub.restore(owner, id))
 
     @app.delete("/v1/snapshots/{id}", status_code=204, responses=REFUSALS | GONE, tags=["snapshots"])
-    async def unshelve(owner: Owner, id: Id) -> None:
-        """Forget a snapshot."""
-        await hub.unshelve(owner, id)
+    async def delete_snapshot(owner: Owner, id: Id) -> None:
+        """Delete a snapshot."""
+        await hub.delete_snapshot(owner, id)
 
 
 def _stream(app: FastAPI, hub: Hub, access: Access) -> None:
@@ -177,16 +180,16 @@ def _stream(app: FastAPI, hub: Hub, access: Access) -> None:
 
     @app.get(
         "/v1/sessions/{id}/stream", status_code=426, tags=["stream"], openapi_extra={"x-websocket": protocol},
-        responses=REFUSALS | GONE | {426: {"model": Detail, "description": "This is a WebSocket."}},
+        responses=REFUSALS | GONE | {426: {"model": Detail, "description": "Open this as a WebSocket."}},
     )  # fmt: skip
     async def stream(owner: Owner, id: Id, after: Annotated[int | None, Query(ge=-1)] = None) -> Response:
-        """The video, as a WebSocket: open it with an upgrade; `x-websocket` describes its messages.
+        """The video, over a WebSocket. `x-websocket` describes its messages.
 
-        Actions go in, chunks come out; each is acknowledged. After a break, connect again with `after`, the
-        newest chunk that you have: what you miss is sent again. A new connection takes over from an older one.
+        Send actions and receive chunks; acknowledge each chunk. After a lost connection, connect again and give the
+        newest chunk that you have as `after`: the server sends the chunks after it. A new connection closes the older.
         """
         hub.seat(owner, id)
-        return plain(426, "this is a WebSocket; open it with an upgrade", upgrade="websocket", connection="Upgrade")
+        return plain(426, "open this URL as a WebSocket", upgrade="websocket", connection="Upgrade")
 
     @app.websocket("/v1/sessions/{id}/stream")
     async def socket(ws: WebSocket, id: str, after: str | None = None) -> None:
@@ -203,7 +206,7 @@ def _stream(app: FastAPI, hub: Hub, access: Access) -> None:
             tasks += [asyncio.create_task(talk(ws, hub, seat, reader)) for talk in (_send, _receive)]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             code = next(iter(done)).result()
-            with suppress(RuntimeError, WebSocketDisconnect):  # it may have gone meanwhile
+            with suppress(RuntimeError, WebSocketDisconnect):  # the client may be gone
                 await ws.close(code)
         except WebSocketDisconnect:
             pass
@@ -215,12 +218,12 @@ def _stream(app: FastAPI, hub: Hub, access: Access) -> None:
 
 
 async def _send(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
-    """Hand what waits to the socket; returns the code to close it with."""
+    """Send waiting messages to the client; returns the code with which to close the connection."""
     config = hub.world.model.sizes
     hello = Hello(
         session=seat.id, resumes_at=seat.first, seq=seat.seq_seen, policy=seat.policy,
         policies=list(hub.world.policies), cameras={c.name: (c.width, c.height) for c in config.cameras}, fps=FPS,
-        video={c.name: track(c.width, c.height) for c in config.cameras if seat.format == "mp4"},
+        video={c.name: video_track(c.width, c.height) for c in config.cameras if seat.format == "mp4"},
         frames=config.frames_per_latent, action_dims=config.action_dims,
     )  # fmt: skip
     await ws.send_bytes(pack(hello))
@@ -240,7 +243,7 @@ async def _send(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
 
 
 async def _receive(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
-    """Take what the client says; returns the code to close the socket with."""
+    """Handle the client's messages; returns the code with which to close the connection."""
     mistakes = 0
     while mistakes < MAX_MISTAKES:
         frame = await ws.receive()
@@ -251,7 +254,7 @@ async def _receive(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
         try:
             data = frame.get("bytes")
             if data is None:
-                raise ValueError("text; messages are msgpack in binary frames")
+                raise ValueError("this is a text frame; send msgpack in binary frames")
             message = parse(data)
             if isinstance(message, ActionMessage):
                 if (stale := hub.act(seat, message.seq, message.action)) is not None:
@@ -278,20 +281,20 @@ def _plumbing(app: FastAPI, hub: Hub) -> None:
 
     @app.get("/healthz", tags=["server"], responses={503: {"model": Detail, "description": "Shutting down."}})
     async def health() -> dict[str, str]:
-        """Whether new sessions are taken."""
+        """Whether the server accepts new sessions."""
         if hub.draining:
-            raise RefusedError(503, "shutting down")
+            raise RefusedError(503, "the server is shutting down")
         return {"status": "ok"}
 
     @app.get("/metrics", tags=["server"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         hub.observe()
         return Response(hub.metrics.render(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/scenarios", tags=["server"], responses=REFUSALS)
     async def scenarios(owner: Owner) -> dict[str, list[str]]:
-        """What may be driven, and under which policies."""
+        """The scenarios and policies that sessions can choose from."""
         return {"scenarios": list(hub.world.starts), "policies": list(hub.world.policies)}
 
     @app.get("/", include_in_schema=False)
@@ -310,7 +313,7 @@ def _file(folder: Any, name: str) -> Response:
     return Response(content, media_type=_TYPES[name.rpartition(".")[2]], headers=_SECURITY)
 
 
-def _info(hub: Hub, seat: Seat) -> SessionInfo:
+def _session_info(hub: Hub, seat: Seat) -> SessionInfo:
     return SessionInfo(
         id=seat.id, scenario=seat.scenario, seed=seat.seed, policy=seat.policy, format=seat.format, mode=seat.mode,
         chunk=seat.chunk, seconds=seat.chunk * hub.period, connected=seat.reader is not None,
@@ -318,5 +321,5 @@ def _info(hub: Hub, seat: Seat) -> SessionInfo:
     )  # fmt: skip
 
 
-def _shelved(each: Shelved) -> SnapshotInfo:
-    return SnapshotInfo(id=each.id, session=each.seat.id, chunk=each.seat.chunk, bytes=each.nbytes)
+def _snapshot_info(stored: StoredSnapshot) -> SnapshotInfo:
+    return SnapshotInfo(id=stored.id, session=stored.seat.id, chunk=stored.seat.chunk, bytes=stored.nbytes)

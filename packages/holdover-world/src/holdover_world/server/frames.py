@@ -1,4 +1,4 @@
-"""How frames are coded: each as a picture, or those of a chunk as one fragment of a video."""
+"""Coding of frames: each as a picture, or all frames of a chunk as one fragment of a video."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from PIL import Image
 from holdover_world.scene.cameras import FPS
 from holdover_world.server.protocol import FrameFormat, VideoTrack
 
-#: One fragment a chunk, which begins with a key frame and knows its time: a reader may join at any of them, and
-#: nothing of a coder has to outlive its chunk.
+#: One fragment for each chunk. It begins with a key frame and carries its time, so a player can join at any chunk, and
+#: no state of the coder is kept between chunks.
 _MUXER = {
     "movflags": "empty_moov+default_base_moof+frag_discont+skip_trailer",
-    "avoid_negative_ts": "disabled",  # else times would begin at zero in every fragment
+    "avoid_negative_ts": "disabled",  # otherwise the times of every fragment would begin at zero
     "video_track_timescale": str(FPS),
 }
 _CODER = {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "1"}
 
 
 def encode_frames(frames: Mapping[str, NDArray[np.uint8]], form: FrameFormat, index: int) -> dict[str, list[bytes]]:
-    """The frames of chunk ``index``, per camera ``uint8 [T, height, width, 3]``: T pictures, or one fragment."""
+    """Code the frames of chunk ``index``, ``uint8 [T, height, width, 3]`` per camera: as T pictures or one fragment."""
     if form == "mp4":
         return {camera: [_segments(video, index)[1]] for camera, video in frames.items()}
     return {camera: [_picture(frame, form) for frame in video] for camera, video in frames.items()}
 
 
 @cache
-def track(width: int, height: int) -> VideoTrack:
-    """What a player must know before the first fragment of a camera of this size."""
+def video_track(width: int, height: int) -> VideoTrack:
+    """What a player needs before the first fragment of a camera of this size."""
     init = _segments(np.zeros((1, height, width, 3), np.uint8), 0)[0]
     profile = init[init.index(b"avcC") + 5 :][:3].hex()  # RFC 6381, section 3.3
     return VideoTrack(type=f'video/mp4; codecs="avc1.{profile}"', init=init)
@@ -47,7 +47,7 @@ def _picture(frame: NDArray[np.uint8], form: FrameFormat) -> bytes:
 
 
 def _segments(video: NDArray[np.uint8], index: int) -> tuple[bytes, bytes]:
-    """The init segment, the same for every video of this size, and the media segment (ISO 14496-12, section 8.8)."""
+    """The init segment, equal for all videos of one size, and the media segment (ISO 14496-12, section 8.8)."""
     buffer, (count, height, width, _) = io.BytesIO(), video.shape
     with av.open(buffer, "w", format="mp4", options={**_MUXER, "fragment_index": str(index + 1)}) as container:
         stream = container.add_stream("libx264", rate=FPS, options=_CODER)

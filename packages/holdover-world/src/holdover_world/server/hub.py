@@ -1,4 +1,4 @@
-"""What a server does for its users, and when each of their sessions is advanced."""
+"""What users can do, and the scheduler that advances their sessions."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from holdover_world.server.frames import encode_frames
 from holdover_world.server.keeper import Claim, Keeper
 from holdover_world.server.metrics import Metrics
 from holdover_world.server.protocol import ChunkMessage, ErrorMessage, NewSession, decision_grid, pack
-from holdover_world.server.seats import Limits, Reader, RefusedError, Seat, Shelved, seat_of, twin_of
+from holdover_world.server.seats import Limits, Reader, RefusedError, Seat, StoredSnapshot, seat_of, twin_of
 from holdover_world.sessions.session import SessionChunk, SessionSnapshot, WorldSession, advance
 from holdover_world.sessions.world import World
 
 log = logging.getLogger("holdover_world.server")
 
-#: How connections end, beside the usual: another took over, or the session was deleted.
+#: Close codes: another connection took over, or the session was deleted.
 TAKEN_OVER, GONE = 4409, 4404
 
 
 class Hub:
-    """Runs the sessions of one world. Its state belongs to the event loop, the world to one other thread.
+    """Runs the sessions of one world. The event loop uses the hub; one other thread runs the world.
 
     Args:
-        world: the model and what it offers.
-        limits: what users may take.
-        folder: where sessions and snapshots are parked; sessions found there are taken up again.
-        durable: write a session after each chunk, before it is sent: then a killed server loses at most the
-            chunk in flight.
-        thread: the world's; by default a new one.
+        world: the world.
+        limits: how much users may use.
+        folder: where sessions and snapshots are parked. Sessions that are there already continue.
+        durable: write a session to disk after each chunk, before the chunk is sent. A killed server then loses at most
+            the chunk in flight.
+        thread: the thread that runs the world; by default a new one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Hub:
         self.period = world.model.sizes.frames_per_latent / FPS
         self._tasks: list[asyncio.Task[None]] = []
 
-    # Life of the server.
+    # Start and end.
 
     async def start(self) -> None:
         await self.keeper.load()
@@ -69,20 +69,20 @@ class Hub:
         await self.keeper.close()
         log.info("drained", extra={"fields": {"sessions": len(self.keeper.seats)}})
 
-    # What users ask for.
+    # What users can do.
 
     def seat(self, owner: str, id: str) -> Seat:
         seat = self.keeper.seats.get(id)
-        if seat is None or seat.owner != owner:  # whether it is another's is nobody's business
+        if seat is None or seat.owner != owner:  # the answer does not tell whether another user has it
             raise RefusedError(404, f"there is no session {id}")
         seat.touched = time.monotonic()
         return seat
 
-    def snapshot_of(self, owner: str, id: str) -> Shelved:
-        shelved = self.keeper.shelf.get(id)
-        if shelved is None or shelved.seat.owner != owner:
+    def stored(self, owner: str, id: str) -> StoredSnapshot:
+        stored = self.keeper.snapshots.get(id)
+        if stored is None or stored.seat.owner != owner:
             raise RefusedError(404, f"there is no snapshot {id}")
-        return shelved
+        return stored
 
     async def create(self, owner: str, new: NewSession) -> Seat:
         scenario, policy = new.scenario or next(iter(self.world.starts)), new.policy or self.world.default_policy
@@ -116,32 +116,32 @@ class Hub:
             await self._admit(owner)
             return await self._seated(twin_of(source), session.fork)
 
-    async def snapshot(self, owner: str, id: str) -> Shelved:
+    async def snapshot(self, owner: str, id: str) -> StoredSnapshot:
         seat = self.seat(owner, id)
         self._admit_snapshot(owner)
         async with Claim(self.keeper, seat):
             session = await self.keeper.awake(seat)
             taken = await self.keeper.on_thread(session.snapshot)
             taken = SessionSnapshot(plain={**taken.plain, "seat": seat.stored()}, tensors=taken.tensors)
-        self._admit_snapshot(owner)  # others may have been taken meanwhile
-        shelved = Shelved(id=secrets.token_hex(8), seat=seat_of(taken), nbytes=taken.nbytes, snapshot=taken)
-        self.keeper.shelf[shelved.id] = shelved
+        self._admit_snapshot(owner)  # other calls may have taken one in the meantime
+        stored = StoredSnapshot(id=secrets.token_hex(8), seat=seat_of(taken), nbytes=taken.nbytes, snapshot=taken)
+        self.keeper.snapshots[stored.id] = stored
         if self.durable:
-            await self.keeper.to_disk(shelved)
+            await self.keeper.to_disk(stored)
         await self.keeper.make_room(0)
-        return shelved
+        return stored
 
     async def restore(self, owner: str, id: str) -> Seat:
-        shelved = self.snapshot_of(owner, id)
-        self.keeper.shelf.move_to_end(id)
-        kept = shelved.snapshot
-        taken = kept if kept else await asyncio.to_thread(SessionSnapshot.load, self.keeper.path("snapshot", id))
+        stored = self.stored(owner, id)
+        self.keeper.snapshots.move_to_end(id)
+        path = self.keeper.path("snapshot", id)
+        taken = stored.snapshot or await asyncio.to_thread(SessionSnapshot.load, path)
         await self._admit(owner)
-        return await self._seated(twin_of(shelved.seat), lambda: self.keeper.restored(taken))
+        return await self._seated(twin_of(stored.seat), lambda: self.keeper.restored(taken))
 
-    async def unshelve(self, owner: str, id: str) -> None:
-        self.snapshot_of(owner, id)
-        del self.keeper.shelf[id]
+    async def delete_snapshot(self, owner: str, id: str) -> None:
+        self.stored(owner, id)
+        del self.keeper.snapshots[id]
         self.keeper.path("snapshot", id).unlink(missing_ok=True)
 
     async def delete(self, owner: str, id: str) -> None:
@@ -157,10 +157,10 @@ class Hub:
             await self.keeper.on_thread(lambda: session.use(policy))
             seat.policy = policy
 
-    # What a connection does.
+    # What a connection can do.
 
     def connect(self, seat: Seat, after: int | None) -> Reader:
-        """Let a new reader take a session over, from the first chunk after the one it has."""
+        """Make a new reader the session's only one. It gets the chunks after ``after``."""
         if after is not None:
             if after >= seat.chunk:
                 raise RefusedError(422, f"after={after}, but the next chunk is {seat.chunk}")
@@ -179,12 +179,12 @@ class Hub:
             seat.touched = time.monotonic()
 
     def act(self, seat: Seat, seq: int, action: list[float]) -> str | None:
-        """Take an action; says why not where it is not taken."""
+        """Take an action. Returns a reason if the action is too old, otherwise None."""
         dims = self.world.model.sizes.action_dims
         if len(action) != dims:
             raise ValueError(f"action has {len(action)} numbers; give {dims}")
         if seq <= seat.seq_seen:
-            return f"action {seq} came late or twice; the newest is {seat.seq_seen}"
+            return f"action {seq} is not newer than the newest, {seat.seq_seen}; it is ignored"
         seat.seq_seen, seat.action = seq, action
         seat.arrived = time.monotonic()
         self.keeper.wake.set()
@@ -212,7 +212,7 @@ class Hub:
                 seat.busy = True
             try:
                 await self._generate(ready)
-            except Exception:  # nothing that one batch does may end the server
+            except Exception:  # an error in one batch must not stop the server
                 log.exception("batch failed")
             finally:
                 for seat in ready:
@@ -241,10 +241,10 @@ class Hub:
             try:
                 sessions.append(await self.keeper.awake(seat))
                 awake.append(seat)
-            except (RefusedError, OSError, ValueError) as error:  # no room, or its file is gone: not the others' fault
+            except (RefusedError, OSError, ValueError) as error:  # memory is full, or its file is gone
                 log.error("not awake", extra={"fields": {"session": seat.id, "error": repr(error)}})
                 seat.due = time.monotonic() + self.period
-                self._fail(seat, "the session cannot be fetched from disk now; try again later")
+                self._fail(seat, "the session cannot be read from disk now; try again later")
         if not awake:
             return
         now = time.monotonic()
@@ -268,7 +268,7 @@ class Hub:
             seat.nbytes, (_, seq, arrived) = sizes[n], taken[n]
             if isinstance(each, Exception) or coded is None:
                 log.error("chunk failed", extra={"fields": {"session": seat.id, "error": repr(each)}})
-                self._fail(seat, "the chunk failed; the session is as it was before the action")
+                self._fail(seat, "the chunk failed; the session is unchanged")
                 continue
             done = time.monotonic()
             late = done > deadlines[n]
@@ -283,7 +283,7 @@ class Hub:
             if self.durable:
                 try:
                     await self.keeper.save(seat)
-                except OSError:  # a full disk costs durability, not the chunk
+                except OSError:  # on a full disk the chunk is still sent
                     log.exception("not saved", extra={"fields": {"session": seat.id}})
             seat.published = seat.chunk
             if seat.reader is not None:
@@ -308,24 +308,24 @@ class Hub:
             seat.reader.note(ErrorMessage(code="failed", detail=detail))
 
     async def _admit(self, owner: str) -> None:
-        """Refuse what would be one too many; between this and the new seat nothing else happens."""
+        """Refuse a session over the limits. The caller makes the seat without awaiting anything in between."""
         await self.keeper.make_room(max((seat.nbytes for seat in self.keeper.seats.values()), default=0))
         if self.draining:
-            raise RefusedError(503, "the server is shutting down; try another")
+            raise RefusedError(503, "the server is shutting down; use another")
         if sum(seat.owner == owner for seat in self.keeper.seats.values()) >= self.limits.sessions_per_owner:
-            raise RefusedError(429, f"at most {self.limits.sessions_per_owner} sessions are yours; delete one")
+            raise RefusedError(429, f"you have {self.limits.sessions_per_owner} sessions, the limit; delete one")
         if len(self.keeper.seats) >= self.limits.sessions:
-            raise RefusedError(503, f"all {self.limits.sessions} sessions are taken; try again later")
+            raise RefusedError(503, f"all {self.limits.sessions} sessions are in use; try again later")
 
     def _admit_snapshot(self, owner: str) -> None:
         most = self.limits.snapshots_per_owner
-        if sum(shelved.seat.owner == owner for shelved in self.keeper.shelf.values()) >= most:
-            raise RefusedError(429, f"at most {most} snapshots are kept for you; delete one")
+        if sum(stored.seat.owner == owner for stored in self.keeper.snapshots.values()) >= most:
+            raise RefusedError(429, f"you have {most} snapshots, the limit; delete one")
 
     async def _seated(self, seat: Seat, make: Callable[[], WorldSession]) -> Seat:
-        """Give a new seat its session, and its place among the others."""
+        """Make the session of a new seat, and add the seat to the others."""
         seat.busy = True
-        self.keeper.seats[seat.id] = seat  # before the session is made, so that it counts
+        self.keeper.seats[seat.id] = seat  # before the session is made, so that the limits count it
         try:
 
             def begin() -> tuple[WorldSession, int]:
@@ -354,7 +354,7 @@ class Hub:
         log.info("deleted", extra={"fields": {"id": seat.id}})
 
     async def _sweep(self) -> None:
-        """Park and expire what nobody watches."""
+        """Park idle sessions and delete expired ones, until the server drains."""
         while not self.draining:
             await asyncio.sleep(min(1.0, self.limits.park_after / 4))
             for seat in list(self.keeper.seats.values()):
@@ -367,12 +367,12 @@ class Hub:
                     elif idle > self.limits.park_after and seat.session is not None:
                         async with Claim(self.keeper, seat):
                             await self.keeper.park(seat)
-                except Exception:  # the others are swept all the same
+                except Exception:  # continue with the others
                     log.exception("sweep failed")
             self.observe()
 
     def observe(self) -> None:
-        """Bring the gauges up to date."""
+        """Update the gauges."""
         live = sum(seat.session is not None for seat in self.keeper.seats.values())
         self.metrics.sessions.labels("live").set(live)
         self.metrics.sessions.labels("parked").set(len(self.keeper.seats) - live)

@@ -1,4 +1,4 @@
-"""Where sessions and snapshots are while nobody needs them: memory, up to a limit, then disk."""
+"""Storage of sessions and snapshots: in memory up to a limit, then on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from holdover_world.server.seats import RefusedError, Seat, Shelved, seat_of
+from holdover_world.server.seats import RefusedError, Seat, StoredSnapshot, seat_of
 from holdover_world.sessions.session import SessionSnapshot, WorldSession
 from holdover_world.sessions.world import World
 
@@ -23,24 +23,24 @@ T = TypeVar("T")
 
 
 class Keeper:
-    """Holds the sessions of a world. Its state belongs to the event loop, the world to one other thread.
+    """Holds the sessions and snapshots of a world. The event loop uses the keeper; one other thread runs the world.
 
     Args:
-        world: the model.
-        folder: where sessions and snapshots are parked; `load` takes up what is found there.
-        max_bytes: of sessions and snapshots in memory.
-        thread: the world's; by default a new one.
+        world: the world.
+        folder: where sessions and snapshots are parked. `load` reads those that are there already.
+        max_bytes: the limit on sessions and snapshots in memory.
+        thread: the thread that runs the world; by default a new one.
     """
 
     def __init__(self, world: World, *, folder: Path, max_bytes: int, thread: Executor | None = None) -> None:
         self.world, self.folder, self.max_bytes = world, folder, max_bytes
         self.seats: dict[str, Seat] = {}
-        self.shelf: OrderedDict[str, Shelved] = OrderedDict()
-        #: Set when the scheduler should look at the seats again.
-        self.wake = asyncio.Event()
+        self.snapshots: OrderedDict[str, StoredSnapshot] = OrderedDict()  # least recently used first
+        self.wake = asyncio.Event()  # set when the scheduler should look at the seats again
         self._thread = thread or ThreadPoolExecutor(1, "holdover-world")
 
     async def load(self) -> None:
+        """Read the sessions and snapshots that are in the folder. Unreadable files are logged and skipped."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*-*.safetensors")):
             kind, _, id = path.stem.partition("-")
@@ -53,29 +53,33 @@ class Keeper:
             if kind == "session":
                 self.seats[seat.id] = seat
             else:
-                self.shelf[id] = Shelved(id=id, seat=seat, nbytes=taken.nbytes, snapshot=None)
+                self.snapshots[id] = StoredSnapshot(id=id, seat=seat, nbytes=taken.nbytes, snapshot=None)
 
     async def close(self) -> None:
         """Park every session and write every snapshot."""
         for seat in list(self.seats.values()):
             if seat.session is not None:
                 await self.park(seat)
-        for shelved in list(self.shelf.values()):
-            await self.to_disk(shelved)
+        for stored in list(self.snapshots.values()):
+            await self.to_disk(stored)
         self._thread.shutdown()
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory; what forks share counts for each."""
+        """Bytes in memory. Memory that forks share is counted for each of them."""
         live = sum(seat.nbytes for seat in self.seats.values() if seat.session is not None)
-        return live + sum(shelved.nbytes for shelved in self.shelf.values() if shelved.snapshot is not None)
+        return live + sum(stored.nbytes for stored in self.snapshots.values() if stored.snapshot is not None)
 
     async def make_room(self, wanted: int) -> None:
-        """Bring memory under its limit with so many bytes to spare: snapshots first, then sessions nobody watches."""
-        for shelved in list(self.shelf.values()):
+        """Move snapshots, then idle sessions to disk until ``wanted`` more bytes fit into memory.
+
+        Raises:
+            RefusedError: they do not fit.
+        """
+        for stored in list(self.snapshots.values()):
             if self.nbytes + wanted <= self.max_bytes:
                 return
-            await self.to_disk(shelved)
+            await self.to_disk(stored)
         for seat in sorted(self.seats.values(), key=lambda seat: seat.touched):
             if self.nbytes + wanted <= self.max_bytes:
                 return
@@ -86,7 +90,7 @@ class Keeper:
             raise RefusedError(503, f"memory is full: {self.nbytes} of {self.max_bytes} bytes; try again later")
 
     async def awake(self, seat: Seat) -> WorldSession:
-        """The seat's session, fetched from disk where it is parked."""
+        """The seat's session; it is read from disk if it is parked."""
         if seat.session is None:
             await self.make_room(seat.nbytes)
             taken = await asyncio.to_thread(SessionSnapshot.load, self.path("session", seat.id))
@@ -94,6 +98,7 @@ class Keeper:
         return seat.session
 
     def restored(self, taken: SessionSnapshot) -> WorldSession:
+        """A new session that continues from a snapshot."""
         session = WorldSession(self.world)
         try:
             session.restore(taken)
@@ -103,6 +108,7 @@ class Keeper:
         return session
 
     async def save(self, seat: Seat) -> None:
+        """Write the seat's session and its unacknowledged chunks to disk."""
         session = seat.session
         assert session is not None
         waiting = {f"outbox.{n}": torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for n, data in seat.outbox}
@@ -115,6 +121,7 @@ class Keeper:
         await self.on_thread(write)
 
     async def park(self, seat: Seat) -> None:
+        """Write the seat's session to disk and free its memory."""
         session = seat.session
         assert session is not None
         await self.save(seat)
@@ -122,20 +129,22 @@ class Keeper:
         seat.session = None
         log.info("parked", extra={"fields": {"id": seat.id}})
 
-    async def to_disk(self, shelved: Shelved) -> None:
-        if shelved.snapshot is not None:
-            taken, shelved.snapshot = shelved.snapshot, None
-            await asyncio.to_thread(taken.save, self.path("snapshot", shelved.id))
+    async def to_disk(self, stored: StoredSnapshot) -> None:
+        """Write a snapshot to disk and free its memory."""
+        if stored.snapshot is not None:
+            taken, stored.snapshot = stored.snapshot, None
+            await asyncio.to_thread(taken.save, self.path("snapshot", stored.id))
 
     def path(self, kind: str, id: str) -> Path:
         return self.folder / f"{kind}-{id}.safetensors"
 
     async def on_thread(self, work: Callable[[], T]) -> T:
+        """Run work on the world's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 class Claim:
-    """A seat that nobody else touches meanwhile."""
+    """Exclusive use of a seat, as a context manager; waits until the seat is free."""
 
     def __init__(self, keeper: Keeper, seat: Seat) -> None:
         self._keeper, self._seat = keeper, seat

@@ -1,4 +1,4 @@
-"""What goes over the wire: msgpack messages of the stream, JSON bodies of the REST calls."""
+"""The protocol: msgpack messages of the stream, JSON bodies of the REST calls."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from holdover.decision import Decision
 
-_msgpack: Any = msgpack  # typed loosely: it ships no types
+_msgpack: Any = msgpack  # Any: it ships no types
 
-#: How frames are coded: ``webp`` is lossless here, ``jpeg`` small, ``mp4`` (fragments of H.264) smaller.
+#: The coding of frames: ``webp`` is lossless, ``jpeg`` is small, ``mp4`` (fragments of H.264) is smaller.
 FrameFormat = Literal["jpeg", "webp", "mp4"]
-#: ``lockstep``: an action makes a chunk. ``realtime``: one is made every period while someone reads, under the
-#: newest action.
+#: ``lockstep``: one chunk for each action. ``realtime``: while a client reads, one chunk every period, under the newest
+#: action.
 Mode = Literal["lockstep", "realtime"]
 
-#: Bytes of a message from a client; nothing it may say is longer.
+#: The limit on a client's message, in bytes. Every valid message is shorter.
 MAX_MESSAGE = 16 * 1024
 _MAX_SEQUENCE = 2**53
 
@@ -28,7 +28,7 @@ class Message(BaseModel):
 
 
 class ActionMessage(Message):
-    """The newest command. Of several that arrive before a chunk begins, the newest wins."""
+    """A command. The next chunk uses the newest one."""
 
     type: Literal["action"]
     seq: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE, description="Grows with every action; others are ignored.")]
@@ -39,39 +39,39 @@ class ActionMessage(Message):
 
 
 class AckMessage(Message):
-    """The client has this chunk and all before it. At most a few may be unacknowledged: then the video waits."""
+    """The client has this chunk and all before it. The video waits while too many chunks are unacknowledged."""
 
     type: Literal["ack"]
     chunk: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE)]
 
 
 class PolicyMessage(Message):
-    """Go on under another policy, from the next chunk on."""
+    """Use another policy from the next chunk on."""
 
     type: Literal["policy"]
     policy: Annotated[str, Field(max_length=64)]
 
 
 class VideoTrack(Message):
-    """A camera's video, as Media Source Extensions want it: append ``init``, then the fragments as they come."""
+    """A camera's video for Media Source Extensions: append ``init``, then each fragment."""
 
     type: Annotated[str, Field(description="MIME type and codec.")]
     init: bytes
 
 
 class Hello(Message):
-    """The first message of a connection."""
+    """The server's first message on a connection."""
 
     type: Literal["hello"] = "hello"
     session: str
-    resumes_at: Annotated[int, Field(description="The first chunk that will come.")]
+    resumes_at: Annotated[int, Field(description="The first chunk that the server will send.")]
     seq: Annotated[int, Field(description="The newest action sequence number seen, -1 for none.")]
     policy: str
     policies: list[str]
     cameras: dict[str, tuple[int, int]]
-    video: Annotated[dict[str, VideoTrack], Field(description="Per camera, where the format is `mp4`.")]
+    video: Annotated[dict[str, VideoTrack], Field(description="Per camera, if the format is `mp4`.")]
     fps: int
-    frames: Annotated[int, Field(description="Video frames of a chunk.")]
+    frames: Annotated[int, Field(description="Video frames in a chunk.")]
     action_dims: int
 
 
@@ -80,26 +80,26 @@ class ChunkMessage(Message):
 
     type: Literal["chunk"] = "chunk"
     index: int
-    seq: Annotated[int, Field(description="The action it was made under.")]
+    seq: Annotated[int, Field(description="The action of this chunk.")]
     policy: str
     format: FrameFormat
-    frames: Annotated[dict[str, list[bytes]], Field(description="Per camera its pictures, or one fragment.")]
-    decisions: Annotated[Decisions, Field(description="Why each block of each pass was computed, or that it was not.")]
-    milliseconds: float
-    latency_ms: Annotated[float, Field(description="From the action's arrival.")]
-    late: Annotated[bool, Field(description="Made after its deadline, one period after the action or the last one.")]
-    batch: Annotated[int, Field(description="Sessions made together.")]
+    frames: Annotated[dict[str, list[bytes]], Field(description="Per camera: its pictures, or one fragment.")]
+    decisions: Annotated[DecisionGrid, Field(description="For each block of each pass, why it was computed or reused.")]
+    milliseconds: Annotated[float, Field(description="Compute time of the batch.")]
+    latency_ms: Annotated[float, Field(description="Time since the action arrived.")]
+    late: Annotated[bool, Field(description="It missed its deadline, one period after the action or the chunk before.")]
+    batch: Annotated[int, Field(description="Sessions in the batch.")]
 
 
-class Decisions(Message):
-    """``grid[pass][block]`` counts into ``reasons``; KV updates, always computed, are left out."""
+class DecisionGrid(Message):
+    """``grid[pass][block]`` is an index into ``reasons``. KV updates are always computed and left out."""
 
     reasons: list[str]
     grid: list[list[int]]
 
 
 class ErrorMessage(Message):
-    """Something was refused or failed; the session is as it was."""
+    """A message was refused or a chunk failed. The session is unchanged."""
 
     type: Literal["error"] = "error"
     code: Literal["invalid", "stale", "failed"]
@@ -122,16 +122,16 @@ def parse(data: bytes) -> ActionMessage | AckMessage | PolicyMessage:
     """A client's message.
 
     Raises:
-        ValueError: it is not msgpack, or not a message of the protocol; says in one line what is wrong.
+        ValueError: the data is not msgpack, or not a message of the protocol. The error is one line.
     """
     if len(data) > MAX_MESSAGE:
-        raise ValueError(f"a message of {len(data)} bytes: at most {MAX_MESSAGE} are read")
+        raise ValueError(f"the message has {len(data)} bytes; send at most {MAX_MESSAGE}")
     try:
         fields = _msgpack.unpackb(
             data, max_array_len=64, max_map_len=8, max_str_len=64, max_bin_len=0, max_ext_len=0, strict_map_key=True
         )
-    except Exception as error:  # msgpack raises a dozen kinds, RecursionError and UnicodeDecodeError among them
-        raise ValueError(f"not msgpack of this protocol: {type(error).__name__}") from None
+    except Exception as error:  # msgpack raises many kinds, such as RecursionError and UnicodeDecodeError
+        raise ValueError(f"the message is not msgpack of this protocol ({type(error).__name__})") from None
     try:
         return _CLIENT.validate_python(fields)
     except ValidationError as error:
@@ -140,24 +140,24 @@ def parse(data: bytes) -> ActionMessage | AckMessage | PolicyMessage:
         ) from None
 
 
-def decision_grid(decisions: Sequence[Decision]) -> Decisions:
-    """The denoising passes' decisions as a grid."""
+def decision_grid(decisions: Sequence[Decision]) -> DecisionGrid:
+    """The decisions of the denoising passes as a grid."""
     reasons: dict[str, int] = {}
     grid: dict[int, dict[int, int]] = {}
     for d in decisions:
         if d.role == "denoise":
             grid.setdefault(d.index, {})[d.block] = reasons.setdefault(d.reason, len(reasons))
-    return Decisions(reasons=list(reasons), grid=[[row[b] for b in sorted(row)] for _, row in sorted(grid.items())])
+    return DecisionGrid(reasons=list(reasons), grid=[[row[b] for b in sorted(row)] for _, row in sorted(grid.items())])
 
 
 class NewSession(BaseModel):
-    """What to drive."""
+    """A new session."""
 
     model_config = ConfigDict(extra="forbid")
 
-    scenario: Annotated[str | None, Field(max_length=64, description="By default the first that there is.")] = None
+    scenario: Annotated[str | None, Field(max_length=64, description="By default the first of the server.")] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    policy: Annotated[str | None, Field(max_length=64, description="By default the first that there is.")] = None
+    policy: Annotated[str | None, Field(max_length=64, description="By default the first of the server.")] = None
     format: FrameFormat = "jpeg"
     mode: Mode = "lockstep"
 
@@ -172,9 +172,9 @@ class SessionInfo(BaseModel):
     format: FrameFormat
     mode: Mode
     chunk: Annotated[int, Field(description="The number of the next chunk.")]
-    seconds: Annotated[float, Field(description="Of video so far.")]
+    seconds: Annotated[float, Field(description="Seconds of video so far.")]
     connected: bool
-    parked: Annotated[bool, Field(description="On disk until it is wanted again.")]
+    parked: Annotated[bool, Field(description="The session is on disk until it is used again.")]
     bytes: int
 
 

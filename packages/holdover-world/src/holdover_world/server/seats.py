@@ -1,4 +1,4 @@
-"""A session as a server sees it, what watches it, and what users may take."""
+"""A session as the server holds it, the connection that reads it, and the limits of users."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdover_world.sessions.session import SessionSnapshot, WorldSession
 
 
 class RefusedError(Exception):
-    """What was asked cannot be had: an HTTP status and a line for the user."""
+    """A refused request: an HTTP status and one line for the user."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
@@ -24,17 +24,20 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server allows.
+    """The limits of a server.
 
     Attributes:
-        sessions: in all, parked ones included.
-        sessions_per_owner: of them for one token.
-        snapshots_per_owner: that one token may keep.
-        max_bytes: of sessions and snapshots in memory; what is idle goes to disk, the least recently used first.
-        batch: sessions of one forward pass.
-        unacknowledged: chunks sent, or waiting to be, that the client has not acknowledged: then it waits.
+        sessions: sessions in all, parked ones included.
+        sessions_per_owner: sessions of one token.
+        snapshots_per_owner: snapshots of one token.
+        max_bytes: bytes of sessions and snapshots in memory. Beyond it the least recently used idle ones go to disk.
+        batch: sessions in one forward pass.
+        unacknowledged: chunks that the client has not acknowledged. At this number the session waits.
         park_after: seconds without a reader after which a session goes to disk.
         expire_after: seconds without a reader after which a session is deleted.
+
+    Raises:
+        ValueError: a limit is not positive.
     """
 
     sessions: int = 64
@@ -53,13 +56,13 @@ class Limits:
 
 
 class Reader:
-    """The connection that watches a session: what waits for it, beside the chunks."""
+    """The connection that reads a session, with its waiting messages other than chunks."""
 
     def __init__(self, sent: int) -> None:
         self.sent = sent  # the newest chunk handed to the socket
         self.notes: deque[Message] = deque(maxlen=16)
         self.wake = asyncio.Event()
-        self.ended: int | None = None  # the code with which to close it
+        self.ended: int | None = None  # the code with which to close the connection
 
     def end(self, code: int) -> None:
         self.ended = code
@@ -72,7 +75,7 @@ class Reader:
 
 @dataclass(kw_only=True)
 class Seat:
-    """A session as it is served. ``session`` is None while it is parked."""
+    """A session of a user. ``session`` is None while it is parked on disk."""
 
     id: str
     owner: str
@@ -87,16 +90,17 @@ class Seat:
     nbytes: int = 0
     session: WorldSession | None = None
     action: list[float] = field(default_factory=list)
-    #: When the action that is still to be applied arrived; None where none is.
+    #: When the waiting action arrived; None if none waits.
     arrived: float | None = None
     #: When the next chunk of a real-time session is due.
     due: float = 0.0
+    #: Numbers and messages of the chunks that are not acknowledged.
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)
-    #: Chunks before this one may be sent: those that are on disk where that is asked for.
+    #: Chunks before this one may be sent: on a durable server those that are on disk.
     published: int = 0
     reader: Reader | None = None
     busy: bool = False
-    wanted: int = 0  # calls that wait until it is not busy
+    wanted: int = 0  # calls that wait until the seat is not busy
     created: float | None = None
     touched: float = field(default_factory=time.monotonic)
 
@@ -106,7 +110,7 @@ class Seat:
     )
 
     def stored(self) -> dict[str, Any]:
-        """What goes to disk beside the session and what waits to be sent."""
+        """The fields that go to disk, beside the session and its unacknowledged chunks."""
         return {name: getattr(self, name) for name in self._STORED}
 
     @property
@@ -115,27 +119,28 @@ class Seat:
         return self.outbox[0][0] if self.outbox else self.chunk
 
     def acknowledge(self, index: int) -> None:
+        """Drop the chunks up to this one from the outbox."""
         while self.outbox and self.outbox[0][0] <= index:
             self.outbox.popleft()
 
 
 @dataclass(kw_only=True)
-class Shelved:
-    """A snapshot that a user asked for; on disk where ``snapshot`` is None."""
+class StoredSnapshot:
+    """A snapshot of a user. It is on disk if ``snapshot`` is None."""
 
     id: str
-    seat: Seat  # as it was
+    seat: Seat  # as it was when the snapshot was taken
     nbytes: int
     snapshot: SessionSnapshot | None
 
 
 def owner_of(token: str) -> str:
-    """A token's owner: a name that does not give the token away."""
+    """The owner name of a token. It does not reveal the token."""
     return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
 def twin_of(seat: Seat) -> Seat:
-    """A new seat that stands where this one does, with nothing to send."""
+    """A new seat in the state of this one, with an empty outbox."""
     return Seat(
         id=secrets.token_hex(8), owner=seat.owner, scenario=seat.scenario, seed=seat.seed, policy=seat.policy,
         format=seat.format, mode=seat.mode, chunk=seat.chunk, seq_seen=seat.seq_seen,
@@ -144,11 +149,11 @@ def twin_of(seat: Seat) -> Seat:
 
 
 def seat_of(taken: SessionSnapshot) -> Seat:
-    """The seat of a parked session."""
+    """The seat of a snapshot."""
     stored = dict(taken.plain["seat"])
     waiting = sorted(int(name[7:]) for name in taken.tensors if name.startswith("outbox."))
     seat = Seat(**stored)
-    seat.seq_seen = seat.seq_applied  # what was seen but not applied is the client's to send again
+    seat.seq_seen = seat.seq_applied  # the client sends actions again that were seen but not applied
     seat.published = seat.chunk
     seat.outbox.extend((n, taken.tensors[f"outbox.{n}"].numpy().tobytes()) for n in waiting)
     return seat

@@ -1,4 +1,4 @@
-"""Running the server: where it listens, how it logs."""
+"""Running the server: its threads, its address and its log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class ThisThread(Executor):
-    """Does its work on the thread that calls `run`, until it is shut down; what is submitted after that is refused."""
+    """An executor that works on the thread that calls `run`, until it is shut down. It then refuses new work."""
 
     def __init__(self) -> None:
         self._closed = False
@@ -59,7 +59,7 @@ class ThisThread(Executor):
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per line; what a record carries as ``fields`` stands beside its message."""
+    """One JSON object per line. The ``fields`` of a record are keys beside its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -83,24 +83,24 @@ def serve(
     folder: Path,
     durable: bool = False,
 ) -> None:
-    """Serve a world until SIGINT or SIGTERM: then finish the chunk in flight and park the sessions.
+    """Serve a world until SIGINT or SIGTERM. Then finish the chunk in flight and park the sessions.
 
-    The world runs on the calling thread, which must be the main one, and the server beside it: elsewhere the threads of
-    OpenMP sleep between operations, by which a chunk took twice as long on two cores.
+    The world runs on the calling thread, which must be the main thread, and the web server on another. On any other
+    thread the workers of OpenMP sleep between operations, and a chunk took twice as long on two cores.
 
     Args:
-        world: what is served.
+        world: the world.
         host, port: where to listen.
-        tokens: who may use it; none are needed where only this machine reaches the server.
-        limits: what users may take.
-        folder: for parked sessions and snapshots; sessions found there are taken up again.
-        durable: write every session after each chunk.
+        tokens: the bearer tokens of users. They are required if other machines can reach the host.
+        limits: the limits of users.
+        folder: where sessions and snapshots are parked. Sessions that are there already continue.
+        durable: write every session to disk after each chunk.
 
     Raises:
-        ValueError: other machines reach the host and there are no tokens.
+        ValueError: other machines can reach the host and there are no tokens.
     """
     if not tokens and not is_loopback(host):
-        raise ValueError(f"host={host!r} is reached by others, and there are no tokens; give a file of tokens")
+        raise ValueError(f"host={host!r} can be reached from other machines; give tokens (--tokens FILE)")
     this = ThisThread()
     app = create_app(Hub(world, limits=limits, folder=folder, durable=durable, thread=this), Access(tokens or ()))
     handler = logging.StreamHandler()
@@ -118,7 +118,7 @@ def serve(
     def listen() -> None:
         try:
             server.run()
-        except BaseException as error:  # the exit of a server that could not start, too
+        except BaseException as error:  # also SystemExit, if the server cannot start
             ended.append(error)
         finally:
             this.shutdown()

@@ -1,4 +1,4 @@
-"""One closed loop that a user owns: reset, step, fork, snapshot, restore, close; and many in one pass. No network."""
+"""A session: one closed loop that a client owns. Many sessions advance in one forward pass."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
 from holdover.decision import Decision
+from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
 from holdover_world.loop import closed_loop
 from holdover_world.loop.closed_loop import ClosedLoop, LoopState
+from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.sessions.world import World
 
-FORMAT = "session 1"
+FORMAT = "session 2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSnapshot:
-    """Where a session stood: tensors, and everything else in JSON's terms. Restore it here or in another process."""
+    """The state of a session: its tensors, and the rest as plain JSON values. Restore it here or in another process."""
 
     plain: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -38,7 +39,7 @@ class SessionSnapshot:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one ``.safetensors`` file, whole or not at all."""
+        """Write one ``.safetensors`` file. The file is complete, or it is not written."""
         write_tensors(Path(path), {"format": FORMAT, **self.plain}, self.tensors)
 
     @classmethod
@@ -47,7 +48,7 @@ class SessionSnapshot:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not the snapshot of a session, or of another format.
+            ValueError: the file is not a session snapshot of this format.
         """
         plain, tensors = read_tensors(Path(path), "write one with session.snapshot().save(path)", format=FORMAT)
         return cls(plain=plain, tensors=tensors)
@@ -55,16 +56,16 @@ class SessionSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionChunk:
-    """What a session made of one action.
+    """One chunk of a session.
 
     Attributes:
-        index: the number of the chunk, from 0 at the reset.
-        frames: per camera ``uint8 [T, height, width, 3]``.
-        decisions: of every block of its passes.
+        index: its number, from 0 at the reset.
+        frames: ``uint8 [T, height, width, 3]`` per camera.
+        decisions: one for each block of each pass.
         exact: whether every block was computed.
-        seconds: of the batch it was made in.
-        batch: sessions in that batch.
-        depth: per camera ``float32 [T, height, width]``, metres along the viewing axis, where the world gives any.
+        seconds: compute time of the batch that it was part of.
+        batch: the number of sessions in that batch.
+        depth: ``float32 [T, height, width]`` per camera, metres along the viewing axis. Empty if the world has none.
     """
 
     index: int
@@ -76,32 +77,32 @@ class SessionChunk:
     depth: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
-class Kept(NamedTuple):
-    """What puts a session back to where it stood before a chunk."""
+class SavePoint(NamedTuple):
+    """The state of a session before a chunk, to roll back to. ``backup`` is the cache's stream that holds its part."""
 
     state: LoopState
     backup: str | None
 
 
 class WorldSession:
-    """One video of a world, driven action by action. It owns KV cache, held residuals, noise and clock.
+    """One video of a world, driven action by action. It owns a KV cache, cache entries, noise and a clock.
 
     Args:
         world: the model it runs on.
-        policy: one of the world's; its first by default.
+        policy: the name of one of the world's policies; by default the first.
 
-    `reset` or `restore` begins the video. Every chunk completes and is committed, or leaves the session as it was.
-    Use as a context manager, or `close` it.
+    `reset` or `restore` begins the video. A chunk either completes or leaves the session unchanged.
+    Use a session as a context manager, or `close` it.
     """
 
     def __init__(self, world: World, *, policy: str | None = None) -> None:
         self.world, self.policy = world, policy or world.default_policy
-        world.lane(self.policy)
+        world.attached(self.policy)
         self.scenario: str | None = None
         self.seed = 0
         self._stream: str | None = world.stream()
-        self._loop: ClosedLoop | None = None
-        self._ran = False  # since when its cache holds something of this session
+        self._loop: ClosedLoop[WorldModel] | None = None
+        self._ran = False  # whether the cache holds entries of this session
 
     def __enter__(self) -> WorldSession:
         return self
@@ -110,11 +111,11 @@ class WorldSession:
         self.close()
 
     @property
-    def loop(self) -> ClosedLoop:
-        """The loop it drives.
+    def loop(self) -> ClosedLoop[WorldModel]:
+        """The session's loop.
 
         Raises:
-            ValueError: the session was not begun, or is closed.
+            ValueError: the session has no video yet, or is closed.
         """
         if self._loop is None:
             raise ValueError("the session has no video; call reset(scenario, seed) or restore(snapshot)")
@@ -127,27 +128,27 @@ class WorldSession:
 
     @property
     def seconds(self) -> float:
-        """The clock: seconds of video since the reset."""
+        """Seconds of video since the reset."""
         return self.chunk * self.world.model.sizes.frames_per_latent / FPS
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensors; what forks share counts for each."""
-        held = self.world.lane(self.policy)[1].stats(self._name).bytes_held if self._ran else 0
+        """Bytes of its tensors. Memory that forks share is counted for each of them."""
+        held = self.world.attached(self.policy).cache.stats(self._name).bytes_held if self._ran else 0
         return held + sum(tensor.nbytes for tensor in self.loop.state.tensors().values())
 
     def reset(self, scenario: str, seed: int = 0) -> None:
-        """Begin a video anew.
+        """Begin a new video.
 
         Raises:
-            ValueError: the world has no such scenario, or the seed is not one.
+            ValueError: the world has no such scenario, or the seed is out of range.
         """
         if scenario not in self.world.starts:
             raise ValueError(f"scenario {scenario!r} is not one of {', '.join(self.world.starts)}")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2**63 - 1")
         stream, start = self._name, self.world.starts[scenario]
-        model, cache = self.world.lane(self.policy)
+        model, cache = self.world.attached(self.policy)
         loop = ClosedLoop(
             model,
             start.latents,
@@ -163,10 +164,10 @@ class WorldSession:
         self._loop, self._ran, self.scenario, self.seed = loop, False, scenario, seed
 
     def step(self, action: Sequence[float] | Tensor) -> SessionChunk:
-        """Generate the next piece of video under ``action``, the newest normalised command ``[A]``.
+        """Generate the next chunk under ``action``, a normalised command ``[A]``.
 
         Raises:
-            ValueError: the action is not the numbers the model takes; the session is as it was.
+            ValueError: the action does not fit the model. The session is unchanged.
         """
         result = advance([self], [action])[0]
         if isinstance(result, Exception):
@@ -174,9 +175,9 @@ class WorldSession:
         return result
 
     def fork(self) -> WorldSession:
-        """Another session that goes on from here; neither touches the other. They share memory until they diverge."""
+        """A second session that continues from here, independent of this one. They share memory until they diverge."""
         twin = WorldSession(self.world, policy=self.policy)
-        model, cache = self.world.lane(self.policy)
+        model, cache = self.world.attached(self.policy)
         twin._loop = ClosedLoop.resume(model, self.loop.state, config=self.loop.config, cache=cache, stream=twin._name)
         if self._ran:
             cache.fork(self._name, twin._name)
@@ -184,12 +185,12 @@ class WorldSession:
         return twin
 
     def use(self, policy: str) -> None:
-        """Go on under another policy; what was held over is given up.
+        """Continue under another policy. The cache entries are dropped.
 
         Raises:
-            ValueError: the world does not offer it.
+            ValueError: the world does not offer this policy.
         """
-        model, cache = self.world.lane(policy)
+        model, cache = self.world.attached(policy)
         if policy == self.policy:
             return
         loop = ClosedLoop.resume(model, self.loop.state, config=self.loop.config, cache=cache, stream=self._name)
@@ -197,12 +198,12 @@ class WorldSession:
         self._loop, self.policy = loop, policy
 
     def snapshot(self) -> SessionSnapshot:
-        """Where the session stands."""
+        """The session's state."""
         tensors = {f"loop.{name}": tensor for name, tensor in self.loop.state.tensors().items()}
         held = None
         if self._ran:
-            snapshot = self.world.lane(self.policy)[1].snapshot(self._name)
-            held = {"policy": snapshot.policy, "model": snapshot.model, "stream": snapshot.stream}
+            snapshot = self.world.attached(self.policy).cache.snapshot(self._name)
+            held = snapshot.plain
             tensors |= {f"held.{name}": tensor for name, tensor in snapshot.tensors.items()}
         plain = {
             "scenario": self.scenario,
@@ -215,34 +216,35 @@ class WorldSession:
         return SessionSnapshot(plain=plain, tensors=tensors)
 
     def restore(self, snapshot: SessionSnapshot) -> None:
-        """Go on from a snapshot, bit by bit.
+        """Continue from a snapshot. The video is the same, bit for bit.
 
         Raises:
-            ValueError: it was taken of another model, policy or cadence; the session is as it was.
+            ValueError: it was taken of another model, policy or cadence. The session is unchanged.
         """
         plain, config = snapshot.plain, self.world.loop
         if plain["model"] != self.world.digest:
-            raise ValueError("the snapshot was taken of another model; restore it where that model is served")
+            raise ValueError("the snapshot was taken of another model; restore it in a world of that model")
         if plain["loop"] != asdict(config):
             raise ValueError(f"the snapshot was taken under {plain['loop']}, this world runs {asdict(config)}")
-        model, cache = self.world.lane(plain["policy"])
+        model, cache = self.world.attached(plain["policy"])
         own = {n[5:]: t.to(self.world.device) for n, t in snapshot.tensors.items() if n.startswith("loop.")}
         own["noise_source"] = own["noise_source"].cpu()
-        state = LoopState.from_tensors(own, capacity=model.sizes.context)
+        state = LoopState.from_tensors(own, model)
         loop = ClosedLoop.resume(model, state, config=config, cache=cache, stream=self._name)
         if (held := plain["held"]) is not None:
-            if held["policy"] != repr(self.world.policies[plain["policy"]]):
-                raise ValueError(f"the snapshot was taken under {held['policy']}; offer it as {plain['policy']!r}")
+            if held["policies"] != [repr(self.world.policies[plain["policy"]])]:
+                taken = ", ".join(held["policies"])
+                raise ValueError(f"the snapshot was taken under {taken}; offer it as {plain['policy']!r}")
             tensors = {name[5:]: tensor for name, tensor in snapshot.tensors.items() if name.startswith("held.")}
             self._forget()
-            cache.restore(self._name, Snapshot(**held, tensors=tensors))
+            cache.restore(self._name, Snapshot.of(held, tensors))
         else:
             self._forget()
         self._loop, self._ran, self.policy = loop, held is not None, plain["policy"]
         self.scenario, self.seed = plain["scenario"], plain["seed"]
 
     def close(self) -> None:
-        """Free what the session holds; closing again does nothing."""
+        """Free the session's memory. Closing again does nothing."""
         if self._stream is None:
             return
         self._forget()
@@ -250,39 +252,39 @@ class WorldSession:
         self._loop = self._stream = None
 
     def command(self, action: Sequence[float] | Tensor) -> Tensor:
-        """An action as the model takes it, ``[A]``.
+        """An action as the tensor ``[A]`` that the model takes.
 
         Raises:
-            ValueError: it is not that many finite numbers in [-1, 1].
+            ValueError: the action is not A finite numbers in [-1, 1].
         """
         dims = self.world.model.sizes.action_dims
         try:
             values = [float(value) for value in action]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"action={action!r} is not numbers; give {dims} in [-1, 1]") from error
+            raise ValueError(f"action={action!r} is not a list of numbers; give {dims} in [-1, 1]") from error
         if len(values) != dims or not all(math.isfinite(value) and -1 <= value <= 1 for value in values):
             raise ValueError(f"action={values}: give {dims} finite numbers in [-1, 1]")
         return torch.tensor(values)
 
-    def keep(self) -> Kept:
-        """Remember where the session stands, until `commit` or `put_back`."""
+    def save_point(self) -> SavePoint:
+        """The state before a chunk. `commit` or `roll_back` ends the chunk."""
         backup = f"{self._name} before" if self._ran else None
         if backup is not None:
-            self.world.lane(self.policy)[1].fork(self._name, backup)
-        return Kept(self.loop.state, backup)
+            self.world.attached(self.policy).cache.fork(self._name, backup)
+        return SavePoint(self.loop.state, backup)
 
-    def put_back(self, kept: Kept) -> None:
-        """Back to where `keep` was called."""
-        cache = self.world.lane(self.policy)[1]
-        self.loop.state = kept.state
+    def roll_back(self, saved: SavePoint) -> None:
+        """Return to the save point: the chunk failed."""
+        cache = self.world.attached(self.policy).cache
+        self.loop.state = saved.state
         cache.reset(self._name)
-        if kept.backup is not None:
-            cache.fork(kept.backup, self._name)
-            cache.reset(kept.backup)
+        if saved.backup is not None:
+            cache.fork(saved.backup, self._name)
+            cache.reset(saved.backup)
 
     def commit(self) -> None:
-        """A chunk completed: what `keep` remembered is let go."""
-        self.world.lane(self.policy)[1].reset(f"{self._name} before")
+        """Drop the save point: the chunk completed."""
+        self.world.attached(self.policy).cache.reset(f"{self._name} before")
         self._ran = True
 
     @property
@@ -292,19 +294,20 @@ class WorldSession:
         return self._stream
 
     def _forget(self) -> None:
-        self.world.lane(self.policy)[1].reset(self._name)
+        self.world.attached(self.policy).cache.reset(self._name)
         self._ran = False
 
 
 def advance(
     sessions: Sequence[WorldSession], actions: Sequence[Sequence[float] | Tensor]
 ) -> list[SessionChunk | Exception]:
-    """One chunk of every session of a world, as many of them in one forward pass as go together.
+    """Generate one chunk of every session of one world. Sessions that fit together share a forward pass.
 
-    Each completes, or leaves its session as it was and gives its error; one that fails does not stop the others.
+    The result holds a chunk or an error for each session. A session whose chunk fails is unchanged, and the others
+    continue.
 
     Raises:
-        ValueError: an action is not the numbers the model takes; nothing has been generated then.
+        ValueError: an action does not fit the model. No session has advanced.
     """
     commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
     results: dict[int, SessionChunk | Exception] = {}
@@ -315,22 +318,22 @@ def advance(
 
 
 def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[SessionChunk | Exception]:
-    """The same, of sessions that go together."""
+    """`advance` for sessions that fit into one batch."""
     world, started = sessions[0].world, perf_counter()
-    cache = world.lane(sessions[0].policy)[1]
-    kept = [session.keep() for session in sessions]
+    cache = world.attached(sessions[0].policy).cache
+    save_points = [session.save_point() for session in sessions]
     try:
         pieces = closed_loop.advance([session.loop for session in sessions], commands)
         shown = [(world.frames(piece), world.depth(piece)) for piece in pieces]
     except BaseException as error:
-        for session, state in zip(sessions, kept, strict=True):
-            session.put_back(state)
+        for session, saved in zip(sessions, save_points, strict=True):
+            session.roll_back(saved)
         cache.trace.clear()
         if not isinstance(error, Exception):
             raise
         if len(sessions) == 1:
             return [error]
-        # Whose fault it was is not known: each for itself.
+        # Any of them may have caused the error: run each alone.
         return [_advance([one], [command])[0] for one, command in zip(sessions, commands, strict=True)]
     decisions: dict[str, list[Decision]] = {}
     for decision in cache.trace:

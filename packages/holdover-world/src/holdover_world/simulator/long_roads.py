@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from holdover_world.simulator.meshes import CAR_COLOURS, PAINT, Colour, Mesh, Solid
+from holdover_world.scene.palette import KERB, PAINT, YELLOW, Colour
+from holdover_world.simulator.meshes import CAR_COLOURS, Mesh, Solid
 from holdover_world.simulator.roads import Lane, Points, arc_lengths, normals, offset
-from holdover_world.simulator.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, YELLOW, Scene, meadow
+from holdover_world.simulator.scenery import FLOOR, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Scene, meadow
 from holdover_world.simulator.textures import FACADES, mean_colour
 
 _ROOF: Colour = (0.56, 0.27, 0.22)

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from holdover_world.scene.palette import PAINT, SHADE, SUN, Colour
 from holdover_world.scene.vehicles import LENGTH, WIDTH
 from holdover_world.simulator.roads import Points, arc_lengths, offset
 
-Colour = tuple[float, float, float]
 Vector = NDArray[np.float64]
 
 WHITE: Colour = (1.0, 1.0, 1.0)
-PAINT: Colour = (0.93, 0.93, 0.90)
 CAR_COLOURS: tuple[Colour, ...] = (
     (0.92, 0.92, 0.92),
     (0.78, 0.13, 0.12),
@@ -30,8 +29,6 @@ _GLASS: Colour = (0.16, 0.20, 0.26)
 _TYRE: Colour = (0.07, 0.07, 0.08)
 _TAIL: Colour = (0.85, 0.05, 0.05)
 _LAMP: Colour = (1.0, 0.97, 0.80)
-SHADE = (0.62, 0.44, 0.1)  # brightness of a face along the sun's rays, and what facing it or turning away adds
-SUN = (0.42, 0.24, 0.87)  # unit vector towards the sun, the same in every clip
 _CHUNK = 240.0  # metres: geometry is split into squares of this size so that what is out of sight is culled
 
 

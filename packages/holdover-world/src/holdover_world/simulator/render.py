@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdover_world.scene.cameras import RIG, Camera
+from holdover_world.scene.palette import FOG, HORIZON, ZENITH
 from holdover_world.scene.vehicles import EgoState
 from holdover_world.simulator.meshes import CAR_COLOURS, Mesh
-from holdover_world.simulator.scenery import FOG, HORIZON, ZENITH
 from holdover_world.simulator.textures import textures
 
 try:

@@ -6,20 +6,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from holdover_world.simulator.meshes import Colour, Mesh
+from holdover_world.scene.palette import Colour
+from holdover_world.simulator.meshes import Mesh
 from holdover_world.simulator.roads import Lane
 
 Point = tuple[float, float]
 
 LEAVES: tuple[Colour, ...] = ((0.27, 0.46, 0.20), (0.36, 0.54, 0.24))
-KERB: Colour = (0.74, 0.74, 0.72)
-YELLOW: Colour = (0.90, 0.70, 0.16)
 PAINT_Z, ROAD_Z, KERB_Z = 0.03, 0.015, 0.12  # metres: layers apart enough for the depth buffer
 LINE = 0.24  # metres: wider than real lines, or they would vanish at 128 pixels
 FLOOR = 3.2  # metres: height of a floor and of a facade's tile
-HORIZON: Colour = (0.80, 0.87, 0.93)
-ZENITH: Colour = (0.36, 0.58, 0.86)
-FOG = (90.0, 480.0)  # metres: from where to where things fade into the horizon
 _TILE = 120.0  # metres of grass in one piece
 
 

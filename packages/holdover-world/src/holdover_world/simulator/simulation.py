@@ -10,6 +10,7 @@ from holdover_world.scene.cameras import FPS
 from holdover_world.scene.layout import Layout
 from holdover_world.scene.vehicles import EgoState, drive
 from holdover_world.simulator.driver import Driver
+from holdover_world.simulator.layouts import layout_of
 from holdover_world.simulator.scenes import build_scene
 from holdover_world.simulator.traffic import Traffic
 
@@ -55,7 +56,7 @@ class Simulation:
 
     def layout(self) -> Layout:
         """The map, and where the cars have been since the beginning."""
-        return Layout.of(self.scene, self.traffic.cars, np.array(self._log, dtype=np.float32))
+        return layout_of(self.scene, self.traffic.cars, np.array(self._log, dtype=np.float32))
 
     def _poses(self) -> list[tuple[float, float, float]]:
         return [(car.x, car.y, car.yaw) for car in self.traffic.cars]

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from holdover_world.simulator.meshes import CAR_COLOURS, PAINT, WHITE, Colour, Mesh, Solid
+from holdover_world.scene.palette import KERB, PAINT, Colour
+from holdover_world.simulator.meshes import CAR_COLOURS, WHITE, Mesh, Solid
 from holdover_world.simulator.roads import Lane, Points, arc
-from holdover_world.simulator.scenery import FLOOR, KERB, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Point, Scene, meadow
+from holdover_world.simulator.scenery import FLOOR, KERB_Z, LEAVES, LINE, PAINT_Z, ROAD_Z, Point, Scene, meadow
 from holdover_world.simulator.textures import FACADES, mean_colour
 
 _GRID = 5  # junctions per side

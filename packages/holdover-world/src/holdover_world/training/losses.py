@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdover_world.model.kv_cache import KVCache
+from holdover_world.model.history import WorldHistory
 from holdover_world.model.sampler import denoise, follow_flow, shifted
 from holdover_world.model.transformer import WorldModel
 from holdover_world.training.recipe import Recipe
@@ -77,7 +77,7 @@ def sequence_loss(
     def noise_like(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator, device=device)
 
-    kv, losses = model.new_cache(), []
+    history, losses = model.new_history(), []
     for i in range(windows):
         latents = batch.latents[:, i * window : (i + 1) * window]
         actions = batch.actions[:, i * window : (i + 1) * window]
@@ -87,25 +87,27 @@ def sequence_loss(
             clean = latents
             if own and level and rng.random() < 0.5:
                 known = latents[:, : int(rng.integers(window))]
-                clean = _generate(predict, known, noise_like, latents, held, kv, sigmas[:level])
+                clean = _generate(predict, known, noise_like, latents, held, history, sigmas[:level])
             sigma_B = torch.full((len(latents),), sigmas[level], device=device)
             if not recipe.levels and clean is latents:
                 sigma_B = shifted(torch.rand(len(latents), generator=generator, device=device), recipe.shift)
             sigma = sigma_B[:, None, None, None]
             noisy = (1 - sigma) * clean + sigma * noise_like(latents)
             told = None if rng.random() < recipe.unconditional_share else held
-            losses.append(error(predict(noisy, sigma=sigma_B, action_BFA=told, cache=kv), latents, sigma_B, recipe))
+            losses.append(
+                error(predict(noisy, sigma=sigma_B, action_BFA=told, history=history), latents, sigma_B, recipe)
+            )
         if i == windows - 1:
             break
         context = latents
         if own and i >= first_target:
-            context = _generate(predict, latents[:, :0], noise_like, latents, actions, kv, sigmas)
+            context = _generate(predict, latents[:, :0], noise_like, latents, actions, history, sigmas)
         context = context + recipe.context_noise * rng.random() ** 2 * noise_like(context)
         shown = held if rng.random() < 0.5 else actions
         # The oldest context stays out of the backward pass, unless it is the only one: a sixth of a step saved.
         with torch.set_grad_enabled(i >= first_target or i == windows - 2):
-            predict(context, sigma=0.0, action_BFA=shown, cache=kv, write=True)
-        batch.stand(kv, (i + 1) * window)
+            predict(context, sigma=0.0, action_BFA=shown, history=history, write=True)
+        batch.stand(history, (i + 1) * window)
     return torch.stack(losses).mean()
 
 
@@ -129,7 +131,7 @@ def distillation_loss(
     for plane in sizes.planes:
         is_colour_N[plane.tokens] = plane.modality == "colour"
     where_recorded = recipe.recorded and not steady
-    rollout = _Rollout(predict, teacher, model.new_cache(), model.new_cache(), recipe, rng, is_colour_N)
+    rollout = _Rollout(predict, teacher, model.new_history(), model.new_history(), recipe, rng, is_colour_N)
     losses = []
     windows = list(zip(batch.latents.split(sizes.window, 1), commanded.split(sizes.window, 1), strict=True))
     first = max(sizes.context // sizes.window, len(windows) - recipe.learned if recipe.learned else 0)  # learned from
@@ -156,8 +158,8 @@ class _Rollout:
 
     predict: Predict
     teacher: Predict | None
-    kv: KVCache
-    teachers_kv: KVCache
+    history: WorldHistory
+    teachers_history: WorldHistory
     recipe: Recipe
     rng: np.random.Generator
     is_colour_N: Tensor
@@ -194,19 +196,19 @@ class _Rollout:
         """Make a window the context of the next."""
         if self.teacher is not None:
             with torch.no_grad():
-                self.teacher(latents, sigma=0.0, action_BFA=actions, cache=self.teachers_kv, write=True)
+                self.teacher(latents, sigma=0.0, action_BFA=actions, history=self.teachers_history, write=True)
         with torch.set_grad_enabled(learned):
-            self.predict(latents, sigma=0.0, action_BFA=actions, cache=self.kv, write=True)
+            self.predict(latents, sigma=0.0, action_BFA=actions, history=self.history, write=True)
 
     def stand(self, batch: Batch, latent_frames: int) -> None:
         """The rollout is where the recordings were after so many latent frames."""
-        for kv in (self.kv, self.teachers_kv):
-            if kv.last is not None:
-                batch.stand(kv, latent_frames)
+        for history in (self.history, self.teachers_history):
+            if history.last is not None:
+                batch.stand(history, latent_frames)
 
     def _say(self, level: int, noisy: Tensor, actions: Tensor, *, learned: bool = False) -> Tensor:
         with torch.set_grad_enabled(learned):
-            clean: Tensor = self.predict(noisy, sigma=self.sigmas[level], action_BFA=actions, cache=self.kv)
+            clean: Tensor = self.predict(noisy, sigma=self.sigmas[level], action_BFA=actions, history=self.history)
             return clean.float()
 
     def _error(self, level: int, clean: Tensor, target: Tensor, weight_N: Tensor) -> Tensor:
@@ -220,10 +222,10 @@ class _Rollout:
         assert teacher is not None
 
         def guided(sigma: float, x: Tensor) -> Tensor:
-            told: Tensor = teacher(x, sigma=sigma, action_BFA=actions, cache=self.teachers_kv).float()
+            told: Tensor = teacher(x, sigma=sigma, action_BFA=actions, history=self.teachers_history).float()
             if guidance == 1:
                 return told
-            untold = teacher(x, sigma=sigma, action_BFA=None, cache=self.teachers_kv).float()
+            untold = teacher(x, sigma=sigma, action_BFA=None, history=self.teachers_history).float()
             return torch.lerp(untold, told, guidance)
 
         remaining = 1 - level / len(self.sigmas)  # of the way, before the shift
@@ -257,8 +259,10 @@ def _generate(
     noise_like: Callable[[Tensor], Tensor],
     latents: Tensor,
     actions: Tensor,
-    kv: KVCache,
+    history: WorldHistory,
     sigmas: tuple[float, ...],
 ) -> Tensor:
     noise = torch.stack([noise_like(latents) for _ in sigmas])
-    return denoise(lambda i, x: predict(x, sigma=sigmas[i], action_BFA=actions, cache=kv).float(), noise, sigmas, known)
+    return denoise(
+        lambda i, x: predict(x, sigma=sigmas[i], action_BFA=actions, history=history).float(), noise, sigmas, known
+    )

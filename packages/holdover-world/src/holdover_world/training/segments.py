@@ -15,9 +15,10 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import DECODING, FRAMES
+from holdover_world.codec.autoencoder import DECODING
 from holdover_world.codec.latents import Codec
-from holdover_world.model.kv_cache import KVCache
+from holdover_world.config import FRAMES
+from holdover_world.model.history import WorldHistory
 from holdover_world.scene.clips import frame_count, list_clips, read_clip, read_track
 from holdover_world.scene.layout import Track
 
@@ -29,10 +30,10 @@ class Batch:
     tracks: tuple[Track | None, ...] = ()  # per row, where its clip has a layout; empty: none has
     starts: tuple[int, ...] = ()  # per row, the video frame of its clip that it begins with
 
-    def stand(self, kv: KVCache, latent_frames: int) -> None:
+    def stand(self, history: WorldHistory, latent_frames: int) -> None:
         """The cache's rows are where the recordings were after so many latent frames."""
         if self.tracks:
-            kv.stand(self.tracks, [start + latent_frames * FRAMES - 1 for start in self.starts])
+            history.stand(self.tracks, [start + latent_frames * FRAMES - 1 for start in self.starts])
 
     def without_layout(self) -> Batch:
         return replace(self, tracks=(), starts=())

@@ -149,15 +149,15 @@ def heldout_error(predict: Predict, model: WorldModel, held: Segments, recipe: R
         batch: Batch = held.batch([(index, _HELDOUT_START)], sizes.context + sizes.window, device)
         context, target = torch.split(batch.latents, [sizes.context, sizes.window], 1)
         actions = torch.split(batch.actions, [sizes.context, sizes.window], 1)
-        kv = model.new_cache()
-        predict(context, sigma=0.0, action_BFA=actions[0], cache=kv, write=True)
-        batch.stand(kv, sizes.context)
+        history = model.new_history()
+        predict(context, sigma=0.0, action_BFA=actions[0], history=history, write=True)
+        batch.stand(history, sizes.context)
         generator = torch.Generator(device).manual_seed(index)
         results = []
         for levels in (sigmas[:1], sigmas):
             noise = torch.randn((len(levels), *target.shape), generator=generator, device=device)
             window = denoise(
-                lambda i, x, s=levels, k=kv, a=actions[1]: predict(x, sigma=s[i], action_BFA=a, cache=k).float(),  # type: ignore[misc]
+                lambda i, x, s=levels, h=history, a=actions[1]: predict(x, sigma=s[i], action_BFA=a, history=h).float(),  # type: ignore[misc]
                 noise,
                 levels,
                 target[:, :0],

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdover_world.codec.autoencoder import DECODING, FRAMES, SCALE, Autoencoder
+from holdover_world.codec.autoencoder import DECODING, Autoencoder
 from holdover_world.codec.checkpoints import read_network, weights_digest, write_network
+from holdover_world.config import FRAMES, SCALE
 from holdover_world.runtime import fast_dtype
 from holdover_world.scene.clips import frame_count, read_cameras, read_clip
 from holdover_world.scene.depth import from_metres

@@ -46,10 +46,20 @@ class Snapshot:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Everything but tensors, in JSON's terms."""
+        return {"policies": list(self.policies), "model": self.model, "streams": list(self.streams)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Snapshot:
+        """The reverse of `plain`, with the tensors."""
+        policies, streams = tuple(plain["policies"]), tuple(plain["streams"])
+        return cls(policies=policies, model=plain["model"], streams=streams, tensors=tensors)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file, whole or not at all."""
-        header = {"format": FORMAT, "policies": self.policies, "model": self.model, "streams": self.streams}
-        write_tensors(Path(path), header, self.tensors)
+        write_tensors(Path(path), {"format": FORMAT, **self.plain}, self.tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Snapshot:
@@ -60,8 +70,7 @@ class Snapshot:
             ValueError: the file is not a snapshot, or of another format.
         """
         header, tensors = read_tensors(Path(path), "write one with cache.snapshot(stream).save(path)", format=FORMAT)
-        policies, streams = tuple(header["policies"]), tuple(header["streams"])
-        return cls(policies=policies, model=header["model"], streams=streams, tensors=tensors)
+        return cls.of(header, tensors)
 
 
 def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover_world.scene.cameras import STITCH_ROWS
-
 Rect = tuple[int, int, int, int]  # left, top, width, height in pixels
+Rows = Sequence[Sequence[str]]  # names of cameras, row by row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +29,22 @@ class Canvas:
         return canvas
 
 
-def arrange(sizes: Mapping[str, tuple[int, int]]) -> Canvas:
-    """Lay cameras of given ``(width, height)`` out in centred rows: those of the reference rig as `stitch` does.
+def arrange(sizes: Mapping[str, tuple[int, int]], rows: Rows | None = None) -> Canvas:
+    """Lay cameras of given ``(width, height)`` out in centred rows.
 
-    Other cameras stand in the order given, as many in a row as there are rows.
+    Args:
+        sizes: of the cameras.
+        rows: the names of the cameras in each row, from the top; may name cameras that are not there. Where it is None
+            or leaves a camera out, the cameras stand in a square grid, in the order of ``sizes``.
     """
-    rig = [tuple(name for name in row if name in sizes) for row in STITCH_ROWS]
-    rows = [row for row in rig if row]
-    if sum(map(len, rows)) < len(sizes):
-        rows = _square(tuple(sizes))
-    widths = [sum(sizes[name][0] for name in row) for row in rows]
+    found = [[name for name in row if name in sizes] for row in rows or ()]
+    laid = [row for row in found if row]
+    if sum(map(len, laid)) < len(sizes):
+        laid = _square(tuple(sizes))
+    widths = [sum(sizes[name][0] for name in row) for row in laid]
     rects: dict[str, Rect] = {}
     top = 0
-    for row, width in zip(rows, widths, strict=True):
+    for row, width in zip(laid, widths, strict=True):
         left = (max(widths) - width) // 2
         for name in row:
             rects[name] = (left, top, *sizes[name])
@@ -51,6 +53,6 @@ def arrange(sizes: Mapping[str, tuple[int, int]]) -> Canvas:
     return Canvas(width=max(widths) + max(widths) % 2, height=top + top % 2, rects=rects)
 
 
-def _square(names: Sequence[str]) -> list[tuple[str, ...]]:
+def _square(names: Sequence[str]) -> list[list[str]]:
     columns = math.ceil(math.sqrt(len(names)))
-    return [tuple(names[i : i + columns]) for i in range(0, len(names), columns)]
+    return [list(names[i : i + columns]) for i in range(0, len(names), columns)]

@@ -51,7 +51,7 @@ def build_page(run_dir: Path) -> tuple[Path, list[str]]:
         .render(
             problems=problems,
             columns=tables.COLUMNS,
-            rows=tables.demo_rows(summary(rollouts)),
+            rows=[row for scenario in by_scenario.values() for row in _rows(scenario)],
             plots=overall,
             scenarios=scenarios,
             legend=[(LETTERS[name], LEGEND[name]) for name in CATEGORIES],
@@ -65,13 +65,16 @@ def build_page(run_dir: Path) -> tuple[Path, list[str]]:
     return path, problems
 
 
-def summary(rollouts: Sequence[Recorded]) -> dict[str, Any]:
-    """The figures of rollouts as ``report.json`` has them; those without figures are left out."""
-    scenarios: dict[str, list[Any]] = {}
-    for rollout in rollouts:
-        if rollout.about.figures:
-            scenarios.setdefault(rollout.about.scenario, []).append(rollout.about.figures)
-    return {"scenarios": [{"name": name, "policies": policies} for name, policies in scenarios.items()]}
+def _rows(rollouts: Sequence[Recorded]) -> list[tuple[str, tuple[str, ...]]]:
+    """The rows of one scenario in the table, each with its kind: "full", "cached" or "published"."""
+    rows = []
+    for about in (rollout.about for rollout in rollouts):
+        if about.figures:
+            rows.append(("cached" if about.policy else "full", tables.row(about.scenario, about.figures)))
+    for about in (rollout.about for rollout in rollouts):
+        if about.published:
+            rows.append(("published", tables.published_row(about.scenario, about.published)))
+    return rows
 
 
 def _check_report(run_dir: Path, problems: list[str]) -> None:

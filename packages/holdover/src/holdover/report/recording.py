@@ -1,4 +1,4 @@
-"""Recording a user's own loop: the folder that the demo writes, and so the same page."""
+"""Recording your own loop, for `holdover report` and `holdover trace`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from numpy.typing import NDArray
 
 from holdover.decision import Decision
 from holdover.engine.cache import Cache
-from holdover.report.canvas import arrange
+from holdover.report.bound import amdahl_bound
+from holdover.report.canvas import Rows, arrange
 from holdover.report.decisions import skip_rate
-from holdover.report.run_dir import STITCHED, ChunkRecord, Frames, Rollout, require_comparable, write_rollout
+from holdover.report.environment import environment
+from holdover.report.fidelity import STITCHED, psnr, squared_errors, ssim
+from holdover.report.run_dir import ChunkRecord, Frames, Rollout
+from holdover.report.run_write import require_comparable, write_rollout
 from holdover.report.video import frame_rate
 from holdover.step import ActionLike, Step
-from holdover_world.measure.fidelity import psnr, squared_errors, ssim
-from holdover_world.measure.measure import environment
-from holdover_world.measure.timing import amdahl_bound
 
-#: SSIM, the slow one, looks at every so-manieth frame.
+#: SSIM is slow: it looks at one frame in this many.
 EVERY = 12
-_SMALLEST = 11  # pixels
+_SMALLEST = 11  # pixels, the window of SSIM
 
 
 def command_line() -> str:
@@ -49,27 +50,29 @@ def record(
     stream: str = "default",
     reference: Recording | None = None,
     block_share: float | None = None,
+    rows: Rows | None = None,
     seed: int | None = None,
 ) -> Recording:
     """Record a rollout of any model, for `holdover report` and `holdover trace`.
 
-        with lab.record("runs/mine", "kitchen", "full", fps=16) as full:
+        with holdover.report.record("runs/mine", "kitchen", "full", fps=16) as full:
             for action in actions:
                 full.add(generate(action), action=action)
         with holdover.attach(model, holdover.xcache(), slots=...) as cache:
-            with lab.record("runs/mine", "kitchen", "xcache", fps=16, cache=cache, reference=full) as run:
+            with holdover.report.record("runs/mine", "kitchen", "xcache", fps=16, cache=cache, reference=full) as run:
                 for action in actions:
                     run.add(generate(action), action=action)
 
     Args:
         run_dir: the folder of the run; rollouts of other names stay in it.
-        scenario, name: of the rollout; those of one scenario stand beside each other on the page.
+        scenario, name: of the rollout. Rollouts of one scenario stand side by side on the page.
         fps: frames per second of the video.
         cache: what `holdover.attach` returned; None for full compute.
         stream: which of the cache's streams this is.
         reference: the finished recording of full compute with the same seed, noise and actions.
-        block_share: of the reference's time, what the blocks that may be skipped take, for the bound; None if unknown.
-        seed: noted on the page.
+        block_share: the share of the reference's time that the skippable blocks take, for the bound; None if unknown.
+        rows: the names of the cameras in each row of the picture, from the top; None for a square grid.
+        seed: of the noise; shown on the page.
 
     Raises:
         ValueError: a name, the frame rate or the share is out of range, or the reference is of another scenario.
@@ -84,6 +87,7 @@ def record(
         policy=repr(cache) if cache is not None else None,
         reference=reference.rollout.name if reference else None,
         block_share=block_share,
+        rows=rows,
         command=command_line(),
         seed=seed,
         environment=environment(),
@@ -105,10 +109,11 @@ class _Reel:
 
 
 class Recording:
-    """A rollout being recorded; what `record` returns. Leaving it writes the rollout, unless an error ended it.
+    """A rollout being recorded, as `record` returns it. The end of its ``with`` block writes the rollout, unless an
+    error ended it.
 
-    Frames wait in temporary files, so that long videos do not fill the memory; a finished recording still holds them,
-    as the reference of others.
+    Frames wait in temporary files, so that long videos do not fill the memory. A finished recording keeps them, for the
+    recordings that it is the reference of.
     """
 
     def __init__(
@@ -130,9 +135,9 @@ class Recording:
 
         Args:
             frames: what it emitted, per camera ``uint8 [T, height, width, 3]``, on the CPU.
-            action: that was in force, as given to ``cache.step``.
-            seconds: that it took. None for the time since the last `add`: right for a loop that does nothing else, and
-                wrong where several rollouts take turns.
+            action: the action in force, as given to ``cache.step``.
+            seconds: the time it took. None for the time since the last `add`, which is right for a loop that does
+                nothing else. Give it where several rollouts take turns.
 
         Raises:
             ValueError: the frames are no videos, or of other cameras or sizes than before; the trace was cleared.
@@ -140,10 +145,10 @@ class Recording:
         took = perf_counter() - self._left if seconds is None else seconds
         count = self._keep(frames)
         decided = self._new_decisions()
-        # Where chunks are in flight together, the oldest of them is the one emitted.
+        # Where several chunks are denoised together, the oldest one is emitted.
         chunk = min((d.chunk for d in decided if d.role == "denoise"), default=len(self.chunks))
         if any(chunk == record.chunk for record in self.chunks):
-            raise ValueError(f"chunk {chunk} came twice; number every chunk anew in cache.step(chunk=...)")
+            raise ValueError(f"two chunks are chunk {chunk}; give every chunk its own number: cache.step(chunk=...)")
         self._decisions += decided
         self.chunks.append(
             ChunkRecord(
@@ -217,7 +222,7 @@ class Recording:
             "end_to_end_ms_per_chunk": 1e3 * seconds,
             "bytes_held": max((g.bytes_held or 0 for g in self.chunks), default=0),
             "reasons": dict(Counter(decision.reason for decision in self._decisions)),
-            **_fidelity(frames, reference),
+            **_fidelity(frames, reference, self.rollout.rows),
         }
         if self._reference is not None:
             figures["speedup"] = _mean_seconds(self._reference.chunks) / seconds
@@ -227,16 +232,16 @@ class Recording:
 
 
 def _mean_seconds(chunks: Sequence[ChunkRecord]) -> float:
-    """Of a chunk; the first, which warms up, is left out where there are others."""
+    """Mean seconds of a chunk. The first chunk warms up and is left out, unless it is the only one."""
     return fmean(g.seconds for g in chunks[1:] or chunks)
 
 
-def _fidelity(frames: Frames, reference: Frames | None) -> dict[str, Any]:
-    """PSNR and SSIM per camera and stitched; those of a reference, against itself, are perfect."""
+def _fidelity(frames: Frames, reference: Frames | None, rows: Rows | None) -> dict[str, Any]:
+    """PSNR and SSIM per camera and stitched; a reference equals itself."""
     if reference is None:
         perfect = {"psnr_db": None, "ssim": 1.0, "lpips": None}
         return {STITCHED: perfect, "cameras": dict.fromkeys(frames, perfect)}
-    canvas = arrange({name: (video.shape[2], video.shape[1]) for name, video in frames.items()})
+    canvas = arrange({name: (video.shape[2], video.shape[1]) for name, video in frames.items()}, rows)
     covered = canvas.compose({name: np.ones(video.shape[1:], np.uint8) for name, video in frames.items()})[..., 0] > 0
     errors = {name: squared_errors(video, reference[name]) for name, video in frames.items()}
     pixels = {name: video.shape[1] * video.shape[2] for name, video in frames.items()}

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from holdover.report import plots
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block, skip_rate
+from holdover.report.fidelity import STITCHED
 from holdover.report.files import write_text
-from holdover.report.run_dir import STITCHED, ChunkRecord
+from holdover.report.run_dir import ChunkRecord
 from holdover.report.run_read import Recorded
 
 _Curve = NDArray[np.float64]
@@ -111,7 +112,7 @@ def draw_run(run_dir: Path, rollouts: Sequence[Recorded], problems: list[str]) -
                     None if value is None else float(value) for value in row["ratio_by_chunk"]
                 ]
         except (ValueError, KeyError, TypeError):
-            problems.append("reaction.json is damaged: it is not what holdover bench reaction writes")
+            problems.append("reaction.json is damaged: its rows are not policy, event and ratio_by_chunk")
         else:
             _reactions(book, curves, "How much of an abrupt action shows, from its own chunk on: 1 is right.")
     return book.plots

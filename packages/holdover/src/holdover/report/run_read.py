@@ -1,4 +1,4 @@
-"""Reading a run's folder: whatever is whole is read, and every other file is named."""
+"""Reading the folder of a run: every whole file is read, every damaged or missing one is named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from holdover.decision import Decision
 from holdover.report.canvas import Canvas
-from holdover.report.run_dir import FORMAT, SUMS, ChunkRecord, Rollout, decisions_of, digest
+from holdover.report.run_dir import FORMAT, SUMS, ChunkRecord, Rollout, chunks_of, decisions_of, digest
 
 _parquet: Any = pyarrow.parquet
 _Content = TypeVar("_Content")
@@ -25,7 +25,7 @@ _SUM = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A rollout as read from its folder; what is damaged, or was never written, is None.
+    """A rollout as read from its folder. A part that is damaged or was never written is None.
 
     Attributes:
         about: what ran.
@@ -54,7 +54,7 @@ def read_run(run_dir: Path) -> tuple[list[Recorded], list[str]]:
     named = ("rollout.json", "video.mp4", "chunks.parquet", SUMS)
     folders = sorted({path.parent for name in named for path in run_dir.glob(f"*/*/{name}")})
     if not folders:
-        raise FileNotFoundError(f"{run_dir} holds no rollout; holdover demo and lab.record write them")
+        raise FileNotFoundError(f"{run_dir} holds no rollout; holdover.report.record writes one")
     problems: list[str] = []
     found = [_Folder(folder, run_dir, problems).read() for folder in folders]
     rollouts = sorted((r for r in found if r is not None), key=lambda r: r.about.recorded)
@@ -94,7 +94,7 @@ class _Folder:
             video=self._file("video.mp4", Path.is_file) or False,
             difference=self._file("difference.mp4", Path.is_file) or False,
             decisions=self._file("decisions.parquet", lambda path: tuple(decisions_of(_parquet.read_table(path)))),
-            chunks=self._file("chunks.parquet", _chunks),
+            chunks=self._file("chunks.parquet", lambda path: tuple(chunks_of(_parquet.read_table(path)))),
             errors=self._file("frames.parquet", _errors),
         )
 
@@ -128,13 +128,6 @@ def _about(path: Path) -> tuple[Rollout, int, Canvas, list[str]]:
     rollout = Rollout(**{field.name: content[field.name] for field in fields(Rollout)})
     canvas = Canvas(width=content["width"], height=content["height"], rects=rects)
     return rollout, content["frames"], canvas, content["files"]
-
-
-def _chunks(path: Path) -> tuple[ChunkRecord, ...]:
-    rows = _parquet.read_table(path).to_pylist()
-    return tuple(
-        ChunkRecord(**{**row, "action": None if row["action"] is None else tuple(row["action"])}) for row in rows
-    )
 
 
 def _errors(path: Path) -> dict[str, NDArray[np.float64]]:

@@ -1,15 +1,15 @@
 "use strict";
-// Drives one session: keys become actions, chunks become pictures.
+// Drives one session: turns keys into actions and shows the chunks.
 
 const $ = (id) => document.getElementById(id);
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
 const headers = { "content-type": "application/json", ...(token ? { authorization: `Bearer ${token}` } : {}) };
 
-// The bounds of a command and its normalisation: holdover.world.vehicles.
+// The limits of a command and its normalisation, as in holdover_world.scene.vehicles.
 const MAX_SPEED = 30, MAX_CURVATURE = 0.2, KNEE = 0.01, WHEELBASE = 2.8;
 const ROWS = [["front_wide", "front_narrow"], ["left_rear", "left_front", "right_front", "right_rear"], ["rear"]];
 
-const held = new Set();
+const pressed = new Set();
 const state = { socket: null, session: null, seq: 0, last: -1, speed: 8, curvature: 0, players: {}, playing: Promise.resolve() };
 
 const normalise = () => [
@@ -51,7 +51,7 @@ function buildRig({ cameras, video, frames, fps }) {
   }));
 }
 
-/** Plays fragments of so many seconds as they come, near the newest; returns what takes them. */
+/** Play fragments of `seconds` each, close to the newest. Returns a function that takes the next fragment. */
 function player(view, { type, init }, seconds) {
   const source = new MediaSource(), waiting = [init];
   let buffer = null;
@@ -60,7 +60,7 @@ function player(view, { type, init }, seconds) {
     buffer = source.addSourceBuffer(type);
     buffer.addEventListener("updateend", () => {
       const known = view.buffered, end = known.length ? known.end(known.length - 1) : 0;
-      // Behind, as after a pause of the tab; or ahead, as its clock may run on while fragments are late.
+      // Jump if playback is behind (the tab was paused) or ahead (its clock ran on while fragments were late).
       if (view.currentTime < end - 2 * seconds || view.currentTime > end) view.currentTime = end - seconds;
       next();
     });
@@ -70,7 +70,7 @@ function player(view, { type, init }, seconds) {
   return (fragment) => { waiting.push(fragment); next(); };
 }
 
-/** Show a chunk's frames at the video's rate; they follow those of the one before. */
+/** Show the frames of a chunk at the video's rate, after those of the chunk before. */
 async function play(message, period) {
   const type = `image/${message.format}`;
   const pictures = await Promise.all(Object.entries(message.frames).map(async ([camera, frames]) =>
@@ -130,7 +130,7 @@ function connect() {
   socket.binaryType = "arraybuffer";
   state.socket = socket;
   socket.onmessage = ({ data }) => {
-    if (state.socket !== socket) return; // of a drive that is over
+    if (state.socket !== socket) return; // an older connection
     const message = msgpack.decode(data);
     if (message.type !== "hello") { receive(message, hello); return; }
     hello = message;
@@ -143,9 +143,9 @@ function connect() {
   };
   socket.onclose = ({ code }) => {
     if (state.socket !== socket) return;
-    if (code === 4409) { say("Another window took over."); return; }
+    if (code === 4409) { say("Another window has taken over this session."); return; }
     if (code === 4404) { say("The session was deleted."); return; }
-    say("Connection lost; trying again.");
+    say("Connection lost. Connecting again.");
     setTimeout(() => { if (state.socket === socket) connect(); }, 1000);
   };
 }
@@ -164,13 +164,13 @@ const KEYS = {
   KeyD: "right", Space: "brake",
 };
 
-/** Ten times a second, what the held keys do to the command. */
+/** Apply the pressed keys to the command; called ten times a second. */
 function steer() {
   const before = [state.speed, state.curvature].join();
-  if (held.has("up")) state.speed = Math.min(MAX_SPEED, state.speed + 0.5);
-  if (held.has("down")) state.speed = Math.max(0, state.speed - 1);
-  if (held.has("brake")) state.speed = 0;
-  const turn = (held.has("left") ? 1 : 0) - (held.has("right") ? 1 : 0);
+  if (pressed.has("up")) state.speed = Math.min(MAX_SPEED, state.speed + 0.5);
+  if (pressed.has("down")) state.speed = Math.max(0, state.speed - 1);
+  if (pressed.has("brake")) state.speed = 0;
+  const turn = (pressed.has("left") ? 1 : 0) - (pressed.has("right") ? 1 : 0);
   const most = Math.min(MAX_CURVATURE, 4 / Math.max(state.speed, 4) ** 2);
   state.curvature = turn ? Math.max(-most, Math.min(most, state.curvature + turn * most * 0.25)) : 0.6 * state.curvature;
   if (Math.abs(state.curvature) < 1e-4) state.curvature = 0;
@@ -180,10 +180,10 @@ function steer() {
 addEventListener("keydown", (event) => {
   if (!(event.code in KEYS) || event.target.matches("select, button")) return;
   event.preventDefault();
-  held.add(KEYS[event.code]);
+  pressed.add(KEYS[event.code]);
 });
-addEventListener("keyup", (event) => held.delete(KEYS[event.code]));
-addEventListener("blur", () => held.clear());
+addEventListener("keyup", (event) => pressed.delete(KEYS[event.code]));
+addEventListener("blur", () => pressed.clear());
 
 $("policy").addEventListener("change", () => {
   if (state.socket?.readyState === WebSocket.OPEN) {

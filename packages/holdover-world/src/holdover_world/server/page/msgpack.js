@@ -1,9 +1,9 @@
 "use strict";
-// The part of msgpack (https://msgpack.org) that the stream speaks. npm's packages would be a step of the build that
-// needs npm, or 22 kB of minified code to keep; this is less than either.
+// The part of msgpack (https://msgpack.org) that the stream uses. A package from npm would add a build step or 22 kB of
+// minified code.
 
 const msgpack = {
-  /** An object of strings, numbers and arrays of numbers, as bytes. */
+  /** Encode an object of strings, numbers and arrays of numbers. */
   encode(value) {
     const bytes = [];
     const put = (item) => {
@@ -16,7 +16,7 @@ const msgpack = {
       } else if (typeof item === "number" && Number.isInteger(item) && item >= 0 && item < 2 ** 32 && !Object.is(item, -0)) {
         bytes.push(0xce, item >>> 24, (item >>> 16) & 255, (item >>> 8) & 255, item & 255);
       } else if (typeof item === "number") {
-        throw new TypeError("write numbers that are not whole with msgpack.float");
+        throw new TypeError("wrap numbers that are not whole in msgpack.float");
       } else if (item instanceof DataView) {
         bytes.push(0xcb, ...new Uint8Array(item.buffer));
       } else {
@@ -29,7 +29,7 @@ const msgpack = {
     return new Uint8Array(bytes);
   },
 
-  /** A number to be written as a 64-bit float, be it whole or not. */
+  /** A number that is encoded as a 64-bit float, also if it is whole. */
   float(number) {
     const view = new DataView(new ArrayBuffer(8));
     view.setFloat64(0, number);

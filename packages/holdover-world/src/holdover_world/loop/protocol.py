@@ -1,0 +1,109 @@
+"""What the closed loop needs: of a model, of the history that the model keeps of a video, and of a cache.
+
+Shape suffixes: B batch, F latent frames, N tokens of one latent frame, P values of one token, A dimensions of the
+action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, Self, runtime_checkable
+
+from torch import Tensor
+
+
+class History(Protocol):
+    """What a model remembers of one video, such as its KV cache. Only the model writes into it, in a clean pass."""
+
+    @property
+    def length(self) -> int:
+        """Latent frames that the next window attends to."""
+        ...
+
+    def fork(self) -> Self:
+        """A copy; neither changes the other."""
+        ...
+
+
+class Sizes(Protocol):
+    """The sizes of a model."""
+
+    @property
+    def window(self) -> int:
+        """Latent frames that are denoised together."""
+        ...
+
+
+class LoopModel(Protocol):
+    """A model that the loop can drive."""
+
+    @property
+    def sizes(self) -> Sizes: ...
+
+    def new_history(self) -> Any:
+        """The `History` of a new video."""
+        ...
+
+    def __call__(
+        self,
+        latents_BFNP: Tensor,
+        /,
+        *,
+        sigma: float,
+        action_BFA: Tensor | None,
+        history: Any,
+        write: bool = False,
+        done_BFA: Tensor | None = None,
+    ) -> Tensor:
+        """Run the model once and return predicted clean latents ``[B, F, N, P]``.
+
+        Args:
+            latents_BFNP: noisy latents; clean ones where ``write``.
+            sigma: their noise level, 0 to 1.
+            action_BFA: the action of each latent frame; None is the unguided branch of a loop with guidance.
+            history: what `new_history` or `Stacks.stack` returned.
+            write: this is the clean pass, which adds the latents to the history. Its output is not used.
+            done_BFA: with ``write``, the actions that were carried out while these frames were shown. They differ from
+                ``action_BFA`` where a new action arrived after the window was made. None: the same.
+        """
+        ...
+
+
+@runtime_checkable
+class Stacks(Protocol):
+    """A model that can drive several videos in one pass."""
+
+    def stack(self, histories: Sequence[Any]) -> Any:
+        """Histories of equal length as one, a row each. What is written into it is written into them."""
+        ...
+
+
+@runtime_checkable
+class Located(Protocol):
+    """A history that knows where on a map its video takes place."""
+
+    def follow(self, track: Any) -> None:
+        """The latent frames so far were recorded along a track, from its beginning."""
+        ...
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """A history that can be written to a file."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+class LoopCache(Protocol):
+    """A cache on the model, such as `holdover.attach` returns."""
+
+    def step(self, *args: Any, **fields: Any) -> AbstractContextManager[Any]:
+        """Say where the forward pass inside the context stands."""
+        ...
+
+    def exact(self, stream: str) -> bool:
+        """Whether every block of the stream's newest chunk was computed."""
+        ...
