@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,7 @@ from holdover.method import Call, Signal, Span, Verdict
 _COMPUTED = 2**30
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
+class Decided(NamedTuple):
     """One span's calls and verdicts, per row."""
 
     span: Span
@@ -40,14 +39,20 @@ class Decided:
 class Decider:
     """Decides for the rows of one pass."""
 
-    def __init__(
-        self, runtime: Runtime, transactions: Sequence[Transaction], rows: Rows, pass_input: Tensor | None
-    ) -> None:
+    def __init__(self, runtime: Runtime, transactions: Sequence[Transaction], rows: Rows) -> None:
         self._runtime, self._transactions, self._rows = runtime, transactions, rows
-        self._pass_input = pass_input
+        self._alone = not rows.batched and runtime.process_group is None
 
     def decide(
-        self, block: Block, span: Span, args: tuple[Any, ...], kwargs: dict[str, Any], foreseen: list[Verdict] | None
+        self,
+        block: Block,
+        span: Span,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        x: Tensor,
+        pass_input: Tensor | None,
+        foreseen: list[Verdict] | None,
     ) -> list[Decided]:
         """Decide on a span that begins with this block; ``foreseen`` are verdicts given with those of an earlier span.
 
@@ -55,27 +60,33 @@ class Decider:
             The span. Where the policy looks ahead and it is reused: also those after it that are, and the first that
             is not.
         """
-        x = block.read(args, kwargs)
         parts = self._rows.split(x)
         signal = self._runtime.signal(parts[0])
-        calls = self._make_calls(block, span, parts, args, kwargs)
-        decided = self._judge_ahead(span, calls, signal) if foreseen is None else [Decided(span, calls, foreseen)]
-        if self._rows.batched or self._runtime.process_group is not None:
-            apart = self._runtime.splits(span)
-            decided[0] = replace(decided[0], verdicts=self._agree(decided[0].verdicts, x, apart))
+        calls = self._make_calls(block, span, parts, pass_input, args, kwargs)
+        if foreseen is not None:
+            decided = [Decided(span, calls, foreseen)]
+        elif signal is not None and (ahead := self._runtime.spans_after(span)):
+            decided = self._judge_ahead(span, calls, signal, ahead)
+        else:
+            pairs = zip(self._transactions, calls, strict=True)
+            decided = [Decided(span, calls, [self._judge(row, call, signal) for row, call in pairs])]
+        if self._alone:
+            return decided
+        verdicts = self._agree(decided[0].verdicts, x, self._rows.batched and self._runtime.splits(span))
+        decided[0] = Decided(span, calls, verdicts)
         return decided if decided[0].reused else decided[:1]
 
     def _make_calls(
-        self, block: Block, span: Span, parts: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        block: Block,
+        span: Span,
+        parts: Sequence[Tensor],
+        pass_input: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> list[Call]:
-        pass_inputs = parts if self._pass_input is None else self._rows.split(self._pass_input)
+        pass_inputs = parts if pass_input is None else self._rows.split(pass_input)
         taps: dict[str, Sequence[Tensor]] = {}
-
-        def tap(name: str, *, row: int) -> Tensor:
-            if name not in taps:
-                taps[name] = self._rows.split(block.tap(name, args, kwargs))
-            return taps[name][row]
-
         return [
             Call(
                 step=row.step,
@@ -87,36 +98,35 @@ class Decider:
                 x=parts[n],
                 pass_input=pass_inputs[n],
                 entry=row.entry(span.first),
-                tap=partial(tap, row=n),
+                tap=partial(self._tap, taps, n, block, args, kwargs),
                 peer=row.entry,
             )
             for n, row in enumerate(self._transactions)
         ]
 
-    def _judge_ahead(self, span: Span, calls: list[Call], signal: Signal | None) -> list[Decided]:
-        """Judge a span and, where the policy looks ahead, those after it, up to the first that is not reused.
+    def _tap(
+        self,
+        taps: dict[str, Sequence[Tensor]],
+        row: int,
+        block: Block,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str,
+    ) -> Tensor:
+        if name not in taps:
+            taps[name] = self._rows.split(block.tap(name, args, kwargs))
+        return taps[name][row]
 
-        What the guards and the engine say needs no device; the metrics of all these spans are read at once.
-        """
-        forced = [self._forced(row, call) for row, call in zip(self._transactions, calls, strict=True)]
-        asked = [call for call, reason in zip(calls, forced, strict=True) if reason is None]
-        lineup = [(span, calls)]
+    def _judge(self, row: Transaction, call: Call, signal: Signal | None) -> Verdict:
+        """Whether a span is computed: what forces it, else the trigger by its signal."""
+        reason = self._forced(row, call)
+        if reason is not None:
+            return Verdict(reason)
+        metrics: dict[str, float] = {}
         if signal is not None:
-            for call in asked:
-                call.signal = signal.read(call)
-            if len(asked) == len(calls):
-                lineup += self._line_up(span, calls)
-        measured = self._measure(signal, [*asked, *(call for _, own in lineup[1:] for call in own)])
-        found = []
-        for each, own_calls in lineup:
-            verdicts = [
-                Verdict(reason) if reason is not None else self._judge(row, call, next(measured))
-                for row, call, reason in zip(self._transactions, own_calls, forced, strict=True)
-            ]
-            found.append(Decided(each, own_calls, verdicts))
-            if not found[-1].reused:
-                break
-        return found
+            call.signal = signal.read(call)
+            metrics = signal.metrics(signal.compare(call.signal, call.known.tensors["signal"]).tolist())
+        return self._weigh(row, call, metrics)
 
     def _forced(self, row: Transaction, call: Call) -> str | None:
         """Why a span is computed before anything is read: the guard's reason, else the engine's own."""
@@ -124,14 +134,48 @@ class Decider:
         if policy.one_for_all_branches and row.led.get(call.span.first) is False:
             return "branch"
         reason = policy.trigger.guard(call) or row.refusal(call)
-        row.outcome.warm_up |= reason == WARM_UP
-        row.outcome.asked |= reason is None
+        if reason is None:
+            row.asked = True
+        elif reason == WARM_UP:
+            row.warm_up = True
         return reason
 
-    def _line_up(self, span: Span, calls: list[Call]) -> list[tuple[Span, list[Call]]]:
-        """The spans after this one that can be judged from here: what they add to the signal is known."""
+    def _weigh(self, row: Transaction, call: Call, metrics: dict[str, float]) -> Verdict:
+        """The trigger's verdict."""
+        policy = self._runtime.policy
+        if metrics and not all(map(math.isfinite, metrics.values())):
+            return Verdict("nan", metrics)
+        verdict = policy.trigger.judge(call, metrics)
+        if verdict.numbers:
+            row.update(call, verdict.numbers)
+        led = policy.one_for_all_branches and row.led.get(call.span.first)
+        return verdict._replace(reason=None) if led else verdict
+
+    def _judge_ahead(self, span: Span, calls: list[Call], signal: Signal, ahead: Sequence[Span]) -> list[Decided]:
+        """Judge a span and those after it, up to the first that is not reused; the device is read once for all."""
+        forced = [self._forced(row, call) for row, call in zip(self._transactions, calls, strict=True)]
+        asked = [call for call, reason in zip(calls, forced, strict=True) if reason is None]
+        for call in asked:
+            call.signal = signal.read(call)
+        lineup = [(span, calls)]
+        if len(asked) == len(calls):
+            lineup += self._line_up(calls, ahead)
+        measured = self._measure(signal, [*asked, *(call for _, own in lineup[1:] for call in own)])
         found = []
-        for each in self._runtime.spans_after(span):
+        for each, own_calls in lineup:
+            verdicts = [
+                Verdict(reason) if reason is not None else self._weigh(row, call, next(measured))
+                for row, call, reason in zip(self._transactions, own_calls, forced, strict=True)
+            ]
+            found.append(Decided(each, own_calls, verdicts))
+            if not found[-1].reused:
+                break
+        return found
+
+    def _line_up(self, calls: list[Call], ahead: Sequence[Span]) -> list[tuple[Span, list[Call]]]:
+        """The later spans that can be judged from here: what the spans before them add to the signal is known."""
+        found = []
+        for each in ahead:
             following = [self._following(row, call, each) for row, call in zip(self._transactions, calls, strict=True)]
             calls = [call for call in following if call is not None]
             if len(calls) < len(following):
@@ -140,7 +184,7 @@ class Decider:
         return found
 
     def _following(self, row: Transaction, call: Call, span: Span) -> Call | None:
-        """A later span's call if the one before is reused; None where its input's signal is not to be known so."""
+        """A later span's call, if the one before is reused; None where the signal of its input is not to be known."""
         change, entry = call.known.tensors.get("signal change"), row.entry(span.first)
         if change is None or call.known.extras or call.signal is None:
             return None
@@ -148,25 +192,11 @@ class Decider:
         following.signal = call.signal + change
         return following if self._forced(row, following) is None else None
 
-    def _measure(self, signal: Signal | None, asked: Sequence[Call]) -> Iterator[dict[str, float]]:
+    def _measure(self, signal: Signal, asked: Sequence[Call]) -> Iterator[dict[str, float]]:
         """The metrics of calls, read from the device at once."""
-        if signal is None or not asked:
-            yield from ({} for _ in asked)
-            return
-        numbers = [
-            signal.compare(call.signal, call.known.tensors["signal"]) for call in asked if call.signal is not None
-        ]
-        for own in [numbers[0].tolist()] if len(numbers) == 1 else torch.stack(numbers).tolist():
-            yield signal.metrics(own)
-
-    def _judge(self, row: Transaction, call: Call, metrics: dict[str, float]) -> Verdict:
-        policy = self._runtime.policy
-        if not all(map(math.isfinite, metrics.values())):
-            return Verdict("nan", metrics)
-        verdict = policy.trigger.judge(call, metrics)
-        row.update(call, verdict.numbers)
-        led = policy.one_for_all_branches and row.led.get(call.span.first)
-        return verdict._replace(reason=None) if led else verdict
+        signals = [(call.signal, call.known.tensors["signal"]) for call in asked]
+        numbers = [signal.compare(now, then) for now, then in signals if now is not None]
+        yield from map(signal.metrics, torch.stack(numbers).tolist() if numbers else ())
 
     def _agree(self, verdicts: list[Verdict], x: Tensor, apart: bool) -> list[Verdict]:
         """What each row does, given what other rows, or other ranks, need."""

@@ -41,6 +41,7 @@ class Pass:
         self._transactions: list[Transaction] = []
         if self._role == "denoise":
             self._transactions = [Transaction(runtime.streams, policy, runtime.max_bytes, step) for step in steps]
+        self._decider = Decider(runtime, self._transactions, self._rows)
         self._notes: list[Note] = []
         #: Why every block is computed, where it is.
         self._always = EXEMPT.get(self._role) or (policy.name if policy.predictor is None else None)
@@ -144,14 +145,13 @@ class Pass:
         return output
 
     def _decide(self, block: Block, span: Span, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SpanRun:
-        self._entering(block, args, kwargs)
-        decider = Decider(self._runtime, self._transactions, self._rows, self._pass_input)
-        decided = decider.decide(block, span, args, kwargs, self._foreseen.pop(span.first, None))
+        x, foreseen = self._entering(block, args, kwargs), self._foreseen.pop(span.first, None)
+        decided = self._decider.decide(block, span, args, kwargs, x=x, pass_input=self._pass_input, foreseen=foreseen)
         if len(decided) > 1 and not decided[-1].reused:
             self._foreseen[decided[-1].span.first] = decided.pop().verdicts
         run = SpanRun(self._runtime, self._transactions, self._rows, decided)
         self._notes += run.notes
-        run.begin(block, args, kwargs)
+        run.begin(block, x)
         return run
 
     def _entering(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

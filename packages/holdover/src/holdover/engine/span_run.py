@@ -53,11 +53,11 @@ class SpanRun:
         self._first, self.last = spans[0].span.first, spans[-1].span.last
         self._calls = spans[0].calls
         self._labels: list[list[tuple[str, int]]] = [[] for _ in spans]  # of the blocks that ran
-        self.notes = [
-            Note(row.place, labels, verdict.reason is not None, verdict.reason or REUSE, verdict.scores)
-            for each, labels in zip(spans, self._labels, strict=True)
-            for row, verdict in zip(transactions, each.verdicts, strict=True)
-        ]
+        self.notes: list[Note] = []
+        for each, labels in zip(spans, self._labels, strict=True):
+            for row, (reason, scores, _, _) in zip(transactions, each.verdicts, strict=True):
+                self.notes.append(Note(row.place, labels, reason is not None, reason or REUSE, scores))
+                row.decided[each.span.first] = reason is None
         self._computed: list[int] = []  # rows
         self._audited: list[int] = []
         self._predictions: dict[int, Tensor] = {}  # per row that is not computed, what stands in for the last span
@@ -69,11 +69,8 @@ class SpanRun:
 
     # Begin.
 
-    def begin(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, block: Block, x: Tensor) -> None:
         """Before the first block runs: keep what the entries need, and let the predictor stand in."""
-        for each in self._spans:
-            for row, verdict in zip(self._transactions, each.verdicts, strict=True):
-                row.decided[each.span.first] = verdict.reason is None
         for n, verdict in enumerate(self._spans[0].verdicts):
             if verdict.reason is None:
                 self._predict(n, verdict.part)
@@ -81,7 +78,7 @@ class SpanRun:
                 self._computed.append(n)
                 self._prepare(self._calls[n], self._transactions[n], block)
         if self._predictions:
-            self._open_sides(block, block.read(args, kwargs))
+            self._open_sides(block, x)
 
     def _prepare(self, call: Call, row: Transaction, block: Block) -> None:
         """For a row that will be computed: keep what its entry needs of the input."""
@@ -101,40 +98,48 @@ class SpanRun:
 
     def _keep_reused(self, n: int) -> None:
         """Remember what there is to remember of a reuse."""
-        row, signal = self._transactions[n], self._runtime.policy.trigger.signal
+        signal = self._runtime.policy.trigger.signal
+        follows = signal is not None and signal.follows
         for each in self._spans:
             call = each.calls[n]
             kept = self._predictor.reused(call, self._predictions[n]) if len(self._spans) == 1 else {}
+            if not (kept or follows):
+                continue
             tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-            if signal is not None and signal.follows and call.signal is not None:
+            if follows and call.signal is not None:
                 tensors["signal"] = call.signal.detach()
-            row.update(call, {k: v for k, v in kept.items() if not isinstance(v, Tensor)}, tensors)
+            numbers = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
+            self._transactions[n].update(call, numbers, tensors)
 
     def _open_sides(self, block: Block, x: Tensor) -> None:
         """Begin what runs beside the model: parts of the span, then audits."""
-        parts, by_count = self._rows.split(x), dict[int, list[int]]()
+        by_count: dict[int, list[int]] = {}
         for n in self._predictions:
-            reuses = [self._transactions[n].count_reuse() for _ in self._spans]
-            if self._runtime.audit.draws(self._transactions[n], reuses[-1]):
+            row = self._transactions[n]
+            for _ in self._spans:
+                reuse = row.count_reuse()
+            if self._runtime.audit.rate and self._runtime.audit.draws(row, reuse):
                 self._audited.append(n)
             if (tokens := self._calls[n].part) is not None:
                 by_count.setdefault(tokens.shape[-1], []).append(n)
-        for rows in by_count.values():  # rows with as many tokens run together
-            tokens = self._rows.join([self._rows.tokens(t) for n in rows if (t := self._calls[n].part) is not None])
-            self._sides.append(Side(rows, take_tokens(self._rows.join([parts[n] for n in rows]), tokens), tokens))
-        if self._audited:
-            apart = self._rows.batched and self._runtime.splits(self._spans[0].span)
-            rows = self._audited if apart else list(range(len(parts)))
-            hidden = self._rows.join([parts[n] for n in rows]) if apart else x
-            self._sides.append(Side(rows, hidden if block.overwrites_input is False else hidden.clone()))
-        known = (call.known for each in self._spans for call in each.calls)
-        self._passes_through = not (self._computed or self._audited or any(entry.extras for entry in known))
+        if by_count or self._audited:
+            parts = self._rows.split(x)
+            for rows in by_count.values():  # rows with as many tokens run together
+                tokens = self._rows.join([self._rows.tokens(t) for n in rows if (t := self._calls[n].part) is not None])
+                self._sides.append(Side(rows, take_tokens(self._rows.join([parts[n] for n in rows]), tokens), tokens))
+            if self._audited:
+                apart = self._rows.batched and self._runtime.splits(self._spans[0].span)
+                rows = self._audited if apart else list(range(len(parts)))
+                hidden = self._rows.join([parts[n] for n in rows]) if apart else x
+                self._sides.append(Side(rows, hidden if block.overwrites_input is False else hidden.clone()))
+        if not (self._computed or self._audited):
+            self._passes_through = not any(call.known.extras for each in self._spans for call in each.calls)
 
     # Run.
 
     def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block's forward."""
-        self._labels[self._at(block)].append(block.label)
+        self._labels[self._at(block.index)].append(block.label)
         output = self._compute(block, args, kwargs) if self._computed else None
         if self._predictions:
             output = self._stand_in(block, output, args, kwargs)
@@ -174,15 +179,15 @@ class SpanRun:
             self._run_side(side, block, args, kwargs)
             if last:
                 self._finish_side(side)
-        if self._passes_through and not last:
-            return block.read(args, kwargs)
+        if self._passes_through:
+            return self._rows.join(list(self._predictions.values())) if last else block.read(args, kwargs)
         parts = dict(enumerate(self._rows.split(block.read(args, kwargs))))
         if last:  # it answers for the span, whatever the model does to the hidden state between blocks
             parts |= self._predictions
         if self._computed:
             parts |= zip(self._computed, self._rows.split(block.split(output)[0]), strict=True)
         hidden = self._rows.join(list(parts.values()))
-        calls = self._spans[self._at(block)].calls
+        calls = self._spans[self._at(block.index)].calls
         extras: list[Any] = [
             call.entry.extras.get(block.index, call.entry.extras.get(ANY)) if call.entry else None for call in calls
         ]
@@ -231,12 +236,17 @@ class SpanRun:
 
     def _open_shortcuts(self) -> None:
         """Between the first and the last block there may be nothing left to decide or to look at."""
-        blocks = self._runtime.blocks[self._first + 1 : self.last]
-        plainly = not self._predictions and self._runtime.alike.get(self._first)
-        if self._sides or not (self._passes_through or (plainly and not any(map(self._runtime.remembers, blocks)))):
+        runtime = self._runtime
+        plainly = not (self._predictions or runtime.policy.parts) and runtime.alike.get(self._first)
+        if self._sides or not (self._passes_through or plainly):
             return
-        for name, index in self._runtime.shortcuts.open(blocks, computed=not self._passes_through):
-            self._labels[self._at(self._runtime.blocks[index])].append((name, index))
+        blocks = runtime.blocks[self._first + 1 : self.last]
+        labels = runtime.shortcuts.open(blocks, computed=not self._passes_through)
+        if len(self._spans) == 1:
+            self._labels[0] += labels
+            return
+        for label in labels:
+            self._labels[self._at(label[1])].append(label)
 
     # Remember.
 
@@ -268,11 +278,11 @@ class SpanRun:
             alike[self._first] = not kinds or (whole and self._handed_on and self._runtime.audit.rate == 0)
         return {ANY: extras[self.last]} if extras and alike.get(self._first) else extras
 
-    def _at(self, block: Block) -> int:
+    def _at(self, block: int) -> int:
         """Which of the spans a block is in."""
         if len(self._spans) == 1:
             return 0
-        return next(n for n, each in enumerate(self._spans) if block.index <= each.span.last)
+        return next(n for n, each in enumerate(self._spans) if block <= each.span.last)
 
 
 def overwrote(block: Block, before: Tensor, output: Any, entered: Tensor) -> bool:

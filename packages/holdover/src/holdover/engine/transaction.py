@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,15 +12,6 @@ from holdover.engine.streams import BranchRun, Condition, Key, Stream
 from holdover.engine.trace import place
 from holdover.method import Call, Entry, Policy
 from holdover.step import Step
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What happened in a pass, for the chunk's state."""
-
-    asked: bool = False
-    reused: bool = False
-    warm_up: bool = False
 
 
 class Transaction:
@@ -35,7 +25,8 @@ class Transaction:
         if step.stream not in streams:
             streams[step.stream] = Stream()
         self.stream = streams[step.stream]
-        self.outcome, self.audit_errors = Outcome(), list[float]()
+        self.asked = self.reused = self.warm_up = False  # what happened in the pass
+        self.audit_errors: list[float] = []
         self.reuses = self.stream.reuses
         self._policy, self._max_bytes = policy, max_bytes
         chunk, run = self.stream.find(step)
@@ -93,8 +84,7 @@ class Transaction:
 
     def update(self, call: Call, numbers: Mapping[str, float], tensors: Mapping[str, Tensor] = {}) -> None:
         """Change the entry of a span that was not computed."""
-        if numbers or tensors:
-            self._replace(call, call.known.updated(numbers, tensors))
+        self._replace(call, call.known.updated(numbers, tensors))
 
     def update_memory(self, call: Call, memory: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Change what an entry remembers of tokens, after a part of the span was computed."""
@@ -145,19 +135,19 @@ class Transaction:
 
     def count_reuse(self) -> int:
         """Note that a span was reused; returns the stream's count."""
-        self.outcome.reused = True
+        self.reused = True
         self.reuses += 1
         return self.reuses
 
     def commit(self) -> None:
         """The pass ended well: what it did becomes the stream's."""
-        step, stream, outcome = self.step, self.stream, self.outcome
+        step, stream = self.step, self.stream
         chunk = stream.open(step)
-        chunk.asked |= outcome.asked
-        chunk.warm_up |= outcome.warm_up
+        chunk.asked |= self.asked
+        chunk.warm_up |= self.warm_up
         run = chunk.runs.setdefault(step.branch, BranchRun(step.num_steps, step.action_vector, self._begun))
         run.indices.add(step.index)
-        run.exact &= not outcome.reused
+        run.exact &= not self.reused
         for other in stream.chunks.values():
             if step.branch in other.runs:
                 other.runs[step.branch].idle += 1
