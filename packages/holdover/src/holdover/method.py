@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,12 +108,6 @@ class Entry:
         return replace(self, tensors={}, extras={}, memory={}, void=reason)
 
 
-class Neighbour(Protocol):
-    """Looks up another span's entry: see `Call.peer`."""
-
-    def __call__(self, block: int, branch: str | None = None) -> Entry | None: ...
-
-
 @dataclass(slots=True, kw_only=True)
 class Call:
     """A span that is about to run in a denoising pass of one stream.
@@ -129,8 +123,8 @@ class Call:
             it ``reads_pass_input``.
         entry: the span's cache entry, None if there is none.
         tap: gives a tensor that the span's first slot declares by name, such as its timestep-modulated input.
-        peer: gives the entry of the span that begins at a block, this pass included, or the entry of that span in
-            another guidance branch.
+        peer: ``peer(block)`` gives the entry of the span that begins at a block, this pass included;
+            ``peer(block, branch)`` gives that of another guidance branch.
         signal: the trigger's signal of this call, once read.
         part: the tokens that are computed where the verdict asks for a part of the span, None else.
     """
@@ -145,7 +139,7 @@ class Call:
     pass_input: Tensor
     entry: Entry | None
     tap: Callable[[str], Tensor]
-    peer: Neighbour
+    peer: Callable[..., Entry | None]
     signal: Tensor | None = None
     part: Tensor | None = None
 
