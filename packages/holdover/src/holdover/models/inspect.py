@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from holdover.engine.attach import attach
 from holdover.engine.contract import Policy
 from holdover.engine.slots import Slot
+from holdover.factories import named
 
 
 @dataclass
@@ -92,15 +90,7 @@ def build(target: str, shapes: Mapping[str, Sequence[int]]) -> tuple[nn.Module, 
     Raises:
         ValueError: there is no such factory, or it returns something else.
     """
-    module, _, name = target.partition(":")
-    if not name:
-        raise ValueError(f"{target!r} names no factory; write module:factory")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    factory = getattr(importlib.import_module(module), name, None)
-    if not callable(factory):
-        raise ValueError(f"{module} has no function {name!r} that builds a model")
-    made = factory()
+    made = named(target)()
     model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
     if not isinstance(model, nn.Module):
         raise ValueError(
