@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from holdover_world.scene.depth import FAR, NEAR, from_metres, to_metres
 from holdover_world.training import train_autoencoder as training
 from holdover_world.training.train_autoencoder import AutoencoderSchedule, as_video, normalise, train_autoencoder
 from holdover_world.training.trainer import read_log
-from tests.holdover.ranks import run_ranks
 from tests.holdover_world.small import CAMERAS, small_autoencoder, small_config, write_clip
 
 SIZES = {"latent_channels": 4, "widths": (8, 16), "encoder_blocks": 1, "decoder_blocks": 1}
@@ -197,34 +195,6 @@ def test_training_learns_what_is_missing(tmp_path: Path) -> None:
         train_autoencoder(tmp_path, tmp_path / "run", AutoencoderSchedule(steps=9), config=SIZES)
     with pytest.raises(ValueError, match="was trained with latent_channels=4, not 8:"):
         train_autoencoder(tmp_path, tmp_path / "run", schedule, config={**SIZES, "latent_channels": 8})
-
-
-WORKER = """
-import json, sys
-from pathlib import Path
-import torch.distributed as dist
-from holdover_world.codec import checkpoints
-from holdover_world.training import train_autoencoder as training
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
-written = []
-write = training.write_network
-training.write_network = lambda *what: (write(*what), written.append(what))
-schedule = training.AutoencoderSchedule(steps=2, batch=1, warmup=1)
-out = training.train_autoencoder(folder / "clips", folder / "run", schedule, config=json.loads(sys.argv[3]))
-read = checkpoints.read_network(training.Autoencoder, out, training.torch.float32)
-(folder / f"{rank}.json").write_text(json.dumps([len(written), read.std_Z.tolist()]))
-dist.barrier()  # a rank that leaves first would take its peer down
-dist.destroy_process_group()
-"""
-
-
-def test_of_two_ranks_one_writes_and_the_other_waits(tmp_path: Path) -> None:
-    write_clip(tmp_path / "clips", 0, 8)
-    (writes, first), (none, second) = run_ranks(WORKER, tmp_path, json.dumps(SIZES))
-    assert (writes, none) == (2, 0)  # the averaged weights, and the same normalised
-    assert first == second
-    assert all(np.isfinite(first))
 
 
 def test_an_interrupted_one_is_no_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
