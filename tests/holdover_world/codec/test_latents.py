@@ -103,11 +103,13 @@ def test_cameras_decoded_together_are_each_decoded_alone() -> None:
 def test_what_is_missing_or_ragged_is_named() -> None:
     codec = small_codec(small_config())
     colour, depth = pictures(codec.sizes, 4)
-    with pytest.raises(ValueError, match=r"camera 'rear' has no colour; there is \['front_narrow', 'front_wide'\]"):
+    with pytest.raises(
+        ValueError, match=r"'rear' has no colour; give it beside \['front_narrow', 'front_wide'\]"
+    ):
         codec.encode({name: v for name, v in colour.items() if name != "rear"}, depth)
     with pytest.raises(ValueError, match="camera 'rear' has no depth"):
         codec.encode(colour, {name: v for name, v in depth.items() if name != "rear"})
-    with pytest.raises(ValueError, match="give the depth of the frames, too"):
+    with pytest.raises(ValueError, match="give the depth of the frames as well"):
         codec.encode(colour)
     with pytest.raises(ValueError, match="3 frames of front_wide are not a multiple of 4"):
         codec.encode({name: v[:3] for name, v in colour.items()}, depth)
@@ -119,7 +121,7 @@ def test_a_model_of_colour_alone_wants_no_depth_and_draws_none() -> None:
     x = codec.encode(colour)
     assert x.shape == (1, 1, 13, 16)
     assert torch.equal(x, codec.encode(colour, depth))
-    with pytest.raises(ValueError, match="draws no depth, but colour"):
+    with pytest.raises(ValueError, match="has no depth, only colour"):
         codec.decode_depth(x)
 
 
@@ -139,7 +141,7 @@ def test_a_codec_is_kept_in_a_folder_and_shared_by_copies(tmp_path: Path) -> Non
 
 def test_autoencoders_that_do_not_fit_the_sizes_are_refused() -> None:
     autoencoders = small_codec(small_config()).autoencoders
-    with pytest.raises(ValueError, match="there is no autoencoder of depth: give one, or sizes without depth"):
+    with pytest.raises(ValueError, match="no autoencoder of depth was given: give one, or sizes without depth"):
         Codec(small_config(), {"colour": autoencoders["colour"]})
     with pytest.raises(ValueError, match="of colour has 4 latent channels, the model takes 8: give another"):
         Codec(small_config(latent_channels=8, depth_channels=2), autoencoders)

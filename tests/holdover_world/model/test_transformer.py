@@ -30,8 +30,8 @@ from tests.holdover_world.small import CAMERAS, latents, small_config, small_lay
         ({"heads": 5}, "heads=5"),
         ({"context": 3}, "context=3"),
         ({"heads": 8}, "rotary"),
-        ({"patch": 3, "depth_channels": 0}, "front_wide is 48x32, not a multiple of 24 pixels"),
-        ({"depth_channels": 2}, r"2 \* 4\*\*2 values, one of colour 16"),
+        ({"patch": 3, "depth_channels": 0}, "front_wide is 48x32; give multiples of 24 pixels"),
+        ({"depth_channels": 2}, r"2 \* 4\*\*2 values, a token of colour 16"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, int], words: str) -> None:
