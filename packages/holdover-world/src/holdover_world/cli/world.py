@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="Schedule")
 T = TypeVar("T")
 
-world = typer.Typer(no_args_is_help=True, help="Record clips; train and evaluate world models.")
+world = typer.Typer(no_args_is_help=True, help="Record clips, train and evaluate world models.")
 
 
 @world.command()
@@ -188,7 +188,7 @@ def evaluate(
     guidance: Annotated[float, typer.Option(help="Guidance on the action; 1 is none.")] = 1.0,
     seed: Seed = 0,
 ) -> None:
-    """Compare a world model with the simulator: fidelity, drift, response to actions, agreement of cameras."""
+    """Compare a world model with the simulator. Measures fidelity, drift, response to actions, agreement of cameras."""
     with plain_errors():
         keep_memory()
         from holdover.report.progress import bar

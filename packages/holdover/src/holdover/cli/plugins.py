@@ -32,7 +32,7 @@ class Commands(TyperGroup):
 
 def _load(point: EntryPoint) -> Any:
     """The command of an entry point."""
-    within = typer.Typer()
+    within = typer.Typer(rich_markup_mode=None)
     try:
         made = point.load()
     except Exception as error:  # whatever another package does wrong
