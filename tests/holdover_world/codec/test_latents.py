@@ -103,9 +103,7 @@ def test_cameras_decoded_together_are_each_decoded_alone() -> None:
 def test_what_is_missing_or_ragged_is_named() -> None:
     codec = small_codec(small_config())
     colour, depth = pictures(codec.sizes, 4)
-    with pytest.raises(
-        ValueError, match=r"'rear' has no colour; give it beside \['front_narrow', 'front_wide'\]"
-    ):
+    with pytest.raises(ValueError, match=r"'rear' has no colour; give it beside \['front_narrow', 'front_wide'\]"):
         codec.encode({name: v for name, v in colour.items() if name != "rear"}, depth)
     with pytest.raises(ValueError, match="camera 'rear' has no depth"):
         codec.encode(colour, {name: v for name, v in depth.items() if name != "rear"})

@@ -123,7 +123,7 @@ class Reprojection(nn.Module):
             colours, depths, seen = self._still(last_NP, pictures, views, move)
             latents = self._tokens({"colour": colours, "depth": depths})
             return latents, self._share(seen), torch.zeros_like(latents)
-        colours, depths, seen, drawn = _in_layout(pictures, views, move, site, poses_K3, passed)
+        colours, depths, seen, drawn = look_up_in_layout(pictures, views, move, site, poses_K3, passed)
         latents = self._tokens({"colour": colours, "depth": depths})
         layout = self._tokens({"colour": drawn, "depth": depths})
         return latents, self._share(seen), layout
@@ -209,7 +209,7 @@ class Reprojection(nn.Module):
         return fine, [_repeated(view, where) for view, where in zip(views, passed, strict=True)]
 
 
-def _in_layout(
+def look_up_in_layout(
     pictures: Sequence[Tensor], views: Sequence[View], move: Move, site: Site, poses_K3: Tensor, passed: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Per camera colour ``[3, K, M]``, metres ``[K, M]``, what is seen ``[K, M]``, and the layout's own colour."""
