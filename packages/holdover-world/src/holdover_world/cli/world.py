@@ -186,6 +186,7 @@ def evaluate(
     chunks: Annotated[int, typer.Option(help="Chunks per clip, at most.")] = 66,
     steps: Annotated[int, typer.Option(help="Denoising steps per chunk.")] = 4,
     guidance: Annotated[float, typer.Option(help="Guidance on the action; 1 is none.")] = 1.0,
+    reader_steps: Annotated[int, typer.Option(help="Training steps of the network that reads motion.")] = 1600,
     seed: Seed = 0,
 ) -> None:
     """Compare a world model with the simulator. Measures fidelity, drift, response to actions, agreement of cameras."""
@@ -204,6 +205,7 @@ def evaluate(
                 chunks=chunks,
                 steps=steps,
                 guidance=guidance,
+                reader_steps=reader_steps,
                 seed=seed,
                 progress=progress,
             )
