@@ -55,7 +55,7 @@ def test_neighbouring_cameras_look_where_the_rig_says() -> None:
 
 
 def test_the_shipped_rigs_tokens() -> None:
-    """By hand: of colour 16 pixels wide, of depth 32."""
+    """By hand: tokens of colour are 16 pixels wide, tokens of depth 32."""
     sizes = WorldConfig()
     assert [(group.name, group.views, group.height, group.width) for group in sizes.view_groups] == [
         ("front", 2, 4, 8),

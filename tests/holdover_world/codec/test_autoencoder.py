@@ -64,10 +64,10 @@ def test_latents_are_the_posteriors_mean_normalised() -> None:
     mean, log_variance = model.posterior(video)
     at = (slice(None), None, None)
     torch.testing.assert_close(model.encode(video), (mean - model.mean_Z[at]) / model.std_Z[at], atol=1e-5, rtol=1e-5)
-    # Decoding turns that round again: both go through the same decoder.
+    # Decoding undoes the normalisation, so both calls reach the decoder with the same latents.
     made = model.decode(model.encode(video))
     torch.testing.assert_close(made, model.reconstruct(mean), atol=1e-5, rtol=1e-5)
-    # In training the latents are a draw.
+    # In training the latents are sampled.
     noise = torch.randn_like(mean)
     drawn, *moments = model(video, noise)
     torch.testing.assert_close(drawn, model.reconstruct(mean + (log_variance / 2).exp() * noise))
@@ -75,14 +75,14 @@ def test_latents_are_the_posteriors_mean_normalised() -> None:
 
 
 def numpy_blocks(video: Tensor) -> np.ndarray:
-    """Each block of 4 frames and 8 by 8 pixels as a row; in which order within it does not matter to its components."""
+    """Each block of 4 frames and 8 by 8 pixels as a row. The order within a row does not matter."""
     b, t, c, h, w = video.shape
     cut = video.numpy().reshape(b, t // 4, 4, c, h // 8, 8, w // 8, 8)
     return cut.transpose(0, 1, 4, 6, 2, 3, 5, 7).reshape(-1, 4 * c * 64).astype(np.float64)
 
 
 def test_a_fresh_one_reconstructs_as_numpys_principal_components_do() -> None:
-    """Its convolutions add nothing yet."""
+    """Fresh convolutions add nothing."""
     video, other = random_video(16, 1, batch=12).cumsum(-1) / 9, random_video(4, 1, seed=1).cumsum(-1) / 9
     model = Autoencoder(colours=1, **SIZES)
     model.take_principal_components(Autoencoder.blocks(video))
@@ -94,7 +94,7 @@ def test_a_fresh_one_reconstructs_as_numpys_principal_components_do() -> None:
     np.testing.assert_allclose(numpy_blocks(made.detach()), scores @ components[:4] + centre, atol=2e-4)
     found = mean.detach().permute(0, 1, 3, 4, 2).reshape(-1, 4).double().numpy()
     deviations = singular[:4] / np.sqrt(len(blocks))
-    np.testing.assert_allclose(np.abs(found), np.abs(scores / deviations), atol=2e-3)  # directions may point either way
+    np.testing.assert_allclose(np.abs(found), np.abs(scores / deviations), atol=2e-3)  # signs are arbitrary
     assert (log_variance == -6).all()
 
 
@@ -104,7 +104,7 @@ def test_where_resolution_changes_a_path_averages_and_repeats() -> None:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     x = torch.randn(1, 8, 3, 2)
-    # By hand: of the 4 * 4 values of a finer pixel's square the first two are the first channel's, and so on.
+    # By hand: output channel c has two input channels, and each of them fills one row of every 2 by 2 pixels.
     expected = torch.stack([x[0, 2 * c + i // 2, :, :] for c in range(4) for i in (0, 1, 2, 3)]).view(4, 2, 2, 3, 2)
     assert torch.equal(up(x)[0], expected.permute(0, 3, 1, 4, 2).reshape(4, 6, 4))
     torch.testing.assert_close(down(up(x)), x)
@@ -124,7 +124,7 @@ def test_it_is_saved_and_read(tmp_path: Path) -> None:
         assert torch.equal(read.state_dict()[name], value.bfloat16().float())
     half = read_network(Autoencoder, tmp_path / "colour", torch.bfloat16)
     torch.testing.assert_close(half.encode(video), read.encode(video), atol=0.1, rtol=0.1)
-    write_network(read, tmp_path / "copy")  # which does not tell where it came from
+    write_network(read, tmp_path / "copy")  # the files do not tell where the network was read from
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "colour" / name).read_bytes()
     (tmp_path / "other").mkdir()

@@ -1,4 +1,4 @@
-"""The codec: a rig's pictures as tokens, by hand with autoencoders that lose nothing."""
+"""The codec: pictures of a rig as tokens, worked out by hand with autoencoders that lose nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Depth = dict[str, NDArray[np.float32]]
 
 
 def lossless() -> Codec:
-    """Every value of a block of pixels is a latent channel of its own: frame, colour, row and column; others are 0."""
+    """A latent channel for each value of a block of pixels, in the order frame, colour, row, column. The rest are 0."""
     sizes = small_config(latent_channels=1024, depth_channels=256)
     autoencoders = {}
     for modality, colours, channels in (("colour", 3, 1024), ("depth", 1, 256)):
@@ -48,7 +48,7 @@ def test_pictures_go_there_and_back() -> None:
     assert list(back) == list(far) == [c.name for c in CAMERAS]
     for name in back:
         assert np.array_equal(back[name][0], colour[name])
-        assert far[name].shape == (1, *depth[name].shape)  # what padded it is cropped again
+        assert far[name].shape == (1, *depth[name].shape)  # the padding is cropped
         np.testing.assert_allclose(far[name][0], depth[name], rtol=1e-4)
 
 
@@ -56,15 +56,15 @@ def test_tokens_are_ordered_by_modality_group_view_row_and_column() -> None:
     codec = lossless()
     colour, depth = ({name: np.zeros_like(x) for name, x in each.items()} for each in pictures(codec.sizes, 8))
     dark = codec.encode(colour, depth)
-    colour["front_narrow"][5, 16 + 9, 16 + 3, 1] = 255  # second latent frame, its second picture; second row and column
+    colour["front_narrow"][5, 16 + 9, 16 + 3, 1] = 255  # picture 1 of latent frame 1; token row 1, column 1
     depth["front_narrow"][2, 8, 32 + 1] = 90
     depth["rear"][4, 0, 0] = 90
     lit = (codec.encode(colour, depth) != dark)[0].nonzero().tolist()
     narrow, depths = 2 * 3, 2 * (2 * 3) + 1
     within = (1 * 3 + 1) * 64 + 1 * 8 + 3  # picture, colour, row and column of the block
-    assert [1, narrow + 1 * 3 + 1, within * 4 + 2] in lit  # in the third of a token's four latents
+    assert [1, narrow + 1 * 3 + 1, within * 4 + 2] in lit  # in the third of the four latents of a token
     assert [1, depths + 4, 0] in lit
-    assert [0, depths + 2 + 1, (2 * 64 + 1) * 16 + 4] in lit  # in the fifth of sixteen
+    assert [0, depths + 2 + 1, (2 * 64 + 1) * 16 + 4] in lit  # in the fifth of the sixteen latents of a token
     assert len(lit) == 3
 
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ray by ray, box by box, in double precision: how far away, and whether a box is hit."""
+    """Ray by ray and box by box, in double precision: the distance, and whether a box is hit."""
     rows = [(box.tolist(), None) for box in layout.boxes_M10]
     for part in layout.parts_J10.tolist():
         x, y, yaw = layout.poses_TC3[frame, int(part[0])].tolist()
@@ -31,7 +31,7 @@ def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tupl
     place = turn @ np.array(camera.position) + [x, y, 0]
     rays = camera_rays(camera, every=2) @ turn.T
     depth = np.where(rays[..., 2] < -1e-3, place[2] / np.maximum(-rays[..., 2], 1e-3), FAR).clip(max=FAR)
-    # The layout's ground is found per pixel, its boxes per two by two of them.
+    # The ground is drawn per pixel, boxes per square of two by two pixels.
     hit = np.zeros(depth.shape, dtype=bool)
     for i, j in np.ndindex(depth.shape):
         nearest = FAR
@@ -54,7 +54,7 @@ def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tupl
 
 
 def test_boxes_are_where_rays_meet_them() -> None:
-    """Against a ray caster of loops: boxes ahead, beside, behind, overlapping, and one around the camera."""
+    """Against a naive ray caster: boxes ahead, beside, behind, overlapping, and one around the camera."""
     rng = np.random.default_rng(0)
     boxes = torch.tensor(
         [
@@ -74,7 +74,7 @@ def test_boxes_are_where_rays_meet_them() -> None:
             depth, hit = naive_draw(layout, camera, poses[k], frames[k])
             made = drawn.depth_KM[k].view(camera.height, camera.width)[::2, ::2].numpy()
             found = (drawn.what_KM[k] > GROUND).view(camera.height, camera.width)[::2, ::2].numpy()
-            assert (found == hit).mean() > 0.997  # what grazes an edge may round either way
+            assert (found == hit).mean() > 0.997  # rays that graze an edge may round either way
             both = found & hit
             checked += int(both.sum())
             assert (np.abs(made[both] / depth[both] - 1) > 1e-3).sum() <= 0.01 * both.sum()
@@ -82,7 +82,7 @@ def test_boxes_are_where_rays_meet_them() -> None:
 
 
 def test_of_faces_in_one_plane_the_last_is_seen() -> None:
-    """However many threads draw: streams of the same layout must expect the same."""
+    """With any number of threads, because streams in the same layout must expect the same."""
     walls = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, n / 10, 0.9, 0.2] for n in range(10)])
     layout, view = small_layout(walls), View.of(RIG[0], CPU)
     around = Around.of(layout, torch.zeros(3, 3), [2] * 3)
@@ -98,7 +98,7 @@ def test_of_faces_in_one_plane_the_last_is_seen() -> None:
 
 
 def test_drawn_layouts_are_what_the_renderer_saw() -> None:
-    """The shipped recordings, of another renderer: depth nearer than 100 metres and colour, in every camera."""
+    """Against the shipped recordings of the renderer: depth below 100 metres and colour, in every camera."""
     for path in list_clips(shipped_clips()):
         clip, track = read_clip(path, depth=True, frames=24), read_track(path)
         assert track is not None

@@ -25,7 +25,7 @@ def test_a_checkpoint_keeps_weights_sizes_and_codec(tmp_path: Path, depth_channe
     assert not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.bfloat16().float())
-    half = WorldModel.load(tmp_path / "model")  # what is not kept, but made anew, is none the worse for it
+    half = WorldModel.load(tmp_path / "model")  # buffers that are computed again keep their precision
     assert torch.equal(half.rays_NR.bfloat16(), model.rays_NR.bfloat16())
     shown = loaded.codec.decode(latents(model, 2))
     for name, video in model.codec.decode(latents(model, 2)).items():
@@ -89,8 +89,8 @@ def test_few_steps_take_the_shipped_student_and_more_its_teacher() -> None:
     moved = {n for n, value in teacher.state_dict().items() if not torch.equal(student.state_dict()[n], value)}
     parameters = dict(teacher.named_parameters())
     still = parameters.keys() - moved
-    assert moved <= parameters.keys()  # not the autoencoders, which are its teacher's
-    # A student is always told the action; what it learned of layouts its teacher was given.
+    assert moved <= parameters.keys()  # and not the autoencoders, which are those of the teacher
+    # A student is always told the action. Its layers for layouts are those of its teacher.
     assert still == {"no_action_C", *(name for name in parameters if "layout" in name)}
     assert set(Codec.load(shipped_model(), student.sizes).autoencoders) == {"colour", "depth"}
 

@@ -19,7 +19,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
 
 
-def test_depth_stands_amid_the_colour_that_it_covers() -> None:
+def test_a_token_of_depth_stands_between_the_tokens_of_colour_that_it_covers() -> None:
     """The phases of a token of depth are the mean of those of its four tokens of colour: 3 rows stay below pi."""
     camera = replace(CAMERAS[0], width=64, height=64)
     sizes = small_config(cameras=(camera,), channels=64)

@@ -54,8 +54,8 @@ def test_streaming_with_the_kv_cache_equals_one_masked_pass(in_layout: bool) -> 
 
 
 def test_what_is_expected_is_carried_over() -> None:
-    """A model that adds nothing shows what is expected where it keeps it, or draws nothing; without an action it
-    expects what was there."""
+    """A model whose blocks add nothing returns the expectation, or nothing, by its ``keep`` gate. Without an action it
+    expects the old frame."""
     model = small_model()
     for layer in (*model.head, model.keep):
         torch.nn.init.zeros_(layer.weight)

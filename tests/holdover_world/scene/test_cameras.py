@@ -9,7 +9,7 @@ from tests.holdover_world.small import CAMERAS
 
 
 def test_a_ray_goes_through_the_centre_of_its_square() -> None:
-    """The centre of 32 by 32 pixels lies amid the four in the middle; where there are none, on the camera's corner."""
+    """The centre of 32 by 32 pixels lies between the four middle ones; of a picture of 16 by 16, on its corner."""
     wide, _, rear = CAMERAS
     pixels = camera_rays(wide)
     np.testing.assert_allclose(camera_rays(wide, every=32)[0, 0], pixels[15:17, 15:17].mean((0, 1)))
@@ -30,4 +30,4 @@ def test_the_rig_is_stitched_in_place() -> None:
     assert (canvas > 0).sum() == 2 * 3 * sum(c.width * c.height for c in RIG)
     below = stitch({"periscope": frames["rear"], **frames})
     np.testing.assert_array_equal(below[:, :160], canvas)
-    np.testing.assert_array_equal(below[:, 160:, 72:184], frames["rear"])  # no camera of the rig: a row of its own
+    np.testing.assert_array_equal(below[:, 160:, 72:184], frames["rear"])  # a camera outside the rig has its own row
