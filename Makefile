@@ -10,13 +10,11 @@ PYTEST := OMP_NUM_THREADS=1 $(1)/pytest --numprocesses auto --maxprocesses 4 --d
 
 install: .venv/.installed
 
-# stlpips_pytorch is taken for its weight file alone: without --no-deps it brings torchvision.
 .venv/.installed: $(wildcard packages/*/pyproject.toml) requirements-dev.txt constraints.txt Makefile
 	$(call VENV,.venv)
 	$(BIN)/pip $(INSTALL) torch numpy
 	$(BIN)/pip $(INSTALL) -r requirements-dev.txt -e packages/holdover -e packages/holdover-world-weights \
 		-e 'packages/holdover-world[train,serve,env,fleet,rl]'
-	$(BIN)/pip $(INSTALL) --no-deps stlpips_pytorch==0.0.2
 	touch $@
 
 demo: install
