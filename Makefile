@@ -4,7 +4,7 @@ BIN := .venv/bin
 ALONE := .venv-holdover/bin
 INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 VENV = test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || python3 -m venv $(1)
-PYTEST := OMP_NUM_THREADS=1 $(1)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: install demo test check wheels test-holdover test-world browser simulator peers clean
 
