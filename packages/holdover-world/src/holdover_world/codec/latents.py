@@ -67,7 +67,7 @@ class Codec:
                 raise ValueError(f"no autoencoder of {modality} in {folder}: give another folder, or train one")
             autoencoders[modality] = read_network(Autoencoder, own, dtype or fast_dtype())
             if autoencoders[modality].std_Z.isnan().any():
-                raise ValueError(f"training of {own} was interrupted; run it again, and it goes on to its end")
+                raise ValueError(f"training of {own} was interrupted; run it again to finish it")
         return cls(sizes, autoencoders)
 
     def save(self, folder: Path) -> None:

@@ -97,7 +97,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopState:
-    """Where a loop stands, without the entries of its cache. It shares memory with the loop; nobody writes into it.
+    """Where a loop stands, without the entries of its cache. It shares memory with the loop; do not write into it.
 
     Attributes:
         history: what the model remembers of the video.
@@ -216,7 +216,7 @@ class ClosedLoop(Generic[M]):
         cache: LoopCache | None = None,
         stream: str = "default",
     ) -> ClosedLoop[M]:
-        """A loop that goes on from a state. Entries of the cache are the cache's to restore."""
+        """A loop that continues from a state. The cache restores its own entries."""
         loop = cls.__new__(cls)
         loop._set_up(model, config or LoopConfig(), cache, stream)
         loop._noise_source = torch.Generator(state.last.device)
@@ -224,7 +224,7 @@ class ClosedLoop(Generic[M]):
         return loop
 
     def fork(self, stream: str) -> ClosedLoop[M]:
-        """A loop that goes on from here as another stream. Entries of the cache are the cache's to fork."""
+        """An independent loop that continues from here as another stream. The cache forks its own entries."""
         return ClosedLoop.resume(self.model, self.state, config=self.config, cache=self.cache, stream=stream)
 
     def _set_up(self, model: M, config: LoopConfig, cache: LoopCache | None, stream: str) -> None:

@@ -128,6 +128,7 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ch
     actions = _per_piece(recording.actions, per)
     begun = read_clip(clip, cameras=cameras, frames=start * per, depth="depth" in sizes.modalities)
     latents = model.codec.encode(begun.frames, begun.depth)
+    track = read_track(clip)
     if steady:
         action = _steady_action(kind, actions, start)
         follow, truth = action.expand(chunks, -1), None
@@ -140,7 +141,7 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ch
         start_actions=actions[None, :start],
         actions=follow,
         truth=truth,
-        track=read_track(clip),
+        track=track and track.to(latents.device),
     )
 
 
