@@ -4,19 +4,17 @@ BIN := .venv/bin
 ALONE := .venv-holdover/bin
 INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
 VENV = test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || python3 -m venv $(1)
-PYTEST := OMP_NUM_THREADS=1 $(1)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: install demo test check wheels test-holdover test-world browser simulator peers clean
 
 install: .venv/.installed
 
-# stlpips_pytorch is taken for its weight file alone: without --no-deps it brings torchvision.
 .venv/.installed: $(wildcard packages/*/pyproject.toml) requirements-dev.txt constraints.txt Makefile
 	$(call VENV,.venv)
 	$(BIN)/pip $(INSTALL) torch numpy
 	$(BIN)/pip $(INSTALL) -r requirements-dev.txt -e packages/holdover -e packages/holdover-world-weights \
 		-e 'packages/holdover-world[train,serve,env,fleet,rl]'
-	$(BIN)/pip $(INSTALL) --no-deps stlpips_pytorch==0.0.2
 	touch $@
 
 demo: install

@@ -1,32 +1,23 @@
-"""The command line: quick help, one-line errors, options that arrive."""
+"""The command line: quick help, one-line errors, and commands of other packages."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+import typer
 from typer.testing import CliRunner
 
-import holdover_world.simulator.record
-import holdover_world.training.train
+import holdover
 from holdover import cli
-from holdover_world.codec.latents import Codec
-from holdover_world.config import CONFIGS
-from holdover_world.loop.closed_loop import ClosedLoop
-from holdover_world.loop.scenarios import load_scenario
-from holdover_world.model.transformer import WorldModel
-from holdover_world.scene.cameras import Camera
-from holdover_world.training.recipe import Recipe
-from holdover_world.training.segments import codec_digest
-from holdover_world.training.trainer import read_log
-from tests.holdover_world.small import small_codec
-from tests.lab.small import CAMERAS, world_model, write_clips
+from holdover.cli import plugins
+from holdover.extras import missing
+
+OWN = ("methods", "models", "inspect", "calibrate", "overhead", "compare", "report", "trace")
 
 
 def run(*arguments: str) -> Any:
@@ -43,23 +34,31 @@ def refused(*arguments: str) -> str:
     return message
 
 
-def test_help_needs_none_of_the_heavy_modules() -> None:
-    code = """
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    """Nor do the commands of the packages that are installed here."""
+    code = f"""
 import sys
 from typer.testing import CliRunner
 from holdover import cli
-result = CliRunner().invoke(cli.app, ["--help"])
-assert result.exit_code == 0 and "demo" in result.output, result.output
-heavy = "av", "matplotlib", "skimage", "pyarrow", "jinja2", "lab", "holdover.world", "holdover.report"
+result = CliRunner().invoke(cli.app, [{option!r}])
+assert result.exit_code == 0 and result.output, result.output
+heavy = "torch", "numpy", "pyarrow", "av", "matplotlib", "skimage", "jinja2", "holdover.engine", "holdover_world.model"
 print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version").output == f"holdover {holdover.__version__}\n"
+
+
 def test_every_command_has_help() -> None:
-    for command in ("demo", "methods", "world record", "world train-autoencoder", "world train", "bench ablation"):
-        result = run(*command.split(), "--help")
+    listed = run("--help").output
+    for command in OWN:
+        assert f"\n  {command} " in listed
+        result = run(command, "--help")
         assert result.exit_code == 0, command
 
 
@@ -67,152 +66,82 @@ def test_the_methods_are_those_of_the_registry_and_of_the_docs() -> None:
     table = run("methods", "--markdown").output.strip()
     assert [line.split("`")[1] for line in table.splitlines()[2:]] == holdover.policies()
     assert "tau_floor=0.97" in table
-    assert table in (Path(__file__).parents[1] / "docs" / "methods.md").read_text()  # else put this one there
+    assert table in (Path(__file__).parents[2] / "docs" / "methods.md").read_text()  # else put this one there
     assert "relative change (L1) of the timestep-modulated input" in run("methods", "teacache").output
     assert "did you mean 'teacache'" in refused("methods", "teacahe")
     wide = CliRunner().invoke(cli.app, ["methods"], env={"COLUMNS": "200"}).output
     assert wide.count("predictor: Residual()") == table.count("| `Residual()` |") >= 5
 
 
-def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
-    assert "no world model in" in refused("demo", "--model", str(tmp_path / "none"))
-
-
-def test_wrong_values_are_one_line(tmp_path: Path) -> None:
-    assert "'town' is not one of" in refused("demo", "--scenario", "town")
-    assert "town" in refused("world", "record", "--scenario", "town", "--out", str(tmp_path))
-    assert "not a folder of clips" in refused("world", "train", "--data", str(tmp_path), "--out", str(tmp_path / "x"))
-    data, out = "--data", "--out"
-    assert "'sound' is not one of colour, depth" in refused(
-        *("world", "train-autoencoder", data, str(tmp_path), out, str(tmp_path), "--modality", "sound")
-    )
-    train = "world", "train", data, str(write_clips(tmp_path / "clips", 4)), out, str(tmp_path / "out")
-    assert "'huge' is not one of tiny, small" in refused(*train, "--size", "huge")
-    assert "camera 'roof' is not one of front_wide, rear" in refused(*train, "--camera", "roof")
-    small_codec(CONFIGS["tiny"]).save(tmp_path)
-    assert "steps=0" in refused(*train, "--steps", "0", "--autoencoders", str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("module", "extra"),
-    [("matplotlib", "report"), ("av", "world"), ("diffusers", "world"), ("panda3d.core", "simulator")],
+    [("matplotlib.figure", "report"), ("av", "report"), ("skimage", "report"), ("diffusers", "diffusers")],
 )
-def test_a_missing_extra_is_named(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: Any, **__: Any) -> None:
-        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
-
-    monkeypatch.setattr(holdover_world.simulator.record, "record", missing)
-    assert f"pip install 'holdover[{extra}]'" in refused("world", "record", "--scenario", "urban", "--out", "x")
+def test_a_missing_extra_is_named(module: str, extra: str) -> None:
+    hint = missing(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert hint == f"{module.partition('.')[0]} is not installed: pip install 'holdover[{extra}]'"
 
 
-def test_record_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = []
-    monkeypatch.setattr(holdover_world.simulator.record, "record", lambda *args, **kwargs: calls.append((args, kwargs)))
-    options = ["--clips", "3", "--seed", "7", "--frames", "24", "--no-depth", "--workers", "2"]
-    assert run("world", "record", "--scenario", "uturn", "--out", str(tmp_path), *options).exit_code == 0
-    assert calls == [(("uturn", 3, tmp_path), {"seed": 7, "frames": 24, "depth": False, "workers": 2})]
+def test_a_module_of_no_extra_is_named() -> None:
+    assert missing(ModuleNotFoundError("No module named 'absent'", name="absent")) == "No module named 'absent'"
+    assert "No module named 'absent'" in refused("inspect", "absent:factory")
 
 
-def test_train_passes_the_recipe_on_and_draws_the_curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: list[tuple[Path, Recipe, dict[str, Any]]] = []
-
-    def train(data: Path, out: Path, recipe: Recipe, **rest: Any) -> Path:
-        calls.append((data, recipe, rest))
-        out.mkdir()
-        (out / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(3)))
-        return out
-
-    monkeypatch.setattr(holdover_world.training.train, "train", train)
-    clips = write_clips(tmp_path / "clips", 4)
-    small_codec(CONFIGS["tiny"]).save(tmp_path)
-    options = ["--data", str(clips), "--out", str(tmp_path / "out"), "--autoencoders", str(tmp_path), "--size", "tiny"]
-    options += ["--camera", "rear", "--heldout", "h", "--steps", "3", "--seed", "5", "--start-from", "s"]
-    result = run("world", "train", *options)
-    assert result.exit_code == 0, result.output
-    ((data, recipe, rest),) = calls
-    assert data == clips
-    assert asdict(recipe) == asdict(Recipe(steps=3, seed=5))
-    sizes = rest.pop("codec").sizes
-    assert sizes == replace(CONFIGS["tiny"], cameras=CAMERAS[1:])
-    assert rest == {"heldout": Path("h"), "start_from": Path("s"), "teacher": None, "device": "cpu"}
-    assert (tmp_path / "out" / "curve.png").is_file()
+def greet(name: str) -> None:
+    """Say hello."""
+    typer.echo(f"hello {name}")
 
 
-def test_training_goes_on_in_a_checkpoints_latents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A teacher's or a start's autoencoders, unless others are given."""
-    digests: list[str] = []
-
-    def train(*_: Any, codec: Codec, **__: Any) -> Path:
-        digests.append(codec_digest(codec))
-        raise ValueError("enough")
-
-    monkeypatch.setattr(holdover_world.training.train, "train", train)
-    given = "world", "train", "--data", str(write_clips(tmp_path / "clips", 4)), "--out", "x", "--size", "tiny"
-    sizes = replace(CONFIGS["tiny"], cameras=CAMERAS)
-    own = {}
-    for seed, name in enumerate(("one", "other")):
-        small_codec(sizes, seed).save(tmp_path / name)
-        own[name] = codec_digest(Codec.load(tmp_path / name, sizes))
-    one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    for options in (("--teacher", one), ("--start-from", one), ("--teacher", other, "--autoencoders", one)):
-        assert "enough" in refused(*given, *options)
-    assert digests == [own["one"]] * 3
-    assert own["one"] != own["other"]
+tools = typer.Typer(help="Tools of another package.")
+tools.command("greet")(greet)
 
 
-def test_clips_of_one_camera_without_depth_train_a_world_model(tmp_path: Path) -> None:
-    """What someone does with recordings of a dashboard camera."""
-    camera = Camera(name="front_wide", group="front", width=32, height=16, fov=90, yaw=0, pitch=0, position=(2, 0, 1.3))
-    clips = str(write_clips(tmp_path / "clips", 4 * 20, depth=False, cameras=(camera,)))
-    networks, out = str(tmp_path / "autoencoders"), str(tmp_path / "world")
-    given = "--data", clips, "--heldout", clips, "--batch", "1", "--steps"
-    result = run("world", "train-autoencoder", *given, "1", "--out", networks)
-    assert result.exit_code == 0, result.output
-    own = "--camera", "front_wide", "--no-depth", "--size", "tiny"
-    result = run("world", "train", *given, "2", "--out", out, "--autoencoders", networks, *own)
-    assert result.exit_code == 0, result.output
-    model = WorldModel.load(tmp_path / "world")
-    assert model.sizes == replace(CONFIGS["tiny"], cameras=(camera,), depth_channels=0)
-    assert list(model.codec.autoencoders) == ["colour"]
-    log = list(read_log(tmp_path / "world"))
-    assert [line["step"] for line in log] == [0, 1]
-    assert len(log[-1]["heldout"]) == 2
-    colour = tmp_path / "autoencoders" / "colour"
-    assert "heldout_psnr_db" in list(read_log(colour))[-1]
-    assert (colour / "curve.png").is_file()
-    scenario = load_scenario("urban", model, clips=tmp_path / "clips", chunks=1)
-    piece = ClosedLoop(model, scenario.start, scenario.start_actions).step(scenario.actions[0])
-    assert model.codec.decode(piece.latents, piece.before)["front_wide"].shape == (1, 4, 16, 32, 3)
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points of other packages: a function, a group, two that cannot be imported, and a name that is taken."""
+    here = "tests.holdover.test_cli"
+    points = [
+        EntryPoint(name, value, plugins.GROUP)
+        for name, value in (
+            ("greet", f"{here}:greet"),
+            ("tools", f"{here}:tools"),
+            ("broken", "tests.holdover.absent:app"),
+            ("wrong", f"{here}:absent"),
+            ("models", f"{here}:greet"),
+        )
+    ]
+
+    def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
+        assert group == plugins.GROUP
+        return [point for point in points if name in (None, point.name)]
+
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
 
 
-def test_demo_and_benches_run_on_a_model_and_clips_of_one_s_own(tmp_path: Path) -> None:
-    clips = write_clips(tmp_path / "clips", 4 * 16)
-    world_model().save(tmp_path / "model")
-    own = ["--model", str(tmp_path / "model"), "--clips", str(clips)]
-    out = str(tmp_path / "demo")
-    result = run("demo", *own, "--out", out, "--chunks", "8", "--scenario", "urban", "--every", "16")
-    assert result.exit_code == 0, result.output
-    assert result.output.splitlines()[-1] == f"page: {tmp_path / 'demo' / 'index.html'}"
-    assert "3682 → 1392" in result.output
-    assert json.loads((tmp_path / "demo" / "report.json").read_text())["environment"]["model"] == "model"
-    result = run("bench", "overhead", *own, "--out", str(tmp_path / "benchmarks"), "--chunks", "8")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["chunks"] == 4
-    assert "no urban clip" in refused("demo", *own, "--out", out, "--chunks", "99", "--scenario", "urban")
+@pytest.mark.usefixtures("others")
+def test_commands_of_other_packages_work_as_their_own() -> None:
+    listed = run("--help").output
+    assert "  greet      Say hello.\n" in listed
+    assert "  tools      Tools of another package.\n" in listed
+    assert run("greet", "you").output == "hello you\n"
+    assert run("tools", "greet", "you").output == "hello you\n"
+    assert "Usage: " in run("tools", "--help").output
+    assert "CogVideoX" in run("models").output  # the library's own comes first
+    assert run("absent").exit_code == 2
 
 
-def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path) -> None:
-    world_model().save(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    del tensors["keep.bias"]
-    save_file(tensors, file)
-    assert "train it again" in refused("demo", "--model", str(tmp_path))
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("sub", "--option", "3")])
+def test_a_command_that_cannot_be_imported_names_itself_and_nothing_else_breaks(arguments: tuple[str, ...]) -> None:
+    assert "  broken     Cannot be imported; call it to see why.\n" in run("--help").output
+    message = refused("broken", *arguments)
+    assert "'broken'" in message
+    assert "ModuleNotFoundError: No module named 'tests.holdover.absent'" in message
+    assert "has no attribute 'absent'" in refused("wrong", *arguments)
 
 
-def test_clips_of_other_cameras_are_one_line(tmp_path: Path) -> None:
-    world_model().save(tmp_path / "model")
-    other = tuple(replace(camera, width=camera.width + 16) for camera in CAMERAS)
-    clips = write_clips(tmp_path / "clips", 4 * 16, cameras=other)
-    own = "--model", str(tmp_path / "model"), "--clips", str(clips), "--chunks", "8", "--scenario", "urban"
-    assert "colour of front_wide is 64x32, the model's 48x32" in refused("demo", *own, "--out", str(tmp_path))
+def test_errors_of_the_library_are_one_line(tmp_path: Path) -> None:
+    assert "holds no rollout" in refused("trace", str(tmp_path))
+    assert "holds no rollout" in refused("report", str(tmp_path))
+    for command in ("calibrate", "overhead", "compare"):
+        assert "'tests.holdover' names no function; give package.module:function" in refused(command, "tests.holdover")

@@ -16,7 +16,7 @@ from holdover_world.scene.cameras import Camera
 from holdover_world.scene.clips import ClipWriter, open_dataset
 from holdover_world.scene.layout import Layout
 
-#: Tokens of depth, 32 pixels wide, reach beyond the edge of all of them.
+#: Their tokens of depth, 32 pixels wide, all reach beyond the edge.
 CAMERAS = (
     Camera(name="front_wide", group="front", width=48, height=32, fov=100, yaw=0, pitch=4, position=(2, 0, 1.5)),
     Camera(name="front_narrow", group="front", width=48, height=32, fov=50, yaw=0, pitch=1, position=(2, 0, 1.5)),
@@ -96,7 +96,7 @@ def small_layout(boxes: Tensor | None = None, cars: int = 1, frames: int = 40) -
 
 
 def write_clip(folder: Path, seed: int, frames: int, *, depth: bool = True, drives: bool = True) -> Path:
-    """A clip of stripes that move, over a road whose depth grows upwards; the car drives ever faster, or stands."""
+    """A clip of moving stripes over a road whose depth grows upwards. The car drives faster and faster, or stands."""
     open_dataset(folder, CAMERAS)
     with ClipWriter(folder, "urban", seed, cameras=CAMERAS, depth=depth) as writer:
         for k in range(frames):

@@ -1,4 +1,4 @@
-"""What a machine computes fast, by what its kernel says of it."""
+"""The fast dtype of a machine, by the CPU flags that its kernel reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_bfloat16_needs_instructions_for_it() -> None:
     assert fast_dtype() == (torch.bfloat16 if wide else torch.float32)
 
 
-def test_elsewhere_it_is_taken_for_granted() -> None:
+def test_other_devices_compute_in_bfloat16() -> None:
     assert fast_dtype("cuda:1") == torch.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""Chunk-causal models: noisy passes may be held over, what the clean pass writes is always computed."""
+"""Chunk-causal models: noisy passes may be reused, the clean pass is always computed."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @each
 def test_a_model_is_known_by_what_its_blocks_take(contract: Contract) -> None:
-    host = find(contract.model())
-    assert host is not None
-    assert contract.name in host.family
+    adapter = find(contract.model())
+    assert adapter is not None
+    assert contract.name in adapter.family
 
 
 @each
@@ -135,7 +135,7 @@ def test_a_pass_that_writes_the_whole_context_anew_is_known_by_its_mask(name: st
 def test_blocks_that_go_by_the_cache_of_another_are_refused() -> None:
     """LongLive 2. Held over nevertheless, the KV cache is not that of full compute once it rolls."""
     model = REFUSED.model()
-    with pytest.raises(ValueError, match="LongLive 2 cannot be held over: every block goes by the first one's place"):
+    with pytest.raises(ValueError, match="LongLive 2 cannot be reused: every block goes by the first one's place"):
         holdover.attach(model, SKIPPING)
     longlive = find(CONTRACTS[3].model())
     assert longlive is not None
@@ -196,9 +196,9 @@ def test_a_block_of_another_version_is_an_explained_error() -> None:
 
 def test_the_modulated_input_is_what_enters_attention() -> None:
     block: Any = CONTRACTS[0].model().blocks[0]
-    host = find(CONTRACTS[0].model())
-    assert host is not None
+    adapter = find(CONTRACTS[0].model())
+    assert adapter is not None
     source = torch.Generator().manual_seed(0)
     x = torch.randn(1, 12, 8, generator=source)
     e = torch.randn(1, 3, 6, 8, generator=source)
-    assert torch.allclose(host.taps["modulated"](block, x, e=e), block.normed(x, e), atol=1e-6)
+    assert torch.allclose(adapter.taps["modulated"](block, x, e=e), block.normed(x, e), atol=1e-6)

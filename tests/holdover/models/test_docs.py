@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import holdover
+from tests.holdover.engine.models import Scale, Stack
 from tests.holdover.models import causal_wan, contracts, pipelines
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def example(page: str, heading: str) -> str:
@@ -55,19 +57,59 @@ def test_the_example_with_a_pipeline(
     assert torch.equal(tiny_wan("a car turns left").frames, expected)
 
 
-def test_the_example_with_a_model_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
+#: Two cycles of four chunks, two steps each.
+CHUNKS, SIGMAS = 8, (1.0, 0.5)
+
+
+def names_for(model: nn.Module, noise: Tensor) -> dict[str, Any]:
+    """What the examples of a closed loop take from the text around them."""
+    return {
+        "holdover": holdover,
+        "model": model,
+        "actions": [(0.5, 0.0)] * CHUNKS,
+        "sigmas": SIGMAS,
+        "noise": [noise] * 2,
+    }
+
+
+def test_the_example_of_the_own_model_page(capsys: pytest.CaptureFixture[str]) -> None:
     contract = contracts.CONTRACTS[0]
     model, state = contract.model(), contract.state()
     noise = torch.randn(1, causal_wan.CHANNELS, causal_wan.CHUNK, causal_wan.ROWS, causal_wan.COLUMNS)
     names = {
-        "holdover": holdover,
-        "model": model,
+        **names_for(model, noise),
         "slots": [holdover.Slot(f"blocks.{n}", hidden="x", writes_kv=True) for n in range(4)],
-        "actions": [(0.5, 0.0)] * 8,
-        "sigmas": (1.0, 0.5),
-        "predict": lambda sigma, action: contract.run(model, noise, sigma, 0, state),
-        "write_kv": lambda: contract.run(model, noise, 0.0, 0, state, clean=True),
+        "predict": lambda latents, sigma, action: contract.run(model, latents, sigma, 0, state),
+        "write_kv": lambda committed: contract.run(model, committed, 0.0, 0, state, clean=True),
     }
     exec(example("docs/own-model.md", "3. Say where each pass stands"), names)
     assert names["cache"].stats().reused == 2 * 3 * 3 * 2  # cycles, chunks, blocks but the anchor, steps
     assert "reasons" in capsys.readouterr().out
+
+
+class Written(Stack):
+    """Notes what its KV update writes."""
+
+    def __init__(self) -> None:
+        super().__init__(Scale(), Scale())
+        self.written: list[Tensor] = []
+
+    def write_kv(self, latents: Tensor) -> None:
+        self(latents)
+        self.written.append(latents)
+
+
+def test_the_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    model, made = Written(), []
+
+    def denoise(model: nn.Module, latents: Tensor, sigma: float, action: tuple[float, float]) -> Tensor:
+        made.append(model(latents) / 8 + len(made))
+        return made[-1]
+
+    names = {**names_for(model, torch.ones(1, 2, 3)), "prompt": "a road", "denoise": denoise}
+    exec(example("README.md", "Your own model"), names)
+    last = [made[chunk * len(SIGMAS) + len(SIGMAS) - 1] for chunk in range(CHUNKS)]
+    assert len(model.written) == 2
+    assert all(map(torch.equal, model.written, (last[0], last[4])))  # of the chunk that was announced as committed
+    assert names["cache"].stats().reused > 0
+    assert "skipped" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_what_it_prints_attaches_to_the_model(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tests.holdover.models.unknown"], "names no factory"),
+        (["tests.holdover.models.unknown"], "names no function"),
         (["tests.holdover.models.unknown:absent"], "no function 'absent'"),
         (["tests.holdover.models.unknown:nothing"], "returned a str"),
         (["tests.holdover.models.unknown:bare", "--shape", "video:1"], "is no shape"),

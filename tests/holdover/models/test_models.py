@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import holdover
-from holdover.models.registry import find, hosts, models_markdown
+from holdover.models.registry import adapters, find, models_markdown
 from tests.holdover.models.contracts import CONTRACTS, REFUSED
 from tests.holdover.models.models import TINY, Tiny
 
@@ -53,22 +53,22 @@ def steps(tiny: Tiny, model: nn.Module, cache: holdover.Cache, count: int = 4, *
 @contextmanager
 def held_over(model: nn.Module, reuse: list[bool]) -> Iterator[None]:
     """The naive twin: every block adds what it added last, or as one all that they added last, while ``reuse``."""
-    host = find(model)
-    assert host is not None
-    blocks = [slot.block for slot in host.slots(model)]
+    adapter = find(model)
+    assert adapter is not None
+    blocks = [slot.block for slot in adapter.slots(model)]
     known: dict[int, tuple[Tensor, Any]] = {}
 
     def forward(number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        x = inspect.signature(original).bind(*args, **kwargs).arguments[host.hidden]
+        x = inspect.signature(original).bind(*args, **kwargs).arguments[adapter.hidden]
         if reuse[0]:
             added, rest = known[number]
-            return x + added if rest is None else (*rest[: host.returns], x + added, *rest[host.returns :])
+            return x + added if rest is None else (*rest[: adapter.returns], x + added, *rest[adapter.returns :])
         before = x.clone()
         output = original(*args, **kwargs)
-        y = output[host.returns] if isinstance(output, tuple) else output
+        y = output[adapter.returns] if isinstance(output, tuple) else output
         rest = None
         if isinstance(output, tuple):
-            rest = tuple(item for n, item in enumerate(output) if n != host.returns)
+            rest = tuple(item for n, item in enumerate(output) if n != adapter.returns)
         known[number] = y - before, rest
         return output
 
@@ -85,14 +85,14 @@ def held_over(model: nn.Module, reuse: list[bool]) -> Iterator[None]:
 def test_every_class_of_diffusers_that_is_known_is_tested() -> None:
     import diffusers
 
-    declared = {host.model for host in hosts() if hasattr(diffusers, host.model)}
+    declared = {adapter.model for adapter in adapters() if hasattr(diffusers, adapter.model)}
     assert len(declared) >= 12
     assert declared == {tiny.name for tiny in TINY}
 
 
 def test_a_host_is_short() -> None:
     declared = [Path(inspect.getfile(find)).with_name(name) for name in ("diffusers.py", "self_forcing.py")]
-    assert sum(len(path.read_text().splitlines()) for path in declared) / len(hosts()) < 30
+    assert sum(len(path.read_text().splitlines()) for path in declared) / len(adapters()) < 30
 
 
 @each
@@ -138,30 +138,30 @@ def test_videos_of_two_sizes_interleaved_are_those_of_two_runs(tiny: Tiny, model
 @each
 def test_the_grid_is_that_of_the_tokens(tiny: Tiny, model: nn.Module) -> None:
     """X-Cache samples tokens on it, and refuses a hidden state that is not whole frames of it."""
-    host = find(model)
-    assert host is not None
+    adapter = find(model)
+    assert adapter is not None
     with holdover.attach(model, holdover.xcache(protection="pass")) as cache:
         for chunk in range(3):
             with cache.step(chunk=chunk, commits=False):
                 tiny.run(model, 0)
     assert cache.stats().reused > 0
-    if host.grid is not None:
-        (group,) = host.view_groups(model, **tiny.inputs(0, 3, 1, 0))
+    if adapter.grid is not None:
+        (group,) = adapter.view_groups(model, **tiny.inputs(0, 3, 1, 0))
         assert (group.height, group.width) == (4, 6)
 
 
 @each
 def test_the_modulated_input_is_what_enters_attention(tiny: Tiny, model: nn.Module) -> None:
-    host = find(model)
-    assert host is not None
-    if "modulated" not in host.taps:
+    adapter = find(model)
+    assert adapter is not None
+    if "modulated" not in adapter.taps:
         pytest.skip("declares no modulated input")
-    block, seen = host.slots(model)[0].block, {}
+    block, seen = adapter.slots(model)[0].block, {}
     attention = getattr(block, "attn1", None) or getattr(block, "attn", None)
     assert isinstance(block, nn.Module)
 
     def tap(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen["tap"] = host.taps["modulated"](module, *args, **kwargs)
+        seen["tap"] = adapter.taps["modulated"](module, *args, **kwargs)
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen["attention"] = args[0] if args else kwargs["hidden_states"]
@@ -178,9 +178,9 @@ def test_the_modulated_input_is_what_enters_attention(tiny: Tiny, model: nn.Modu
 
 @each
 def test_rows_of_a_batch_run_without_the_others(tiny: Tiny, model: nn.Module) -> None:
-    host = find(model)
-    assert host is not None
-    if host.rows is None:
+    adapter = find(model)
+    assert adapter is not None
+    if adapter.rows is None:
         pytest.skip("a batch is computed whole")
     alone = [tiny.run(model, 0, seed=7 * row) for row in range(2)]
     with holdover.attach(model, EVERY_OTHER) as cache:
@@ -193,7 +193,7 @@ def test_rows_of_a_batch_run_without_the_others(tiny: Tiny, model: nn.Module) ->
             ]
         ):
             output = tiny.run(model, 0, batch=2)
-    assert cache.stats("a").reused == cache.stats("b").computed == len(host.slots(model))
+    assert cache.stats("a").reused == cache.stats("b").computed == len(adapter.slots(model))
     assert torch.allclose(output[0], alone[0][0], atol=1e-4)
     assert torch.allclose(output[1], alone[1][0], atol=1e-4)
 
@@ -229,17 +229,17 @@ def test_a_video_whose_size_changes_is_computed_once(tiny: Tiny, model: nn.Modul
     assert reasons == ["first", "shape", "reuse"]
 
 
-def test_the_table_in_the_docs_is_that_of_the_hosts() -> None:
-    page = Path(__file__).parents[2] / "docs" / "models.md"
+def test_the_table_in_the_docs_is_that_of_the_adapters() -> None:
+    page = Path(__file__).parents[3] / "docs" / "models.md"
     assert page.read_text(encoding="utf-8").endswith("\n\n" + models_markdown())
 
 
 def test_a_video_transformer_that_is_not_known_is_explained() -> None:
     import diffusers
 
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
     video = {name for name in dir(diffusers) if name.endswith("Transformer3DModel")}
-    unknown = video - {host.model for host in hosts()}
+    unknown = video - {adapter.model for adapter in adapters()}
     assert len(unknown) > 5
     assert not {name for name in unknown if f"`{name}`" not in page}
 
@@ -252,6 +252,6 @@ def test_the_table_says_what_was_tested() -> None:
         "SanaWMLTX2RefinerTransformer3DModel",
     }
     contracts = {find(contract.model()) for contract in (*CONTRACTS, REFUSED)}
-    for host in hosts():
-        expected = "contract" if host in contracts else "pipeline" if host.model in piped else "class"
-        assert host.tested == expected
+    for adapter in adapters():
+        expected = "contract" if adapter in contracts else "pipeline" if adapter.model in piped else "class"
+        assert adapter.tested == expected

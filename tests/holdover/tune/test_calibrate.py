@@ -15,30 +15,14 @@ from typer.testing import CliRunner
 import holdover
 from holdover import cli
 from holdover.methods.teacache import changes, measure_changes
-from holdover.tune.calibrate import Loop, fit, from_factory, world_loop
-from holdover_world.model.transformer import WorldModel
+from holdover.tune.calibrate import fit
 from tests.holdover.naive.steps import change
-from tests.holdover.toy import BLOCKS, MANY, ToyLoop, ToyModel, cached, drive, one_thread
-
-
-def toy() -> tuple[ToyModel, Loop]:
-    """Two chunks of two branches."""
-    model = ToyModel()
-
-    def loop(cache: holdover.Cache) -> None:
-        toy_loop = ToyLoop(sigmas=MANY, branches=("", "uncond"))
-        for action in drive(2):
-            toy_loop.step(model, action, cached(cache))
-
-    return model, loop
-
-
-def nothing() -> None:
-    """What is no model and loop."""
+from tests.holdover.toy import BLOCKS, MANY, ToyLoop, drive, one_thread
+from tests.holdover.tune.toys import few_chunks
 
 
 def test_changes_are_those_of_the_passes() -> None:
-    model, loop = toy()
+    model, loop = few_chunks()
     with one_thread(), holdover.attach(model, measure_changes()) as cache:
         loop(cache)
         snapshot = cache.snapshot()
@@ -90,11 +74,11 @@ def run(*arguments: str) -> Any:
 
 def test_a_factory_of_ones_own_is_calibrated(tmp_path: Path) -> None:
     out = tmp_path / "new" / "calibration.json"
-    result = run("tests.holdover.tune.test_calibrate:toy", "--degree", "2", "--out", str(out))
+    result = run("tests.holdover.tune.toys:few_chunks", "--degree", "2", "--out", str(out))
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     assert figures["points"] == 2 * (len(MANY) - 1)
-    model, loop = toy()
+    model, loop = few_chunks()
     with holdover.attach(model, measure_changes()) as cache:
         loop(cache)
         moved, output_moved = np.array(changes(cache.snapshot())).T
@@ -103,26 +87,3 @@ def test_a_factory_of_ones_own_is_calibrated(tmp_path: Path) -> None:
         with holdover.attach(model, holdover.policy(name, **figures[name])) as cache:
             loop(cache)
             assert cache.stats().reused > 0
-
-
-def test_the_world_model_is_calibrated(model: WorldModel, clips: Path) -> None:
-    loop = world_loop(model, steps=3, chunks=2, seed=0, clips=clips)
-    with holdover.attach(model, measure_changes()) as cache:
-        loop(cache)
-        assert len(changes(cache.snapshot())) == 2 * (3 - 1)
-
-
-@pytest.mark.parametrize(
-    ("factory", "message"),
-    [
-        ("tests.lab", "names no function; give package.module:function"),
-        ("tests.lab:none", "module tests.lab has no function 'none'"),
-        ("tests.holdover.tune.test_calibrate:nothing", "returned NoneType; return a model and a function of the cache"),
-    ],
-)
-def test_wrong_factories_are_refused(factory: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        from_factory(factory)
-    result = run(factory)
-    assert result.exit_code == 2
-    assert message in result.stderr

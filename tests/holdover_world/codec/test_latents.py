@@ -1,4 +1,4 @@
-"""The codec: a rig's pictures as tokens, by hand with autoencoders that lose nothing."""
+"""The codec: pictures of a rig as tokens, worked out by hand with autoencoders that lose nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Depth = dict[str, NDArray[np.float32]]
 
 
 def lossless() -> Codec:
-    """Every value of a block of pixels is a latent channel of its own: frame, colour, row and column; others are 0."""
+    """A latent channel for each value of a block of pixels, in the order frame, colour, row, column. The rest are 0."""
     sizes = small_config(latent_channels=1024, depth_channels=256)
     autoencoders = {}
     for modality, colours, channels in (("colour", 3, 1024), ("depth", 1, 256)):
@@ -48,7 +48,7 @@ def test_pictures_go_there_and_back() -> None:
     assert list(back) == list(far) == [c.name for c in CAMERAS]
     for name in back:
         assert np.array_equal(back[name][0], colour[name])
-        assert far[name].shape == (1, *depth[name].shape)  # what padded it is cropped again
+        assert far[name].shape == (1, *depth[name].shape)  # the padding is cropped
         np.testing.assert_allclose(far[name][0], depth[name], rtol=1e-4)
 
 
@@ -56,15 +56,15 @@ def test_tokens_are_ordered_by_modality_group_view_row_and_column() -> None:
     codec = lossless()
     colour, depth = ({name: np.zeros_like(x) for name, x in each.items()} for each in pictures(codec.sizes, 8))
     dark = codec.encode(colour, depth)
-    colour["front_narrow"][5, 16 + 9, 16 + 3, 1] = 255  # second latent frame, its second picture; second row and column
+    colour["front_narrow"][5, 16 + 9, 16 + 3, 1] = 255  # picture 1 of latent frame 1; token row 1, column 1
     depth["front_narrow"][2, 8, 32 + 1] = 90
     depth["rear"][4, 0, 0] = 90
     lit = (codec.encode(colour, depth) != dark)[0].nonzero().tolist()
     narrow, depths = 2 * 3, 2 * (2 * 3) + 1
     within = (1 * 3 + 1) * 64 + 1 * 8 + 3  # picture, colour, row and column of the block
-    assert [1, narrow + 1 * 3 + 1, within * 4 + 2] in lit  # in the third of a token's four latents
+    assert [1, narrow + 1 * 3 + 1, within * 4 + 2] in lit  # in the third of the four latents of a token
     assert [1, depths + 4, 0] in lit
-    assert [0, depths + 2 + 1, (2 * 64 + 1) * 16 + 4] in lit  # in the fifth of sixteen
+    assert [0, depths + 2 + 1, (2 * 64 + 1) * 16 + 4] in lit  # in the fifth of the sixteen latents of a token
     assert len(lit) == 3
 
 
@@ -103,11 +103,11 @@ def test_cameras_decoded_together_are_each_decoded_alone() -> None:
 def test_what_is_missing_or_ragged_is_named() -> None:
     codec = small_codec(small_config())
     colour, depth = pictures(codec.sizes, 4)
-    with pytest.raises(ValueError, match=r"camera 'rear' has no colour; there is \['front_narrow', 'front_wide'\]"):
+    with pytest.raises(ValueError, match=r"'rear' has no colour; give it beside \['front_narrow', 'front_wide'\]"):
         codec.encode({name: v for name, v in colour.items() if name != "rear"}, depth)
     with pytest.raises(ValueError, match="camera 'rear' has no depth"):
         codec.encode(colour, {name: v for name, v in depth.items() if name != "rear"})
-    with pytest.raises(ValueError, match="give the depth of the frames, too"):
+    with pytest.raises(ValueError, match="give the depth of the frames as well"):
         codec.encode(colour)
     with pytest.raises(ValueError, match="3 frames of front_wide are not a multiple of 4"):
         codec.encode({name: v[:3] for name, v in colour.items()}, depth)
@@ -119,7 +119,7 @@ def test_a_model_of_colour_alone_wants_no_depth_and_draws_none() -> None:
     x = codec.encode(colour)
     assert x.shape == (1, 1, 13, 16)
     assert torch.equal(x, codec.encode(colour, depth))
-    with pytest.raises(ValueError, match="draws no depth, but colour"):
+    with pytest.raises(ValueError, match="has no depth, only colour"):
         codec.decode_depth(x)
 
 
@@ -139,7 +139,7 @@ def test_a_codec_is_kept_in_a_folder_and_shared_by_copies(tmp_path: Path) -> Non
 
 def test_autoencoders_that_do_not_fit_the_sizes_are_refused() -> None:
     autoencoders = small_codec(small_config()).autoencoders
-    with pytest.raises(ValueError, match="there is no autoencoder of depth: give one, or sizes without depth"):
+    with pytest.raises(ValueError, match="no autoencoder of depth was given: give one, or sizes without depth"):
         Codec(small_config(), {"colour": autoencoders["colour"]})
     with pytest.raises(ValueError, match="of colour has 4 latent channels, the model takes 8: give another"):
         Codec(small_config(latent_channels=8, depth_channels=2), autoencoders)

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from holdover_world.conditioning.drawn import GROUND, SKY, Around, draw
-from holdover_world.conditioning.reprojection import _in_layout
-from holdover_world.conditioning.views import Move, View
+from holdover_world.conditioning.views import View
 from holdover_world.loop.scenarios import shipped_clips
-from holdover_world.scene.cameras import RIG, Camera, camera_axes, camera_rays
+from holdover_world.scene.cameras import RIG, Camera, camera_rays
 from holdover_world.scene.clips import list_clips, read_clip, read_track
 from holdover_world.scene.depth import FAR
-from holdover_world.scene.layout import Layout, Site
+from holdover_world.scene.layout import Layout
 from tests.holdover_world.small import small_layout
 
 CPU = torch.device("cpu")
 
 
 def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ray by ray, box by box, in double precision: how far away, and whether a box is hit."""
+    """Ray by ray and box by box, in double precision: the distance, and whether a box is hit."""
     rows = [(box.tolist(), None) for box in layout.boxes_M10]
     for part in layout.parts_J10.tolist():
         x, y, yaw = layout.poses_TC3[frame, int(part[0])].tolist()
@@ -32,7 +31,7 @@ def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tupl
     place = turn @ np.array(camera.position) + [x, y, 0]
     rays = camera_rays(camera, every=2) @ turn.T
     depth = np.where(rays[..., 2] < -1e-3, place[2] / np.maximum(-rays[..., 2], 1e-3), FAR).clip(max=FAR)
-    # The layout's ground is found per pixel, its boxes per two by two of them.
+    # The ground is drawn per pixel, boxes per square of two by two pixels.
     hit = np.zeros(depth.shape, dtype=bool)
     for i, j in np.ndindex(depth.shape):
         nearest = FAR
@@ -55,7 +54,7 @@ def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tupl
 
 
 def test_boxes_are_where_rays_meet_them() -> None:
-    """Against a ray caster of loops: boxes ahead, beside, behind, overlapping, and one around the camera."""
+    """Against a naive ray caster: boxes ahead, beside, behind, overlapping, and one around the camera."""
     rng = np.random.default_rng(0)
     boxes = torch.tensor(
         [
@@ -75,7 +74,7 @@ def test_boxes_are_where_rays_meet_them() -> None:
             depth, hit = naive_draw(layout, camera, poses[k], frames[k])
             made = drawn.depth_KM[k].view(camera.height, camera.width)[::2, ::2].numpy()
             found = (drawn.what_KM[k] > GROUND).view(camera.height, camera.width)[::2, ::2].numpy()
-            assert (found == hit).mean() > 0.997  # what grazes an edge may round either way
+            assert (found == hit).mean() > 0.997  # rays that graze an edge may round either way
             both = found & hit
             checked += int(both.sum())
             assert (np.abs(made[both] / depth[both] - 1) > 1e-3).sum() <= 0.01 * both.sum()
@@ -83,7 +82,7 @@ def test_boxes_are_where_rays_meet_them() -> None:
 
 
 def test_of_faces_in_one_plane_the_last_is_seen() -> None:
-    """However many threads draw: streams of the same layout must expect the same."""
+    """With any number of threads, because streams in the same layout must expect the same."""
     walls = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, n / 10, 0.9, 0.2] for n in range(10)])
     layout, view = small_layout(walls), View.of(RIG[0], CPU)
     around = Around.of(layout, torch.zeros(3, 3), [2] * 3)
@@ -99,7 +98,7 @@ def test_of_faces_in_one_plane_the_last_is_seen() -> None:
 
 
 def test_drawn_layouts_are_what_the_renderer_saw() -> None:
-    """The shipped recordings, of another renderer: depth nearer than 100 metres and colour, in every camera."""
+    """Against the shipped recordings of the renderer: depth below 100 metres and colour, in every camera."""
     for path in list_clips(shipped_clips()):
         clip, track = read_clip(path, depth=True, frames=24), read_track(path)
         assert track is not None
@@ -116,39 +115,3 @@ def test_drawn_layouts_are_what_the_renderer_saw() -> None:
             assert error < 30, (path.name, camera.name)
             sky = (drawn.what_KM == SKY).numpy()
             assert (sky == (true > 600)).mean() > 0.93, (path.name, camera.name)
-
-
-def test_cars_are_looked_up_where_they_were_and_what_is_hidden_is_not_seen() -> None:
-    """One camera of an ego that stands; a car drives past a wall. Pictures that say of every point of the car where on
-    it it is must be found there again, wherever it has gone to."""
-    wall = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, 0.2, 0.9, 0.2]])
-    layout = small_layout(wall)
-    camera = RIG[0]
-    view = View.of(camera, CPU)
-    site = Site(layout, torch.zeros(3, dtype=torch.float64), 2)
-    poses = torch.zeros(20, 3)
-    now = Around.of(layout, torch.zeros(1, 3), [2])
-    drawn = draw(layout, view, now)
-    axes = torch.from_numpy(camera_axes(camera)).float()
-    points = axes.T @ (view.pixels[0] * drawn.depth_KM[0]) + view.place_3[:, None]
-
-    def on_the_car(points_3M: Tensor, frame: int) -> Tensor:
-        x, y, yaw = layout.poses_TC3[frame, 0]
-        dx, dy = points_3M[0] - x, points_3M[1] - y
-        return torch.stack([dx * yaw.cos() + dy * yaw.sin(), dy * yaw.cos() - dx * yaw.sin(), points_3M[2]])
-
-    picture = on_the_car(points, 2).view(3, camera.height, camera.width)
-    colours, depths, seen, own = _in_layout([picture], [view], Move.of(poses), site, poses, 0)
-    later = draw(layout, view, Around.of(layout, poses, list(range(3, 23))))
-    torch.testing.assert_close(depths[0], later.depth_KM)
-    torch.testing.assert_close(own[0], later.colour_3KM)
-    checked = 0
-    for k in (3, 8):
-        car = (later.car_KM[k] == 0) & seen[0][k]
-        body = on_the_car(axes.T @ (view.pixels[0] * later.depth_KM[k]) + view.place_3[:, None], 3 + k)
-        assert (colours[0][:, k, car] - body[:, car]).abs().median() < 0.15
-        checked += int(car.sum())
-        uncovered = (drawn.car_KM[0] == 0) & (later.car_KM[k] < 0)
-        assert not seen[0][k][uncovered].any()  # the wall behind it was hidden
-        assert torch.equal(colours[0][:, k, uncovered], later.colour_3KM[:, k, uncovered])
-    assert checked > 100

@@ -1,4 +1,4 @@
-"""The ego of a stream against cars that are driven by numbers."""
+"""The ego of a stream against single cars that are driven in plain numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def told(*actions: tuple[float, float]) -> Tensor:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_rows_drive_as_one_car_does(known: bool) -> None:
-    """Braking, speeding up and turning hard; without a motion, from what the first action commands."""
+    """With braking, speeding up and hard turns. Without a motion the first command holds from the start."""
     rng = np.random.default_rng(0)
     commands = np.stack([rng.uniform(0, 30, (3, 6)), rng.uniform(-0.2, 0.2, (3, 6))], -1)
     actions = torch.from_numpy(normalise_action(commands[..., 0], commands[..., 1]))
@@ -53,7 +53,7 @@ def test_it_goes_on_from_where_it_drove() -> None:
 
 
 def test_frames_may_show_another_drive_than_was_carried_out() -> None:
-    """What comes begins where the ego was driven, and is seen from where the newest frame shows it."""
+    """Coming poses start where the ego was driven, and are relative to where the newest frame shows it."""
     first, shown, done, later = (
         told(a, b)
         for a, b in (

@@ -1,4 +1,4 @@
-"""What is expected is worked out once for each action."""
+"""An expectation is worked out once for each action."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from holdover_world.conditioning.lookup import Expected, Lookup
 
 
 def worked_out(action_BFA: Tensor, known: int = 0) -> Expected:
-    """An expectation that tells of every latent frame all actions up to it."""
+    """An expectation in which each latent frame depends on all actions up to it."""
     told = action_BFA.sum(-1).cumsum(1)[:, known:, None, None]
     return Expected(told, 2 * told, 3 * told)
 

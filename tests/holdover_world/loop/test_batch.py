@@ -1,4 +1,4 @@
-"""Many loops in one batch: each gets what it would get alone; a state goes on bit by bit."""
+"""Loops in one batch give what each gives alone. A state that was saved continues bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def decisions(cache: holdover.Cache, stream: str) -> list[tuple[object, ...]]:
 
 
 def test_a_batch_gives_each_loop_what_it_gets_alone() -> None:
-    # Who takes part in which round: they join, leave and stand at different places of their cycles.
+    # The loops of each round. They join, leave and stand at different positions of their cycles.
     rounds = [[0], [0, 1], [0, 1, 2], [2, 0], [1, 2], [0, 1, 2], [2, 1, 0]]
     counts = {n: sum(n in members for members in rounds) for n in range(3)}
     model = small_model()
@@ -41,7 +41,7 @@ def test_a_batch_gives_each_loop_what_it_gets_alone() -> None:
         expected = {n: decisions(cache, str(n)) for n in counts}
     assert {reason for made in expected.values() for *_, reason in made} >= {"reuse", "kv cycle", "kv update"}
     model, rows = small_model(), []
-    # Before the cache takes the block's place: what is counted is what is computed.
+    # Wrapped before the cache attaches, so that only computed rows are counted.
     inner, block = model.blocks[2].forward, model.blocks[2]
     block.forward = lambda hidden, shared: rows.append(len(hidden)) or inner(hidden, shared)  # type: ignore[method-assign]
     with holdover.attach(model, POLICY) as cache:
@@ -56,7 +56,7 @@ def test_a_batch_gives_each_loop_what_it_gets_alone() -> None:
             torch.testing.assert_close(torch.cat(together[n]), torch.cat(alone[n]), atol=1e-3, rtol=1e-3)
             assert decisions(cache, str(n)) == expected[n]
     needed = sum(made[2] == 2 and made[4] for each in expected.values() for made in each)
-    assert sum(rows) == needed  # no row is computed for another's sake
+    assert sum(rows) == needed  # no row is computed because another one needs it
 
 
 def test_loops_that_do_not_go_together() -> None:
@@ -84,7 +84,7 @@ def test_a_state_goes_on_bit_by_bit(chunks: int) -> None:
 
 
 def test_a_loop_goes_on_where_its_start_was_recorded() -> None:
-    """What is drawn depends on the layout; a loop from a file goes on in it."""
+    """The video depends on the layout, and a loop from a file continues in it."""
     model, layout = small_model(), small_layout(torch.tensor([[9.0, 1.0, 0.2, 1.0, 2.0, 0.0, 3.0, 0.9, 0.2, 0.2]]))
     track = Track(layout, torch.zeros(32, 3, dtype=torch.float64), torch.zeros(32, 2))
     actions = [torch.tensor([0.3, 0.1]), torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.0])]

@@ -55,8 +55,8 @@ def test_a_window_is_generated_once_per_piece_with_the_same_noise() -> None:
     first, second = spy.calls[1:5], spy.calls[5:9]
     assert [call["sigma"] for call in first] == list(sigmas)
     assert torch.equal(first[0]["x"], second[0]["x"])
-    assert not torch.equal(spy.calls[10]["x"], first[0]["x"])  # the next cycle draws anew
-    # The emitted piece is put in place, re-noised: the noise of a step is what the first chunk saw of it.
+    assert not torch.equal(spy.calls[10]["x"], first[0]["x"])  # the next cycle has new noise
+    # The emitted piece is put into its place and noised again, with the noise that the first chunk had at this step.
     for i in (1, 2, 3):
         noise = (first[i]["x"] - (1 - sigmas[i]) * first[i - 1]["output"]) / sigmas[i]
         expected = (1 - sigmas[i]) * pieces[0] + sigmas[i] * noise[:, :1]
@@ -66,7 +66,7 @@ def test_a_window_is_generated_once_per_piece_with_the_same_noise() -> None:
 
 @pytest.mark.parametrize("changes", [{"commit": "emitted"}, {"cadence": "plain"}])
 def test_decoding_piece_by_piece_is_decoding_it_all(changes: dict[str, str]) -> None:
-    """Where what was shown is what was committed."""
+    """When the committed frames are those that were shown."""
     model = small_model()
     start = latents(model, 2)
     pieces = list(loop(model, **changes).run(torch.rand(5, 2)))
@@ -91,7 +91,7 @@ def test_a_cycle_goes_on_from_what_was_committed() -> None:
 
 
 def test_the_frames_of_a_committed_chunk_are_exact() -> None:
-    """Whatever was shown from cache before them."""
+    """Whether or not the frames before them were served from cache."""
     eager = holdover.xcache(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     made: list[list[dict[str, Tensor]]] = []
     for policy in (eager, None):
@@ -167,7 +167,7 @@ def test_guidance_moves_away_from_the_unguided_prediction() -> None:
 
 
 def test_guided_branches_are_kept_apart() -> None:
-    """With a gate that never opens a guided rollout is what it is with nothing attached, in both branches."""
+    """With a gate that never opens, a guided loop gives what it gives with nothing attached."""
     plain, cached = small_model(), small_model()
     expected, _ = drive(plain, 3, guidance=2.0)
     with holdover.attach(cached, holdover.xcache(tau_floor=2.0)) as cache:
@@ -180,7 +180,7 @@ def test_guided_branches_are_kept_apart() -> None:
 
 
 def test_a_cycle_begins_where_the_one_before_it_led() -> None:
-    """The first chunk's window, which is committed, does not know the later actions; the ego has obeyed them."""
+    """The window of the first chunk, which is committed, does not show the later actions that the ego carried out."""
     actions = torch.tensor([[0.3, 0.1], [0.1, -0.4]])
     ends = [drive_cars(torch.tensor([[0.0, 0.0]]), told[None])[0][0, -1] for told in (actions[[0, 0]], actions)]
     for commit, shown in (("first", ends[0]), ("last_full", ends[1]), ("emitted", ends[1])):

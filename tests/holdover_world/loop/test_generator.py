@@ -1,4 +1,4 @@
-"""The project's closed loop over other people's generators: AnyFlow FAR itself, and the contract of Self-Forcing."""
+"""The closed loop drives other generators: AnyFlow FAR itself, and one with the calls of Self-Forcing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* could reuse nothing"),
 ]
 WINDOW, CYCLES = 4, 3
-#: Reasons for which X-Cache computes without a look at the input.
+#: Reasons for which X-Cache computes without looking at the input.
 FORBIDDEN = {"warm-up", "anchor", "kv cycle"}
 
 
 def still(model: nn.Module) -> nn.Module:
-    """Weights so small that it sees nothing but the noise: the scene stands still."""
+    """Weights so small that only the noise matters, so that the scene stands still."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     return model
@@ -56,7 +56,7 @@ def anyflow_far(window: int = WINDOW) -> tuple[nn.Module, Generator, int]:
     def predict(latents: Tensor, *, sigma: float, kv: Any, start: int, actions: Tensor, write: bool) -> Tensor:
         frames = latents.transpose(1, 2)
         cached = len(kv["past"])
-        if write:  # its clean pass runs over the whole past, because old chunks are held compressed
+        if write:  # its clean pass runs over the whole past, because it keeps old chunks compressed
             kv["past"].append(frames)
             frames = torch.cat(kv["past"], 1)
         time = torch.full((1, frames.shape[1]), 1000 * sigma)
@@ -118,7 +118,7 @@ def test_where_every_chunk_is_committed_everything_is_computed(make: Callable[[]
 @each
 @torch.inference_mode()
 def test_fresh_noise_leaves_little_to_skip(make: Callable[[], Any]) -> None:
-    """The gate sees that a window made of other noise is another input."""
+    """A window made from other noise is another input for the gate."""
     shared, fresh = (
         drive(make(), LoopConfig(fresh_noise=fresh), cached=True)[1].stats().reused for fresh in (False, True)
     )

@@ -53,7 +53,7 @@ def test_a_steady_scenario_has_one_action_and_no_truth(model: WorldModel, clips:
 def test_steady_driving_begins_on_a_road_without_bends_where_one_was_recorded(
     model: WorldModel, clips: Path, tmp_path: Path
 ) -> None:
-    """On it alone, and in its layout."""
+    """And has the layout of that recording."""
     folder = tmp_path / "clips"
     shutil.copytree(clips, folder)
     shutil.copytree(folder / "highway-000000", folder / "straight-000000")

@@ -150,11 +150,10 @@ def test_depth_errors_by_hand() -> None:
     assert depth_errors(true, np.zeros_like(true)) == {"abs_rel": None, "within_1.25": None}  # never measured
 
 
-def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holdover_world.measure.evaluate.TRAINING_STEPS", 2)
+def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path) -> None:
     clips = write_clips(tmp_path / "clips", 4 * (8 + 12))
     with Progress(disable=True) as progress:
-        figures = run_evaluation(model, tmp_path, clips=clips, data=clips, progress=progress)
+        figures = run_evaluation(model, tmp_path, clips=clips, data=clips, reader_steps=2, progress=progress)
     assert [name.split("-")[0] for name in figures["clips"]] == ["highway", "urban", "uturn"]
     assert list(figures["horizons"]) == list(figures["depth"]) == ["0.5", "1", "2", "4"]
     assert figures["frechet"][0]["seconds"] == [0, 2]
@@ -190,7 +189,7 @@ def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path, monkeypat
     assert figures["depth"]["1"]["abs_rel"] == pytest.approx(np.concatenate(relative).mean(), rel=1e-5)
     assert f"| 1 s | {figures['depth']['1']['abs_rel']:.3f} |" in text
     with Progress(disable=True) as progress:
-        guided = run_evaluation(model, tmp_path, clips=clips, data=clips, guidance=2, progress=progress)
+        guided = run_evaluation(model, tmp_path, clips=clips, data=clips, guidance=2, reader_steps=2, progress=progress)
     assert json.loads((tmp_path / "world-guided-2.json").read_text()) == guided
     assert guided["horizons"]["1"] != figures["horizons"]["1"]
     assert guided["action"]["simulator"] == figures["action"]["simulator"]

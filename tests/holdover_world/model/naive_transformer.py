@@ -1,4 +1,4 @@
-"""The world model written down plainly: one sequence of all windows, a mask instead of a KV cache."""
+"""The world model in plain form: one sequence of all windows, and a mask instead of a KV cache."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def naive_block_causal(
 
 
 def naive_places(plane: Plane) -> list[tuple[float, float]]:
-    """Where the centres of a plane's tokens lie, in tokens of colour: the first one's is the origin."""
+    """Centres of the tokens of a plane, in tokens of colour. The origin is the centre of the first token of colour."""
     size = 16 if plane.modality == "colour" else 32
     return [
         ((size * (r + 0.5)) / 16 - 0.5, (size * (c + 0.5)) / 16 - 0.5)
@@ -100,7 +100,7 @@ def naive_places(plane: Plane) -> list[tuple[float, float]]:
 
 
 def naive_rotate(x: Tensor, places: Tensor) -> Tensor:
-    """Halves of the channels as complex numbers: the first half of them turns with time, a quarter with each axis."""
+    """The channels as complex numbers: half turn with time, a quarter with the row, a quarter with the column."""
     half = x.shape[1] // 2
     counts = half - 2 * (half // 4), half // 4, half // 4
     angles = torch.cat(

@@ -59,7 +59,7 @@ def test_a_pass_that_fails_changes_nothing() -> None:
 
 @pytest.mark.parametrize("located", [False, True])
 def test_it_is_forked_written_and_read_whole(located: bool) -> None:
-    """Whatever was carried out while frames were shown."""
+    """Also when other actions were carried out than the frames show."""
     model = small_model()
     history = written(model, 1)
     if located:
@@ -136,7 +136,7 @@ def test_what_is_expected_is_forgotten_with_every_new_frame() -> None:
         history.expect(action, expect)
     assert asked == [2 * FRAMES, FRAMES]  # all frames, none, and those from the new action on
     found, fresh = history.expect(later, expect), history.fork()
-    fresh.stand([None], [0])  # which forgets, too
+    fresh.stand([None], [0])  # which forgets as well
     for each, again in zip(found, fresh.expect(later, expect), strict=True):
         torch.testing.assert_close(each, again)
     written(model, 1, history=history)

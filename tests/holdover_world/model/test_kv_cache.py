@@ -13,7 +13,7 @@ PER_FRAME = 3  # tokens
 
 
 def made(first: int, frames: int, *, rows: int = 1) -> tuple[Tensor, Tensor]:
-    """Keys ``[B, V, H, S, D]`` that are numbered by their latent frame, and values that are their negatives."""
+    """Keys ``[B, V, H, S, D]`` that hold the number of their latent frame, and values that are their negatives."""
     number = torch.arange(first, first + frames).repeat_interleave(PER_FRAME).float()
     keys = number[:, None].expand(rows, 2, 4, -1, 5) + 100 * torch.arange(rows)[:, None, None, None, None]
     return keys, -keys

@@ -39,7 +39,7 @@ def test_known_frames_are_renoised_with_the_noise_of_their_step() -> None:
 
 @pytest.mark.parametrize("known", [0, 2])
 def test_eulers_steps_follow_the_flow_of_a_gaussian(known: int) -> None:
-    """Of data from a normal distribution the flow is known: noise e ends at mean + deviation * e."""
+    """The flow of normally distributed data is known: noise e ends at mean + deviation * e."""
     mean, deviation = 0.7, 0.4
     noise = torch.randn(1, 1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
     sigmas, seen = noise_levels(400, 5.0), []
@@ -53,6 +53,6 @@ def test_eulers_steps_follow_the_flow_of_a_gaussian(known: int) -> None:
     done = torch.full((known, 3, 5), 9.0)
     window = denoise(posterior_mean, noise, sigmas, [done], sampler="euler")
     torch.testing.assert_close(window[:, known:], (mean + deviation * noise[0])[:, known:], atol=0.02, rtol=0.0)
-    for step in (0, 200, 399):  # what is known comes with the first noise, at every level
+    for step in (0, 200, 399):  # known frames get the first noise at every level
         expected = (1 - sigmas[step]) * done + sigmas[step] * noise[0, 0, :known]
         torch.testing.assert_close(seen[step][0, :known], expected)

@@ -1,4 +1,4 @@
-"""Methods that hold over parts of a block, on the world model."""
+"""Methods that cache parts of a block, on the world model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.holdover_world.driving import world_model
 
 @torch.no_grad()
 def test_toca_recomputes_a_share_of_the_world_models_tokens() -> None:
-    """With all tokens fresh only the attention is held over; with none, the MLPs too."""
+    """With all tokens fresh only the attention is cached; with none, the MLPs as well."""
     model = world_model()
     x = torch.randn(1, 4, model.sizes.tokens, model.sizes.patch_values, generator=torch.Generator().manual_seed(0))
     action = torch.zeros(1, 4, model.sizes.action_dims)
@@ -37,7 +37,7 @@ def test_toca_recomputes_a_share_of_the_world_models_tokens() -> None:
 
 
 @torch.no_grad()
-def test_attention_that_is_a_method_is_held_over_in_the_world_model() -> None:
+def test_attention_that_is_a_method_is_cached_in_the_world_model() -> None:
     model = world_model()
     x = torch.randn(1, 4, model.sizes.tokens, model.sizes.patch_values, generator=torch.Generator().manual_seed(0))
     action = torch.zeros(1, 4, model.sizes.action_dims)

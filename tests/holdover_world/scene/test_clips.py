@@ -1,4 +1,4 @@
-"""Clips written and read back, damaged, and recorded again; no simulator needed."""
+"""Clips that are written and read, damaged, and recorded again. Needs no simulator."""
 
 import json
 from pathlib import Path

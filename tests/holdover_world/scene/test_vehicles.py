@@ -37,7 +37,7 @@ def test_braking_distance() -> None:
     state = EgoState(speed=20.0)
     while state.speed > 0:
         state = drive(state, 0.0, 0.0)
-    # The last substep is cut short at standstill, which costs less than its length.
+    # The last substep ends early, at standstill.
     assert state.x == pytest.approx(20.0**2 / (2 * MAX_BRAKING), abs=0.02)
     assert drive(state, 0.0, 0.1).x == state.x
 

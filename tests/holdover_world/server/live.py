@@ -40,6 +40,15 @@ class Live:
         found: dict[str, Any] = self.http.get(f"/v1/sessions/{id}").json()
         return found
 
+    def sessions(self) -> list[dict[str, Any]]:
+        """All of them; unlike `info` this does not count as use."""
+        found: list[dict[str, Any]] = self.http.get("/v1/sessions").json()
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
     @contextmanager
     def stream(self, id: str, query: str = "") -> Iterator[Stream]:
         headers = {"authorization": f"Bearer {self.token}"} if self.token else {}

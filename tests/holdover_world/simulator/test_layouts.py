@@ -17,7 +17,7 @@ from holdover_world.simulator.textures import mean_colour
 
 @pytest.mark.parametrize("material", ["grass", "asphalt", "slabs"])
 def test_ground_has_the_mean_colour_of_its_texture(material: str) -> None:
-    """Bit for bit: layouts that were recorded before are drawn as they were."""
+    """Bit for bit, so that recorded layouts are drawn as before."""
     assert GROUNDS[material] == mean_colour(material)
 
 

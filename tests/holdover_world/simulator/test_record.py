@@ -1,4 +1,4 @@
-"""The renderer against closed forms, and recordings; skipped where nothing can be rendered."""
+"""The renderer against closed forms, and recordings. Skipped where nothing can be rendered."""
 
 import math
 import sys
@@ -40,7 +40,7 @@ def _ground() -> Mesh:
 def test_depth_of_the_ground(renderer: Any, camera: Any) -> None:
     renderer.load(_ground(), [])
     _, depth = renderer.render(EgoState(x=3.0, y=-2.0, yaw=0.3), [])
-    # Of a pixel's two rows of samples the lower one sees the nearer ground.
+    # The lower of the two rows of samples of a pixel sees the nearer ground.
     row = np.arange(camera.height)
     up = (1 - 2 * (row + 0.75) / camera.height) * math.tan(math.radians(camera.fov / 2)) * camera.height / camera.width
     pitch = math.radians(camera.pitch)
@@ -71,7 +71,7 @@ def test_left_is_left_and_up_is_up(renderer: Any) -> None:
     assert red("left_front")[2] > 0
     assert red("right_front")[2] == 0
     assert red("rear")[2] == 0
-    assert red("rear", yaw=math.pi)[1] < 56  # what was left in front is on the left again, seen from behind: no mirror
+    assert red("rear", yaw=math.pi)[1] < 56  # what is on the left in front is on the left seen from behind as well
 
 
 def test_pictures_are_those_of_the_rig_and_repeat(renderer: Any) -> None:

@@ -17,8 +17,7 @@ from holdover_world.scene.layout import Track
 from holdover_world.training.losses import distillation_loss, error, hold_actions, straight_on
 from holdover_world.training.recipe import Recipe
 from holdover_world.training.segments import Batch
-
-from .small import latents, small_layout, small_model
+from tests.holdover_world.small import latents, small_layout, small_model
 
 MEAN, UNTOLD, DEVIATION = 0.3, 0.1, 0.5  # of a teacher that is told the action, and of one that is not
 
@@ -198,41 +197,6 @@ def test_only_the_end_of_a_rollout_is_learned_from() -> None:
     learned = [graded for write, graded in calls if not write]
     assert [sum(learned[4 * i : 4 * i + 4]) for i in range(own)] == [0, 0, 1, 1]
     assert [graded for write, graded in calls if write][-3:] == [False, True, True]  # what those two look back on
-
-
-@pytest.mark.parametrize("depth_weight", [0.0, 3.0])
-def test_depth_has_a_weight_of_its_own(depth_weight: float) -> None:
-    model = small_model()
-    size = model.sizes.context + model.sizes.window
-    batch = Batch(latents(model, size), torch.rand(1, size, 2))
-    begins = depth_begins(model)
-    assert 0 < begins < model.sizes.tokens
-
-    def student(x: Tensor, *, write: bool = False, **_: Any) -> Tensor:
-        return x if write else torch.cat([0 * x[:, :, :begins] + 0.8, 0 * x[:, :, begins:] - 0.4], 2)
-
-    class Wrong(Teacher):
-        """Off by 0.3 in colour and by 0.5 in depth."""
-
-        def __call__(self, x: Tensor, **rest: Any) -> Tensor:
-            said = student(x)
-            said[:, :, :begins] -= 0.3
-            said[:, :, begins:] -= 0.5
-            return super().__call__(x, **rest) if rest.get("write") else said
-
-    # A teacher that says the same at every level is followed to exactly that.
-    recipe = Recipe(levels=4, teacher_steps=1, l1=0.0, depth_weight=depth_weight)
-    sigmas: list[float] = []
-
-    def watched(x: Tensor, *, sigma: float, write: bool = False, **_: Any) -> Tensor:
-        if torch.is_grad_enabled() and not write:
-            sigmas.append(sigma)
-        return student(x, write=write)
-
-    loss = distillation_loss(watched, Wrong(), model, batch, np.random.default_rng(0), recipe)
-    colour = begins / model.sizes.tokens
-    expected = (colour * 0.3**2 + depth_weight * (1 - colour) * 0.5**2) / max(sigmas[0], 0.25) ** 2
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_steady_rollout_goes_straight_on_where_the_road_does() -> None:

@@ -25,8 +25,15 @@ from holdover_world.training.segments import Batch, Segments, clips_of_length, c
 from holdover_world.training.train import train
 from holdover_world.training.train_autoencoder import AutoencoderSchedule, normalise, train_autoencoder
 from holdover_world.training.trainer import read_log
-
-from .small import CAMERAS, latents, small_codec, small_config, small_layout, small_model, write_clip
+from tests.holdover_world.small import (
+    CAMERAS,
+    latents,
+    small_codec,
+    small_config,
+    small_layout,
+    small_model,
+    write_clip,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECIPE = Recipe(steps=6, batch=2, own_context_from=0.5, plain_share=0.4, warmup=2)
@@ -251,7 +258,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert {line["plain"] for line in curves[0]} == {True, False}
     assert (whole / WEIGHTS).read_bytes() == (resumed / WEIGHTS).read_bytes()
     for changes, named in (
-        ({"recipe": replace(RECIPE, l1=2.0)}, "l1=0.5, not 2.0: go on so, or use another folder"),
+        ({"recipe": replace(RECIPE, l1=2.0)}, "l1=0.5, not 2.0: use the same, or another folder"),
         ({"codec": small_codec(small_config())}, "layers=2, not 4:"),
         ({"codec": small_codec(small_config(layers=2), seed=1)}, "autoencoders and cameras="),
         ({"start_from": whole}, "start=None, not "),
@@ -299,13 +306,15 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path, clips: Path) -> None
     assert (folder / WEIGHTS).read_bytes() == moved
     with pytest.raises(ValueError, match=r"start has WorldConfig.*, not WorldConfig"):
         train(clips, tmp_path / "other", still, codec=small_codec(small_config()), start_from=start)
-    with pytest.raises(ValueError, match="start was trained with other autoencoders; use its own"):
+    with pytest.raises(ValueError, match="start was trained with other autoencoders; use those in its own folder"):
         train(clips, tmp_path / "other", still, codec=small_codec(model.sizes, seed=1), start_from=start)
     with pytest.raises(ValueError, match="levels=0: a student has few"):
         train(clips, tmp_path / "other", still, codec=model.codec, teacher=start)
     with pytest.raises(ValueError, match="levels=0: a student has few"):
         train(clips, tmp_path / "other", replace(still, recorded=True), codec=model.codec)
-    with pytest.raises(ValueError, match=r"steady=0\.5: what goes straight on was not recorded; give a teacher"):
+    with pytest.raises(
+        ValueError, match=r"steady=0\.5: a rollout that goes straight on was not recorded; give a teacher"
+    ):
         train(clips, tmp_path / "other", replace(still, steady=0.5), codec=model.codec, start_from=start)
 
 
@@ -353,7 +362,7 @@ def test_a_decoder_can_be_trained_alone(tmp_path: Path) -> None:
     assert torch.equal(after.encode(video), z)
     errors = [(model.decode(z) - video).square().mean().item() for model in (before, after)]
     assert errors[1] < 0.95 * errors[0]
-    with pytest.raises(ValueError, match="goes with a new autoencoder"):
+    with pytest.raises(ValueError, match="is for a new autoencoder"):
         train_autoencoder(clips[0].parent, tmp_path / "no", schedule, start_from=first, config=sizes)
     deeper = {"decoder_blocks": 2}
     train_autoencoder(clips[0].parent, tmp_path / "deeper", schedule, start_from=first, config=deeper)
@@ -381,7 +390,6 @@ def replace_colour(codec: Codec, colour: Autoencoder) -> Codec:
         {"teacher_guidance": 0.5},
         {"learned": -1},
         {"agreement": -1.0},
-        {"depth_weight": -1.0},
         {"steady": 1.5},
     ],
 )

@@ -1,4 +1,4 @@
-"""The training loop: a run that was killed, two ranks, the rates."""
+"""The training loop: a run that was killed, averaged weights, number formats, the rates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from holdover_world.training import trainer
 from holdover_world.training.trainer import Predict, Schedule, fit, muon_precision, read_log
-from tests.holdover.ranks import run_ranks
 
 SCHEDULE = Schedule(steps=8, batch=2, warmup=2)
 Weights = dict[str, list[float]]
@@ -92,9 +91,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     assert run(tmp_path / "cut") == whole
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert [line["step"] for line in curve(tmp_path / "cut") if "at_one" in line] == [2, 5, 7]
-    with pytest.raises(ValueError, match=r"cut was trained with steps=8, not 9: go on so, or use another folder"):
+    with pytest.raises(ValueError, match=r"cut was trained with steps=8, not 9: use the same, or another folder"):
         run(tmp_path / "cut", Schedule(steps=9, batch=2, warmup=2))
-    with pytest.raises(ValueError, match=r"cut was trained with kind=small, not large: go on so"):
+    with pytest.raises(ValueError, match=r"cut was trained with kind=small, not large: use the same"):
         run(tmp_path / "cut", kind="large")
 
 
@@ -173,50 +172,6 @@ def test_muon_computes_in_what_is_fast(
     wrong = (matrix.double() + left @ values.diag() @ right).abs().max()
     assert error[0] <= wrong <= error[1]
     torch.testing.assert_close(matrix.grad, gradient, rtol=0, atol=0)
-
-
-WORKER = """
-import json, os, sys, time
-from pathlib import Path
-import torch.distributed as dist
-from tests.holdover_world.training.test_trainer import run
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
-while rank and not (folder / "run" / "log.jsonl").exists():  # comes late
-    time.sleep(0.05)
-saved = run(folder / "run")
-everything = [None, None]
-dist.all_gather_object(everything, saved)
-(folder / f"{rank}.json").write_text(json.dumps(everything))
-dist.barrier()  # a rank that leaves first would take its peer down
-dist.destroy_process_group()
-os._exit(0)  # under load a thread of gloo's may outlive the interpreter, which then ends in an abort
-"""
-
-
-def test_two_ranks_are_one_with_both_their_samples(tmp_path: Path) -> None:
-    (first, second), again = run_ranks(WORKER, tmp_path)
-    assert [first, second] == again
-    assert second == {}  # rank 0 alone writes
-    assert len(curve(tmp_path / "run")) == SCHEDULE.steps
-
-    def both(step: int, _: np.random.Generator) -> Any:
-        generators = [np.random.default_rng([SCHEDULE.seed, step, rank]) for rank in range(2)]
-        return [(inputs(step, rng), rng) for rng in generators]
-
-    def mean(predict: Predict, samples: Any, _: np.random.Generator) -> tuple[Tensor, dict[str, Any]]:
-        losses = [squared(predict, x, rng)[0] for x, rng in samples]
-        return torch.stack(losses).mean(), {"seldom": [float(x[0, 0]) > 0 for x, _ in samples]}
-
-    alone = run(tmp_path / "alone", draw=both, loss=mean)
-    assert {len(set(line["seldom"])) for line in curve(tmp_path / "alone")} == {
-        1,
-        2,
-    }  # one rank uses what another does not
-    norms, expected = ([line["norm"] for line in curve(tmp_path / name)] for name in ("run", "alone"))
-    assert norms == pytest.approx(expected, rel=0.02)  # bfloat16
-    for name, values in alone.items():
-        assert first[name] == pytest.approx(values, abs=0.02)
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:

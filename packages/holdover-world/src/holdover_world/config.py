@@ -1,4 +1,4 @@
-"""The sizes of a world model, and the geometry that follows from them."""
+"""The sizes of a world model, and the layout of its tokens that follows from them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from holdover_world.scene.cameras import RIG, Camera, camera_rays, enlarged
 from holdover_world.scene.clips import read_cameras
 
 FRAMES = 4  # video frames of a latent frame
-SCALE = 8  # pixels of a latent one, each way
+SCALE = 8  # pixels of a latent, each way
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One camera's tokens of one modality within a latent frame: a grid, and where in the N tokens it lies."""
+    """The tokens of one camera in one modality: a grid, and its start among the N tokens of a latent frame."""
 
     camera: Camera
     modality: str
@@ -37,15 +37,15 @@ class Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """Sizes of a world model. The defaults are those of the shipped checkpoints.
+    """Sizes of a world model. The defaults are those of the trained models.
 
     Attributes:
-        channels, layers, heads, mlp_ratio: of the transformer.
-        latent_channels, patch: of colour: channels of a latent, and latents of a token, each way.
-        depth_channels, depth_patch: the same of depth, whose tokens are coarser; no channels, no depth.
+        channels, layers, heads, mlp_ratio: sizes of the transformer.
+        latent_channels, patch: in colour, channels of a latent, and latents of a token, each way.
+        depth_channels, depth_patch: the same in depth, whose tokens are coarser. No channels mean no depth.
         window: latent frames denoised together.
-        context: latent frames in the KV cache, whole windows.
-        action_dims: A.
+        context: latent frames in the KV cache, a multiple of the window.
+        action_dims: dimensions of the action.
         cameras: the rig.
     """
 
@@ -73,7 +73,7 @@ class WorldConfig:
             raise ValueError(f"context={self.context} must hold whole windows of {self.window} latent frames")
         if self.depth_channels and self.depth_channels * self.depth_patch**2 != self.patch_values:
             raise ValueError(
-                f"a token of depth has {self.depth_channels} * {self.depth_patch}**2 values, one of colour "
+                f"a token of depth has {self.depth_channels} * {self.depth_patch}**2 values, a token of colour "
                 f"{self.patch_values}; make them equal"
             )
         if not self.cameras:
@@ -81,12 +81,13 @@ class WorldConfig:
         for group in self.groups:
             if len({(camera.width, camera.height) for camera in group}) > 1:
                 sizes = ", ".join(f"{camera.name} {camera.width}x{camera.height}" for camera in group)
-                raise ValueError(f"the cameras of group {group[0].group!r} differ in size ({sizes}); give each its own")
+                raise ValueError(f"the cameras of group {group[0].group!r} differ in size ({sizes}); split it")
         for camera in self.cameras:
             size = self.patch * SCALE
             if camera.width % size or camera.height % size:
                 raise ValueError(
-                    f"camera {camera.name} is {camera.width}x{camera.height}, not a multiple of {size} pixels, a token"
+                    f"camera {camera.name} is {camera.width}x{camera.height}; give multiples of {size} pixels, the "
+                    "side of a token"
                 )
 
     @property
@@ -104,7 +105,7 @@ class WorldConfig:
         return tuple(tuple(c for c in self.cameras if c.group == name) for name in names)
 
     def grid(self, camera: Camera, modality: str = "colour") -> tuple[int, int]:
-        """Rows and columns of tokens in one frame of a camera; at the lower and right edge a token may reach beyond."""
+        """Rows and columns of tokens of a camera. At the lower and right edges a token may reach beyond the picture."""
         size = SCALE * self.token_latents(modality)
         return math.ceil(camera.height / size), math.ceil(camera.width / size)
 
@@ -114,7 +115,7 @@ class WorldConfig:
 
     @cached_property
     def view_groups(self) -> tuple[ViewGroup, ...]:
-        """Where tokens lie: the groups of cameras in colour, then the same in depth."""
+        """The layout of the tokens: the groups of cameras in colour, then the same groups in depth."""
         return tuple(
             ViewGroup(group[0].group if m == "colour" else f"{group[0].group}.{m}", len(group), *self.grid(group[0], m))
             for m in self.modalities
@@ -123,7 +124,7 @@ class WorldConfig:
 
     @cached_property
     def planes(self) -> tuple[Plane, ...]:
-        """Every camera in every modality, in the order of their tokens."""
+        """Each camera in each modality, in the order of their tokens."""
         planes: list[Plane] = []
         for modality in self.modalities:
             for camera in (camera for group in self.groups for camera in group):
@@ -143,7 +144,7 @@ class WorldConfig:
         return self.latent_channels * self.patch**2
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """Plain values, for JSON."""
         cameras = [{**asdict(camera), "position": list(camera.position)} for camera in self.cameras]
         return {**asdict(self), "cameras": cameras}
 
@@ -154,9 +155,9 @@ class WorldConfig:
         return cls(**{**fields, "cameras": cameras})
 
 
-#: Sizes by name. `small` is the shipped checkpoint's. `xworld-5b` has X-World's layers, tokens (its cameras are
-#: eight times as wide) and about its five billion weights. `base` and `xworld-5b` have never been trained; they are
-#: there to be timed.
+#: Sizes by name. `small` is that of the trained models. `xworld-5b` has the layers and tokens of X-World, whose cameras
+#: are eight times as wide, and about its five billion weights. `base` and `xworld-5b` were never trained; they serve to
+#: measure time.
 CONFIGS: Mapping[str, WorldConfig] = {
     "tiny": WorldConfig(channels=64, layers=12, heads=2),
     "small": WorldConfig(),
@@ -170,7 +171,8 @@ def config_for(size: str, folder: Path, *, cameras: Sequence[str] | None = None,
 
     Args:
         size: a key of `CONFIGS`.
-        cameras: names of those to use; by default all.
+        cameras: names of the cameras to use; by default all.
+        depth: whether the model has depth.
 
     Raises:
         ValueError: the folder has no camera of such a name.
@@ -185,7 +187,7 @@ def config_for(size: str, folder: Path, *, cameras: Sequence[str] | None = None,
 
 
 def token_rays(config: WorldConfig) -> NDArray[np.float32]:
-    """Through the centre of each token: a unit direction in ego coordinates, and the camera's place, ``[N, 6]``."""
+    """The ray through the centre of each token: unit direction and position of the camera, ``[N, 6]``."""
     rays = []
     for plane in config.planes:
         direction = camera_rays(plane.camera, every=SCALE * config.token_latents(plane.modality)).reshape(-1, 3)

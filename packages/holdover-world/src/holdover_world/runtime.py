@@ -1,4 +1,4 @@
-"""What makes PyTorch fast on the machine at hand: how memory is kept, and in what numbers to compute."""
+"""Settings that make PyTorch fast on this machine: how memory is kept, and which dtype to compute in."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 def keep_memory() -> bool:
     """Let the C library keep freed memory instead of returning it to the system after every large tensor.
 
-    A transformer pass allocates the same few megabytes again and again; with glibc's defaults each of them is mapped
-    and faulted in anew, which took a third of a pass where it was measured. Call once, before the first large
-    allocation. Returns whether the C library took the settings (False elsewhere than on glibc).
+    A transformer pass allocates the same few megabytes again and again. With the defaults of glibc they are mapped anew
+    each time, which took a third of a measured pass. Call this once, before the first large allocation.
+
+    Returns:
+        Whether the C library took the settings; False if it is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -28,15 +30,15 @@ def keep_memory() -> bool:
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """What a network is best computed in there: bfloat16, but float32 on a CPU that cannot multiply in bfloat16.
+    """The dtype in which a network runs fastest there: bfloat16, or float32 on a CPU that cannot multiply in bfloat16.
 
-    On x86 that takes AVX-512; without it PyTorch goes through a product number by number, which took a hundred times as
-    long as in float32 where it was measured.
+    On x86 bfloat16 takes AVX-512. Without it PyTorch computes a product number by number, which took a hundred times as
+    long as in float32 when measured.
     """
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     try:
-        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # what PyTorch itself asks before it hands one over
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # the test that PyTorch itself makes
     except (AttributeError, RuntimeError):  # built without oneDNN
         supported = False
     return torch.bfloat16 if supported else torch.float32

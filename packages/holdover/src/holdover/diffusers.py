@@ -25,13 +25,13 @@ from holdover.engine import condition as conditions
 from holdover.engine.cache import Cache, StepContext
 from holdover.method import Policy
 from holdover.models.attach import attach
-from holdover.models.registry import find, hosts, unwrapped
+from holdover.models.registry import adapters, find, unwrapped
 
 #: Instance attribute of a transformer by which `disable` finds what `enable` did.
 ENABLED = "_holdover_enabled"
 
-#: Methods of transformers and pipelines after which weights are others, and nothing held fits them. What is not here,
-#: such as ``load_lora_weights``, calls one of these.
+#: Methods of transformers and pipelines that change weights, after which the cache must start anew. Others, such as
+#: ``load_lora_weights``, call one of these.
 REWEIGHTING = (
     "add_adapter",
     "delete_adapters",
@@ -49,19 +49,19 @@ REWEIGHTING = (
 
 
 def enable(target: Any, policy: Policy, **options: Any) -> Enabled:
-    """Cache a pipeline's transformers, or one transformer, from now on.
+    """Attach a cache to every transformer of a pipeline, or to one transformer.
 
     Args:
-        target: a diffusers pipeline, or its transformer. A transformer by itself needs steps: ``cache_context`` with
-            ``step_index`` and ``num_inference_steps``, or ``enabled.cache.step(...)``.
+        target: a diffusers pipeline, or its transformer. A transformer outside of a pipeline must be told its steps:
+            ``cache_context`` with ``step_index`` and ``num_inference_steps``, or ``enabled.cache.step(...)``.
         policy: a caching method, such as ``holdover.policy("fbcache")``.
         options: of `holdover.attach`, for every transformer.
 
     Returns:
-        What was enabled; `disable` undoes it.
+        What was enabled. `disable` undoes it.
 
     Raises:
-        ValueError: nothing in it is a known model, its blocks are offloaded, diffusers' own cache is on, or it is
+        ValueError: the target holds no known model, its blocks are offloaded, diffusers' own cache is on, or it is
             enabled already.
     """
     models = _transformers(target)
@@ -81,7 +81,7 @@ def enable(target: Any, policy: Policy, **options: Any) -> Enabled:
 
 
 def disable(target: Any) -> None:
-    """Undo `enable`; a target that is not enabled stays as it is."""
+    """Undo `enable`. Does nothing to a target that is not enabled."""
     for model in _transformers(target).values():
         if ENABLED in model.__dict__:
             model.__dict__[ENABLED].disable()
@@ -93,7 +93,7 @@ class Enabled:
 
     Attributes:
         target: the pipeline or transformer.
-        passes: per transformer, the following of its passes.
+        passes: what follows the passes of each transformer.
         session: the stream that passes belong to.
     """
 
@@ -113,7 +113,7 @@ class Enabled:
 
     @contextmanager
     def stream(self, name: str) -> Iterator[None]:
-        """Within it, passes belong to another video: ``with enabled.stream("b"): pipe(...)``."""
+        """Passes in this context belong to another video: ``with enabled.stream("b"): pipe(...)``."""
         before, self.session = self.session, name
         try:
             yield
@@ -121,7 +121,7 @@ class Enabled:
             self.session = before
 
     def disable(self) -> None:
-        """Restore the transformers exactly; stats and trace of the caches stay."""
+        """Restore the transformers exactly. Stats and trace of the caches stay."""
         for passes in self.passes.values():
             passes.stop()
 
@@ -134,7 +134,7 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
         models = {name: unwrapped(part) for name, part in parts.items() if isinstance(part, nn.Module)}
         models = {name: model for name, model in models.items() if find(model) is not None}
     if not models or (isinstance(target, nn.Module) and find(models["transformer"]) is None):
-        known = ", ".join(host.model for host in hosts())
+        known = ", ".join(adapter.model for adapter in adapters())
         raise ValueError(
             f"{type(target).__name__} is or holds none of the known models ({known}); attach to its transformer and "
             f"name the blocks: holdover.attach(transformer, policy, slots=[...])"
@@ -144,9 +144,9 @@ def _transformers(target: Any) -> dict[str, nn.Module]:
 
 @dataclass
 class _Chunk:
-    """One denoising from noise to video, or to a chunk of it.
+    """One denoising from noise to a video, or to a chunk of it.
 
-    ``schedule`` is the scheduler's tensor of timesteps: `set_timesteps` makes a new one for every chunk.
+    ``schedule`` is the scheduler's tensor of timesteps. `set_timesteps` makes a new one for every chunk.
     """
 
     schedule: Any
@@ -159,10 +159,10 @@ class _Passes:
     """Opens a step around every pass of a transformer."""
 
     def __init__(self, enabled: Enabled, name: str, model: nn.Module, cache: Cache) -> None:
-        host = find(model)
-        assert host is not None
+        adapter = find(model)
+        assert adapter is not None
         self.cache = cache
-        self._enabled, self._name, self._model, self._host = enabled, name, model, host
+        self._enabled, self._name, self._model, self._adapter = enabled, name, model, adapter
         self._signature = inspect.signature(model.forward)
         self._context: tuple[str, dict[str, Any]] | None = None
         self._open: StepContext | None = None
@@ -198,7 +198,7 @@ class _Passes:
             owner.__dict__.pop(name, None)
 
     def _forgetting(self, change: Callable[..., Any]) -> Callable[..., Any]:
-        """The same method, which also forgets what the weights before it gave."""
+        """The same method, which also resets the cache."""
 
         @functools.wraps(change)
         def changed(*args: Any, **kwargs: Any) -> Any:
@@ -221,12 +221,12 @@ class _Passes:
 
     def _fields(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The fields of this pass's step."""
-        host, stream = self._host, self._enabled.session
+        adapter, stream = self._adapter, self._enabled.session
         told = {**self._signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         name, context = self._context or ("", {})
         scheduler = getattr(self._enabled.target, "scheduler", None)
         schedule = getattr(scheduler, "timesteps", None)
-        if host.kv_update is not None and host.kv_update(model, *args, **kwargs):
+        if adapter.kv_update is not None and adapter.kv_update(model, *args, **kwargs):
             number = self._chunks[stream].number if stream in self._chunks else 0
             return {"chunk": number, "stream": stream, "branch": name, "role": "kv_update"}
         if context.get("step_index") is not None:
@@ -241,7 +241,7 @@ class _Passes:
                 f"{self._name}.cache_context('cond', step_index=i, num_inference_steps=n): ...`, or `with "
                 f"enabled.cache.step(chunk=n, index=i, num_steps=n): ...`"
             )
-        condition: dict[str, Any] = {key: told[key] for key in host.condition if isinstance(told.get(key), Tensor)}
+        condition: dict[str, Any] = {key: told[key] for key in adapter.condition if isinstance(told.get(key), Tensor)}
         # The strength of a LoRA for this pass.
         scale = (told.get("attention_kwargs") or {}).get("scale")
         if scale is not None:
@@ -258,7 +258,7 @@ class _Passes:
         sigmas = getattr(scheduler, "sigmas", None)
         if sigma is None and sigmas is not None and index < len(sigmas):
             sigma = sigmas[index]
-        action = told.get(host.action) if host.action else None
+        action = told.get(adapter.action) if adapter.action else None
         return {
             "chunk": chunk.number,
             "index": index,
@@ -266,13 +266,13 @@ class _Passes:
             "sigma": sigma,
             "action": action if isinstance(action, Tensor) else None,
             "condition": condition,
-            "commits": host.autoregressive,
+            "commits": adapter.autoregressive,
             "stream": stream,
             "branch": branch,
         }
 
     def _chunk(self, stream: str, schedule: Any, branch: str, index: int) -> _Chunk:
-        """The chunk of this pass: a new one with a new schedule, or, without one, where the steps begin again."""
+        """The chunk of this pass. A new chunk starts with a new schedule, or without one when the steps begin again."""
         known = self._chunks.get(stream)
         if known is None:
             self._chunks[stream] = _Chunk(schedule, 0)
@@ -287,7 +287,7 @@ def _again(chunk: _Chunk, branch: str, index: int) -> bool:
 
 
 def _index(scheduler: Any, schedule: Any, timestep: Any) -> int | None:
-    """The step that a scheduler is at: its own count, which begins with its first step, else the timestep's place."""
+    """The step of a scheduler: its own count, which begins with its first step, or the position of the timestep."""
     if schedule is None:
         return None
     counted = getattr(scheduler, "step_index", None)
@@ -305,7 +305,7 @@ def _index(scheduler: Any, schedule: Any, timestep: Any) -> int | None:
 
 
 def _branch(chunk: _Chunk, condition: Mapping[str, Any]) -> str:
-    """Guidance branches that have no name differ in their condition: the first of a chunk is ``""``."""
+    """The name of an unnamed guidance branch, told by its condition. The first of a chunk is ``""``."""
     for number, known in enumerate(chunk.branches):
         if conditions.same(known, condition):
             return str(number or "")

@@ -26,7 +26,7 @@ def serve(
     durable: Annotated[bool, typer.Option(help="Write each session to disk after every chunk.")] = False,
     model: Model = None,
 ) -> None:
-    """Serve the world model: sessions over HTTP and WebSocket, and a page to drive on."""
+    """Serve the world model. Sessions run over HTTP and WebSocket, and there is a page to drive on."""
     with plain_errors():
         import holdover
         from holdover_world.server.access import read_tokens

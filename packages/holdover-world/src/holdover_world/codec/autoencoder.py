@@ -1,14 +1,14 @@
 """Video to latents and back: a convolutional autoencoder, one fourth of the frames, one eighth of the rows and columns.
 
-Four frames become the channels of one picture, so that all convolutions are two-dimensional; decoding also sees the
-latent frame before. Nothing else reaches across latent frames: streaming is what decoding does anyway. A fixed linear
-path takes blocks of 8 by 8 pixels to their principal components and back, the best that a linear autoencoder can do;
-the convolutions learn what is to be added to it, which takes them a fraction of the time. Where resolution changes,
-pixels move to channels and back, beside a path that only averages or repeats them (Chen et al., DC-AE, arXiv
+Four frames become the channels of one picture, so all convolutions are two-dimensional. Decoding also sees the latent
+frame before, and nothing else reaches across latent frames, so a video can be decoded as a stream. A fixed linear path
+maps blocks of 8 by 8 pixels to their principal components and back, which is the best linear autoencoder. The
+convolutions learn a correction to it, which takes a fraction of the time of learning everything. Where resolution
+changes, pixels move to channels and back, beside a path that only averages or repeats them (Chen et al., DC-AE, arXiv
 2410.10733, section 3.2). Latents are Gaussian with a small KL term (Rombach et al., arXiv 2112.10752).
 
-Shape suffixes: B batch, F latent frames, T video frames, C colours, Z latent channels, H, W, and h, w of latents,
-M blocks of pixels, Q values of one.
+Shape suffixes: B batch, F latent frames, T video frames, C colours, Z latent channels, H rows and W columns of pixels,
+h and w of latents, M blocks of pixels, Q values of one block.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from holdover_world.config import FRAMES, SCALE
 
 _PATCH = 4  # pixels that become channels before the first convolution, each way
 
-#: How the names of weights begin that make pictures of latents; all others make latents of pictures.
+#: Weights whose names begin so belong to the decoder; all others belong to the encoder.
 DECODING = ("latent.", "decoder.", "leave.")
 
 
 class Conv(nn.Linear):
-    """A 3 by 3 convolution whose kernel is kept as a matrix, so that it is trained as one (Muon)."""
+    """A 3 by 3 convolution whose kernel is stored as a matrix, so that the optimiser for matrices (Muon) trains it."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__(9 * channels, out)
@@ -40,7 +40,7 @@ class Conv(nn.Linear):
 
 
 class Residual(nn.Module):
-    """Two convolutions added to their input; without normalisation, which costs more than it helps at this size."""
+    """Two convolutions added to their input. Normalisation would cost more than it helps at this size."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         colours: channels of a video frame: 3, or 1 for depth.
         latent_channels: Z.
         widths: channels at a quarter and at an eighth of the resolution.
-        encoder_blocks, decoder_blocks: residual blocks at each of the two.
+        encoder_blocks, decoder_blocks: residual blocks at each of the two resolutions.
     """
 
     config_name = "config.json"
@@ -120,7 +120,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.constant_(self.moments.bias[latent_channels:], -6.0)  # logarithmic variance: little noise
-        # The linear path: mean, directions (columns) and deviations of blocks of pixels.
+        # The linear path: mean, principal directions (columns) and deviations of blocks of pixels.
         values = colours * FRAMES * SCALE**2
         self.centre_Q: Tensor
         self.basis_QZ: Tensor
@@ -128,30 +128,30 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("centre_Q", torch.zeros(values))
         self.register_buffer("basis_QZ", torch.zeros(values, latent_channels))
         self.register_buffer("deviation_Z", torch.ones(latent_channels))
-        # Mean and deviation of each latent channel over the training clips; latents are given out normalised by them.
+        # Mean and deviation of each latent channel over the training clips. `encode` normalises by them.
         self.mean_Z: Tensor
         self.std_Z: Tensor
         self.register_buffer("mean_Z", torch.zeros(latent_channels))
         self.register_buffer("std_Z", torch.ones(latent_channels))
 
     def deepened(self, decoder_blocks: int) -> Autoencoder:
-        """The same autoencoder with more blocks in its decoder, which at first add nothing.
+        """The same autoencoder with more blocks in its decoder. The new blocks change nothing until they are trained.
 
         Raises:
-            ValueError: it has as many or more.
+            ValueError: it already has that many blocks.
         """
         own = int(self.config.decoder_blocks)
         if decoder_blocks <= own:
             raise ValueError(f"decoder_blocks={decoder_blocks}: this autoencoder has {own}; give more")
         deeper = Autoencoder.from_config({**self.config, "decoder_blocks": decoder_blocks})
-        nn.Module.to(deeper, dtype=self.dtype)  # `ModelMixin.to` would warn of nothing
+        nn.Module.to(deeper, dtype=self.dtype)  # `ModelMixin.to` warns without need
         with torch.no_grad():
             values = deeper.state_dict()
             for name, value in self.state_dict().items():
                 part, _, rest = name.partition(".")
                 if part == "decoder":
                     index, _, rest = rest.partition(".")
-                    # New blocks are the last of each resolution: what comes after those of the coarse one moves back.
+                    # New blocks are the last of each resolution. All layers after the coarse blocks move back.
                     moved = int(index) + (decoder_blocks - own if int(index) >= own else 0)
                     name = f"decoder.{moved}.{rest}"
                 values[name].copy_(value)
@@ -174,7 +174,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def take_principal_components(self, blocks_MQ: Tensor) -> None:
-        """Set the linear path from samples ``[M, Q]`` of blocks, as `blocks` gives them."""
+        """Set the linear path from samples of blocks ``[M, Q]``, as `blocks` returns them."""
         centre = blocks_MQ.mean(0)
         covariance = (blocks_MQ - centre).T @ (blocks_MQ - centre) / len(blocks_MQ)
         variances, directions = torch.linalg.eigh(covariance)  # the smallest first
@@ -185,12 +185,16 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @staticmethod
     def blocks(video_BTCHW: Tensor) -> Tensor:
-        """All blocks of a video of 8 by 8 pixels and 4 frames, ``[M, Q]``."""
+        """All blocks of 8 by 8 pixels and 4 frames of a video, ``[M, Q]``."""
         x = video_BTCHW.unflatten(1, (-1, FRAMES)).flatten(0, 1).flatten(1, 2)
         return F.pixel_unshuffle(x, SCALE).movedim(1, -1).flatten(0, -2)
 
     def reconstruct(self, z_BFZhw: Tensor, before_BZhw: Tensor | None = None) -> Tensor:
-        """Video ``[B, T, C, H, W]`` of latents that are not normalised, after a latent frame before them, if any."""
+        """Video ``[B, T, C, H, W]`` of latents that are not normalised.
+
+        Args:
+            before_BZhw: the latent frame before them; None at the beginning of a video.
+        """
         b, f = z_BFZhw.shape[:2]
         if before_BZhw is None:
             before_BZhw = torch.zeros_like(z_BFZhw[:, 0])
@@ -205,18 +209,18 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Normalised latents ``[B, F, Z, h, w]`` of video in [-1, 1].
 
         Args:
-            at_once: latent frames encoded together. One at a time, a stream gives the very same as the whole; many
-                at a time are faster, and equal within rounding.
+            at_once: latent frames encoded together. One at a time, a stream gives bit for bit the latents of the whole
+                video. Many at a time are faster, and equal within rounding.
         """
         parts = video_BTCHW.to(self.dtype).split(FRAMES * at_once, 1)
         mean = torch.cat([self.posterior(part)[0].float() for part in parts], 1)
         return (mean - self.mean_Z[:, None, None].float()) / self.std_Z[:, None, None].float()
 
     def decode(self, z_BFZhw: Tensor, before_BZhw: Tensor | None = None) -> Tensor:
-        """Video ``[B, T, C, H, W]``, nominally in [-1, 1], of normalised latents; latent frame by latent frame.
+        """Video ``[B, T, C, H, W]``, nominally in [-1, 1], of normalised latents, one latent frame at a time.
 
         Args:
-            before_BZhw: the latent frame that came before, None at the beginning of a video.
+            before_BZhw: the latent frame before them; None at the beginning of a video.
         """
         frames = z_BFZhw if before_BZhw is None else torch.cat([before_BZhw[:, None], z_BFZhw], 1)
         raw = (frames.float() * self.std_Z[:, None, None].float() + self.mean_Z[:, None, None].float()).to(self.dtype)
@@ -225,7 +229,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return torch.cat(first + rest, 1)
 
     def forward(self, video_BTCHW: Tensor, noise_BFZhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: the video decoded from a draw of its latents, and their mean and logarithmic variance."""
+        """For training: the video decoded from a sample of its latents, and their mean and logarithmic variance."""
         mean, log_variance = self.posterior(video_BTCHW.to(self.enter.weight.dtype))
         z = mean + (log_variance / 2).exp() * noise_BFZhw.to(mean.dtype)
         return self.reconstruct(z), mean, log_variance

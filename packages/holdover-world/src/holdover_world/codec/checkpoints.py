@@ -1,4 +1,7 @@
-"""Networks on disk: diffusers' folders of configuration and weights, in bfloat16, written whole or not at all."""
+"""Networks on disk: folders of configuration and weights as diffusers writes them, in bfloat16.
+
+A file is written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from typing import TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 Network = TypeVar("Network", bound=ModelMixin)
 
+#: The file of a network's weights, as diffusers names it.
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: The file of a network that is kept as its difference from another network; half the size of its weights.
 DIFFERENCE = "difference.safetensors"
 
@@ -70,7 +74,7 @@ def add_difference(network: ModelMixin, folder: Path) -> None:
 
 def weights_digest(folder: Path) -> str:
     """A digest of the weights in a folder."""
-    name = DIFFERENCE if (folder / DIFFERENCE).is_file() else SAFETENSORS_WEIGHTS_NAME
+    name = DIFFERENCE if (folder / DIFFERENCE).is_file() else WEIGHTS
     with (folder / name).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -79,12 +83,12 @@ def read_network(kind: type[Network], folder: Path, dtype: torch.dtype) -> Netwo
     """Read what `write_network` wrote, in evaluation mode.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds another kind of network, or none.
     """
     try:
         # Not from_pretrained: it fills in missing weights at random.
         network = kind.from_config(kind.load_config(folder))
-        network.load_state_dict(load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+        network.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, TypeError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} does not hold a {kind.__name__} of this version; train it again") from error
     torch.nn.Module.to(network, dtype=dtype)

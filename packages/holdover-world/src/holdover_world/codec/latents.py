@@ -1,4 +1,4 @@
-"""Video to latents and back: a rig's pictures through the autoencoders, and their latents as tokens.
+"""Video to tokens and back: the pictures of a rig through the autoencoders, and their latents as tokens.
 
 Shape suffixes: B batch, F latent frames, T video frames, N tokens of one latent frame, P values of one token.
 """
@@ -27,10 +27,7 @@ Depth = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Codec:
-    """The autoencoders of one world model, and how their latents are laid out as tokens.
-
-    ``autoencoders`` has one per modality of ``sizes``.
-    """
+    """The autoencoders of one world model, one per modality of ``sizes``, and the layout of their latents as tokens."""
 
     sizes: WorldConfig
     autoencoders: Mapping[str, Autoencoder]
@@ -39,16 +36,16 @@ class Codec:
         channels = {"colour": self.sizes.latent_channels, "depth": self.sizes.depth_channels}
         for modality in self.sizes.modalities:
             if modality not in self.autoencoders:
-                raise ValueError(f"there is no autoencoder of {modality}: give one, or sizes without {modality}")
+                raise ValueError(f"no autoencoder of {modality} was given: give one, or sizes without {modality}")
             own = len(self.autoencoders[modality].deviation_Z)
             if own != channels[modality]:
                 raise ValueError(
                     f"the autoencoder of {modality} has {own} latent channels, the model takes {channels[modality]}: "
-                    "give another autoencoder, or sizes with as many"
+                    "give another autoencoder, or sizes with as many channels"
                 )
 
     def __deepcopy__(self, _: dict[int, object]) -> Codec:
-        """Itself: nothing changes it, so copies of a model share it."""
+        """Itself. Nothing changes it, so copies of a model share it."""
         return self
 
     @classmethod
@@ -70,7 +67,7 @@ class Codec:
                 raise ValueError(f"no autoencoder of {modality} in {folder}: give another folder, or train one")
             autoencoders[modality] = read_network(Autoencoder, own, dtype or fast_dtype())
             if autoencoders[modality].std_Z.isnan().any():
-                raise ValueError(f"training of {own} was interrupted; run it again, and it goes on to its end")
+                raise ValueError(f"training of {own} was interrupted; run it again to finish it")
         return cls(sizes, autoencoders)
 
     def save(self, folder: Path) -> None:
@@ -83,20 +80,20 @@ class Codec:
 
         Args:
             frames: per camera ``uint8 [T, height, width, 3]``, T a multiple of 4.
-            depth: per camera ``float32 [T, height, width]`` in metres; needed by a model of depth.
+            depth: per camera ``float32 [T, height, width]`` in metres, for a model with depth.
             at_once: latent frames encoded together (see `Autoencoder.encode`).
 
         Returns:
             ``float32 [1, F, N, P]``, on the autoencoders' device.
         """
         if self.sizes.depth_channels and depth is None:
-            raise ValueError("this world model draws depth; give the depth of the frames, too")
+            raise ValueError("this world model has depth; give the depth of the frames as well")
         parts = []
         for plane in self.sizes.planes:
             name = plane.camera.name
             source = frames if plane.modality == "colour" else depth
             if source is None or name not in source:
-                raise ValueError(f"camera {name!r} has no {plane.modality}; there is {sorted(source or ())}")
+                raise ValueError(f"camera {name!r} has no {plane.modality}; give it beside {sorted(source or ())}")
             video = torch.from_numpy(np.ascontiguousarray(source[name]))
             size, own = (video.shape[2], video.shape[1]), (plane.camera.width, plane.camera.height)
             if size != own:
@@ -116,10 +113,10 @@ class Codec:
         return torch.cat(parts, 2)
 
     def decode(self, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, NDArray[np.uint8]]:
-        """What latents show: per camera ``uint8 [B, T, height, width, 3]``.
+        """The colour of latents: per camera ``uint8 [B, T, height, width, 3]``.
 
         Args:
-            before_BNP: the latent frame that was shown before them, None at the beginning of a video.
+            before_BNP: the latent frame that was shown before them; None at the beginning of a video.
         """
         return {
             name: ((x.movedim(2, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
@@ -127,7 +124,7 @@ class Codec:
         }
 
     def decode_depth(self, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, NDArray[np.float32]]:
-        """How far away what they show is: per camera ``float32 [B, T, height, width]``, in metres."""
+        """The depth of latents in metres: per camera ``float32 [B, T, height, width]``."""
         return {
             name: to_metres(x[:, :, 0].cpu()).numpy()
             for name, x in self.pictures("depth", latents_BFNP, before_BNP).items()
@@ -135,9 +132,9 @@ class Codec:
 
     @torch.inference_mode()
     def pictures(self, modality: str, latents_BFNP: Tensor, before_BNP: Tensor | None = None) -> dict[str, Tensor]:
-        """Per camera ``float32 [B, T, colours, height, width]``, nominally in [-1, 1]; groups of views as one batch."""
+        """The pictures of one modality: per camera ``float32 [B, T, colours, height, width]``, nominally in [-1, 1]."""
         if modality not in self.autoencoders:
-            raise ValueError(f"this world model draws no {modality}, but {', '.join(self.autoencoders)}")
+            raise ValueError(f"this world model has no {modality}, only {', '.join(self.autoencoders)}")
         autoencoder = self.autoencoders[modality]
         found = {}
         for group in self.sizes.groups:
@@ -155,14 +152,14 @@ class Codec:
 
 
 def padded(x_TCHW: Tensor, plane: Plane, sizes: WorldConfig) -> Tensor:
-    """A picture that whole tokens cover."""
+    """Pictures enlarged at the right and lower edges, so that whole tokens cover them."""
     size = SCALE * sizes.token_latents(plane.modality)
     right, below = plane.columns * size - plane.camera.width, plane.rows * size - plane.camera.height
     return F.pad(x_TCHW, (0, right, 0, below), mode="replicate") if right or below else x_TCHW
 
 
 def to_tokens(z_BFZhw: Tensor, plane: Plane, sizes: WorldConfig) -> Tensor:
-    """A plane's latents as its tokens ``[B, F, n, P]``."""
+    """The latents of a plane as its tokens ``[B, F, n, P]``."""
     p = sizes.token_latents(plane.modality)
     x = z_BFZhw.unflatten(-1, (plane.columns, p)).unflatten(3, (plane.rows, p))
     tokens: Tensor = x.permute(0, 1, 3, 5, 2, 4, 6).flatten(2, 3).flatten(3)
@@ -170,7 +167,7 @@ def to_tokens(z_BFZhw: Tensor, plane: Plane, sizes: WorldConfig) -> Tensor:
 
 
 def from_tokens(x_BFNP: Tensor, plane: Plane, sizes: WorldConfig) -> Tensor:
-    """The reverse of `to_tokens`, of the tokens of all planes."""
+    """The latents of a plane from the tokens of all planes: the reverse of `to_tokens`."""
     p = sizes.token_latents(plane.modality)
     x = x_BFNP[:, :, plane.tokens].unflatten(-1, (-1, p, p)).unflatten(2, (plane.rows, plane.columns))
     latents: Tensor = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4)

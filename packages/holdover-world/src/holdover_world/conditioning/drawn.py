@@ -1,7 +1,7 @@
-"""A layout as the cameras of a moving ego see it: how far away, what, and roughly in which colour.
+"""A layout as the cameras of a moving ego see it: how far away everything is, what it is, and its rough colour.
 
 Shape suffixes: K poses, M pixels of a camera, N boxes near the ego, E pairs of a pose and a box that is in the picture,
-X pixels that such boxes may cover.
+X pixels that these boxes may cover.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from holdover_world.scene.depth import FAR
 from holdover_world.scene.layout import METRES, Layout
 from holdover_world.scene.palette import FOG, GROUNDS, HORIZON, SHADE, SUN, ZENITH
 
-_EVERY = 2  # pixels, each way, for which a box is looked for once
-_REACH = 170.0  # metres within which boxes are looked for
-_CLOSE = 0.2  # metres before a camera: what is nearer is behind it
+_EVERY = 2  # side in pixels of the squares for which boxes are searched
+_REACH = 170.0  # metres within which boxes are searched
+_CLOSE = 0.2  # metres before a camera; whatever is nearer counts as behind it
 SKY, GROUND = 0, 1
 
 
@@ -30,10 +30,10 @@ class Drawn:
     """What a camera sees at K poses, per pixel.
 
     Attributes:
-        depth_KM: metres along its axis.
-        what_KM: the face of a box, a number that stays the same from pose to pose; or `SKY`, or `GROUND`.
-        car_KM: whose car it is, -1 for nobody's.
-        colour_3KM: from -1 to 1.
+        depth_KM: metres along the viewing axis.
+        what_KM: the face of a box, by a number that is the same for all poses; or `SKY`, or `GROUND`.
+        car_KM: the number of the car; -1 where there is none.
+        colour_3KM: the colour, from -1 to 1.
     """
 
     depth_KM: Tensor
@@ -44,7 +44,13 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Around:
-    """The boxes around an ego at K poses ``[K, N, 10]`` as in `Layout.boxes_M10`, and whose car each is ``[N]``."""
+    """The boxes around an ego at K poses.
+
+    Attributes:
+        poses_K3: the poses, in the layout's coordinates.
+        boxes_KN10: the boxes at each pose, with the columns of `Layout.boxes_M10`.
+        car_N: the number of the car that a box belongs to; -1 for boxes that stand still.
+    """
 
     poses_K3: Tensor
     boxes_KN10: Tensor
@@ -52,7 +58,12 @@ class Around:
 
     @classmethod
     def of(cls, layout: Layout, poses_K3: Tensor, frames: Sequence[int]) -> Around:
-        """Args: poses in the layout's coordinates, and the video frames of the log at which they are taken."""
+        """The boxes near these poses, with the cars where the log has them.
+
+        Args:
+            poses_K3: the poses, in the layout's coordinates.
+            frames: the video frame of the log at each pose.
+        """
         centre = poses_K3[:, :2].mean(0)
         spread = (poses_K3[:, :2] - centre).norm(dim=1).amax() + _REACH
         near = (layout.boxes_M10[:, :2] - centre).norm(dim=1) < spread
@@ -98,7 +109,7 @@ def draw(layout: Layout, view: View, around: Around) -> Drawn:
 
 
 def _boxes(view: View, around: Around, place_K3: Tensor, turned_K2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Depth, face, car and colour of the nearest box, per square of pixels ``[K, m]``; `SKY` where there is none."""
+    """Depth, face, car and colour of the nearest box per square of pixels, ``[K, m]``; `SKY` where there is none."""
     camera = view.camera
     columns, rows = math.ceil(camera.width / _EVERY), math.ceil(camera.height / _EVERY)
     count, squares = len(place_K3), rows * columns
@@ -110,14 +121,14 @@ def _boxes(view: View, around: Around, place_K3: Tensor, turned_K2: Tensor) -> t
     area = width * height
     if not int(area.sum()):
         return depth.view(count, -1), what.view(count, -1), car.view(count, -1), colour.unflatten(1, (count, -1))
-    # Every box that is in a picture, at every square of the rectangle around it.
+    # Each box that is in a picture, at each square of the rectangle around it.
     pair = torch.repeat_interleave(area)
     offset = torch.arange(len(pair), device=pair.device) - (area.cumsum(0) - area)[pair]
     square = (low[pair, 1] + offset // width[pair]) * columns + low[pair, 0] + offset % width[pair]
     rays_m3 = torch.from_numpy(camera_rays(camera, every=_EVERY)).to(depth).flatten(0, 1)
     boxes_E = around.boxes_KN10[pose_E, box_E]
     heading = torch.stack([boxes_E[:, 2].cos(), boxes_E[:, 2].sin()], -1)
-    # In each box's own coordinates: the camera, and the ray.
+    # The camera and the rays in the coordinates of each box.
     beside = place_K3[pose_E] - torch.cat([boxes_E[:, :2], boxes_E[:, 5:7].mean(1, keepdim=True)], -1)
     own = torch.cat([_turn(beside[:, :2], heading * heading.new_tensor([1, -1])), beside[:, 2:]], -1)
     half = torch.cat([boxes_E[:, 3:5], (boxes_E[:, 6:7] - boxes_E[:, 5:6]) / 2], -1)
@@ -134,7 +145,7 @@ def _boxes(view: View, around: Around, place_K3: Tensor, turned_K2: Tensor) -> t
     where = pose_E[pair] * squares + square
     depth.scatter_reduce_(0, where, enters, "amin")
     nearest = (enters == depth[where]).nonzero()[:, 0]
-    # Of faces that lie in one plane the last counts: written one over the other, threads would choose.
+    # Of faces in one plane the last one counts. Plain writes would leave the choice to the order of the threads.
     last = torch.full_like(what, -1).scatter_reduce_(0, where[nearest], nearest, "amax")
     where = (last >= 0).nonzero()[:, 0]
     seen = last[where]
@@ -149,7 +160,7 @@ def _boxes(view: View, around: Around, place_K3: Tensor, turned_K2: Tensor) -> t
 def _rectangles(
     view: View, around: Around, place_K3: Tensor, turned_K2: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which boxes are in the picture of which pose, ``[E]`` each, from and to which column and row ``[E, 2]``."""
+    """Pose and box of each pair that is in a picture, ``[E]``, and its first and last column and row ``[E, 2]``."""
     boxes, back = around.boxes_KN10, turned_K2 * turned_K2.new_tensor([1, -1])
     middle = _turn(boxes[..., :2] - place_K3[:, None, :2], back[:, None])
     heading = _turn(torch.stack([boxes[..., 2].cos(), boxes[..., 2].sin()], -1), back[:, None])
@@ -163,7 +174,7 @@ def _rectangles(
     bounds: list[tuple[Tensor, Tensor]] = []
     for across, size in ((right, columns), (down, rows)):
         at = across / forward.clamp(min=_CLOSE)
-        close = torch.where(behind[..., None], across / _CLOSE, at)  # where an edge may leave the picture
+        close = torch.where(behind[..., None], across / _CLOSE, at)  # its edges may leave the picture
         scale = columns / 2 / view.slope
         least = torch.minimum(at, close).amin(-1) * scale + size / 2
         most = torch.maximum(at, close).amax(-1) * scale + size / 2
@@ -176,7 +187,7 @@ def _rectangles(
 
 
 def _ground_colour(layout: Layout, at_KM2: Tensor, metres_M: Tensor) -> Tensor:
-    """What lies at these points, ``[3, K, M]``; the coarser, the more metres a pixel is wide."""
+    """The colour of the ground at these points, ``[3, K, M]``; coarser where a pixel covers more metres."""
     found = at_KM2.new_tensor(GROUNDS["grass"])[:, None, None].expand(-1, *at_KM2.shape[:2]).clone()
     level_M = (metres_M / METRES).clamp(min=1).log2().ceil().long().clamp(max=len(layout.levels) - 1)
     for n, colours in enumerate(layout.levels):
@@ -189,7 +200,7 @@ def _ground_colour(layout: Layout, at_KM2: Tensor, metres_M: Tensor) -> Tensor:
 
 
 def _brightness(heading_E2: Tensor, axis: int, from_below: bool) -> Tensor:
-    """Of a face of boxes, ``[E]``; the renderer's shade, which the rays meet from the lower or from the upper side."""
+    """The renderer's shade of one face of each box, ``[E]``: the lower or the upper face along an axis."""
     sign = -1.0 if from_below else 1.0
     if axis == 2:
         facing = heading_E2.new_full((len(heading_E2),), sign * SUN[2])
@@ -201,13 +212,13 @@ def _brightness(heading_E2: Tensor, axis: int, from_below: bool) -> Tensor:
 
 
 def _turn(points: Tensor, turned: Tensor) -> Tensor:
-    """Points ``[*, 2]`` turned by angles of which ``turned [*, 2]`` has cosine and sine."""
+    """Points ``[*, 2]`` turned by angles, whose cosine and sine ``turned [*, 2]`` holds."""
     (x, y), (cos, sin) = points.unbind(-1), turned.unbind(-1)
     return torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
 def _finer(squares_KM: Tensor, view: View) -> Tensor:
-    """What holds of squares, of their pixels."""
+    """Values of squares as values of their pixels."""
     columns = math.ceil(view.camera.width / _EVERY)
     grid: Tensor = squares_KM.unflatten(1, (-1, columns)).repeat_interleave(_EVERY, 1).repeat_interleave(_EVERY, 2)
     return grid[:, : view.camera.height, : view.camera.width].flatten(1)

@@ -37,7 +37,7 @@ class Lookup:
         """What is expected under these actions.
 
         Args:
-            expect: works it out for all but the first so many latent frames.
+            expect: works out the frames from this one on, counted from 0.
         """
         if self._latest is None:
             found = expect(0)

@@ -1,4 +1,4 @@
-"""Where the ego will be under actions that come as tensors: `holdover_world.scene.vehicles`, row by row.
+"""Where the ego will be under actions given as tensors: `holdover_world.scene.vehicles`, row by row.
 
 Shape suffixes: B batch, F latent frames, A dimensions of the action, of which the first two move the ego.
 """
@@ -14,14 +14,15 @@ from holdover_world.scene.vehicles import drive as drive_one
 
 
 def drive(motion_B2: Tensor | None, action_BFA: Tensor) -> tuple[Tensor, Tensor]:
-    """Drive on, a command per latent frame.
+    """Drive on, one command per latent frame.
 
     Args:
-        motion_B2: speed (m/s) and curvature (1/m) now; None: those that the first action commands.
+        motion_B2: the present speed (m/s) and curvature (1/m); None: those that the first action commands.
         action_BFA: normalised actions.
 
     Returns:
-        The pose (x, y, yaw) at every video frame, in present coordinates, ``[B, 4*F, 3]``, and the motion in the end.
+        The pose (x, y, yaw) in every video frame relative to the present one, ``[B, 4*F, 3]``, and the motion at the
+        end.
     """
     commands = zip(*(each.tolist() for each in denormalise_action(action_BFA[..., :2].double().cpu())), strict=True)
     poses, motion = [], []

@@ -1,13 +1,13 @@
-"""What the ego is about to see if the world stands still: its newest pictures, moved as it will have moved.
+"""What the ego will see if the world stands still: its newest pictures, warped to where it will be.
 
-An action says where the cameras will be, and depth where everything is; so most of the next pictures can be looked up
-in the newest ones, across cameras, before anything is generated (the 3D cache of Ren et al., GEN3C, arXiv 2503.03751,
-rendered at the cameras to come; here it is one latent frame deep, and looked up from there instead of splatted). A
-transformer would have to learn from examples how far a lane mark moves at which speed in every part of every camera.
-What moves by itself, what was hidden, and what was out of all cameras is left to it.
+Actions say where the cameras will be, and depth says where everything is. So most of the next pictures can be looked up
+in the newest ones, across cameras, before anything is generated. This is the 3D cache of Ren et al. (GEN3C, arXiv
+2503.03751), one latent frame deep, and looked up from the future cameras instead of splatted. Without it a transformer
+has to learn from examples how far a lane mark moves at which speed in each part of each camera. The transformer is left
+with what moves by itself, what was hidden, and what no camera saw.
 
-Where there is a layout (`holdover_world.scene.layout`), distances are the layout's, cars are looked up where they were, and
-what is hidden now does not count as seen; what no camera sees has the layout's colours.
+With a layout (`holdover_world.scene.layout`) distances are those of the layout, cars are looked up where they were, and
+things that are hidden now count as unseen. Pixels that no camera saw get the layout's colours.
 
 Shape suffixes: B batch, F latent frames, K video frames, M points, N tokens of one latent frame, P values of one token,
 Z latent channels, Q values of a block of pixels, h, w squares of 8 by 8 pixels.
@@ -31,14 +31,14 @@ from holdover_world.scene.depth import FAR, NEAR, from_metres, to_metres
 from holdover_world.scene.layout import Site
 from holdover_world.scene.poses import seen_from
 
-_STEPS = 2  # in which the depth that a camera will see is found
-_GROUND = 0.75  # what lies farther than this share of the way to the ground is the ground
+_STEPS = 2  # iterations that find the depth a camera will see
+_GROUND = 0.75  # anything farther than this share of the way to the ground counts as the ground
 
 
 class LinearPath(nn.Module):
-    """An autoencoder's way through principal components alone, from normalised latents to pixels and back.
+    """The linear path of an autoencoder: from normalised latents to pixels by principal components, and back.
 
-    Until `take` gives it an autoencoder's, its directions are random ones.
+    Its directions are random until `take` copies those of an autoencoder.
     """
 
     def __init__(self, colours: int, latent_channels: int) -> None:
@@ -56,26 +56,26 @@ class LinearPath(nn.Module):
         self.register_buffer("std_Z", torch.ones(latent_channels))
 
     def take(self, autoencoder: Autoencoder) -> None:
-        """Use an autoencoder's."""
+        """Copy the linear path of an autoencoder."""
         for name, buffer in self.named_buffers():
             buffer.copy_(autoencoder.get_buffer(name))
 
     def newest(self, z_Zhw: Tensor) -> Tensor:
-        """The last of the video frames of a latent frame, ``[colours, 8*h, 8*w]``."""
+        """The last video frame of a latent frame, ``[colours, 8*h, 8*w]``."""
         rows = slice(-len(self.basis_QZ) // FRAMES, None)
         components = (z_Zhw.movedim(0, -1) * self.std_Z.float() + self.mean_Z.float()) * self.deviation_Z.float()
         pixels = components @ self.basis_QZ[rows].float().T + self.centre_Q[rows].float()
         return F.pixel_shuffle(pixels.movedim(-1, 0), SCALE)
 
     def latents(self, video_KCHW: Tensor) -> Tensor:
-        """Of video, four frames each: ``[F, Z, h, w]``."""
+        """Latents ``[F, Z, h, w]`` of video, four frames each."""
         blocks = F.pixel_unshuffle(video_KCHW.unflatten(0, (-1, FRAMES)).flatten(1, 2), SCALE).movedim(1, -1)
         components = (blocks - self.centre_Q.float()) @ self.basis_QZ.float() / self.deviation_Z.float()
         return ((components - self.mean_Z.float()) / self.std_Z.float()).movedim(-1, 1)
 
 
 class Reprojection(nn.Module):
-    """From the newest latent frame to what the next ones would be if the world stood still."""
+    """Works out the next latent frames from the newest one, as if the world stood still."""
 
     def __init__(self, sizes: WorldConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Reprojection(nn.Module):
         self._views: dict[torch.device, tuple[View, ...]] = {}
 
     def take(self, codec: Codec) -> None:
-        """Use a codec's autoencoders."""
+        """Copy the linear paths of a codec's autoencoders."""
         for modality in self.sizes.modalities:
             self._path(modality).take(codec.autoencoders[modality])
 
@@ -97,14 +97,13 @@ class Reprojection(nn.Module):
 
         Args:
             last_BNP: the newest latent frame.
-            poses_BK3: where the ego will be at each video frame to come, from `motion.drive`.
-            sites: where each row's ego is now, if it has a layout; None: none has.
-            passed: video frames between now and the first of the poses.
+            poses_BK3: poses of the ego in the coming video frames, relative to the pose that the newest frame shows.
+            sites: the place of each row in its layout; None if no row has one.
+            passed: video frames between the newest one and the first of the poses.
 
         Returns:
-            The latents ``float32 [B, F, N, P]``; of each token the share that some camera sees now and the ego will
-            not have gone through, ``[B, F, N, 1]``, the rest of it is as it was, or as the layout has it; and the
-            layout alone ``[B, F, N, P]``, zero where there is none.
+            What is expected, in float32. A token counts as seen where some camera sees it now and the ego will not have
+            driven through it. The rest of a token stays as it was, or as the layout has it.
         """
         rows = [
             self._row(last.float(), poses, site, passed)
@@ -124,7 +123,7 @@ class Reprojection(nn.Module):
             colours, depths, seen = self._still(last_NP, pictures, views, move)
             latents = self._tokens({"colour": colours, "depth": depths})
             return latents, self._share(seen), torch.zeros_like(latents)
-        colours, depths, seen, drawn = _in_layout(pictures, views, move, site, poses_K3, passed)
+        colours, depths, seen, drawn = look_up_in_layout(pictures, views, move, site, poses_K3, passed)
         latents = self._tokens({"colour": colours, "depth": depths})
         layout = self._tokens({"colour": drawn, "depth": depths})
         return latents, self._share(seen), layout
@@ -132,7 +131,7 @@ class Reprojection(nn.Module):
     def _still(
         self, last_NP: Tensor, pictures: Sequence[Tensor], views: Sequence[View], move: Move
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per camera colour ``[3, K, M]``, metres and what is seen ``[K, M]``, by the depth that the model draws."""
+        """Per camera colour ``[3, K, M]``, metres ``[K, M]`` and what is seen ``[K, M]``, by the generated depth."""
         depths, passed = self._depths(last_NP, views, move)
         points = [move.points(view, view.pixels[0], depth) for view, depth in zip(views, depths, strict=True)]
         colours, seen = [], []
@@ -144,7 +143,7 @@ class Reprojection(nn.Module):
         return colours, depths, seen
 
     def _tokens(self, shown: Mapping[str, Sequence[Tensor]]) -> Tensor:
-        """What cameras show, colour ``[3, K, M]`` and metres ``[K, M]``, as latents ``[F, N, P]``."""
+        """Colour ``[3, K, M]`` and metres ``[K, M]`` per camera as latents ``[F, N, P]``."""
         parts = []
         for modality in self.sizes.modalities:
             for plane, values in zip(self._planes(modality), shown[modality], strict=True):
@@ -154,7 +153,7 @@ class Reprojection(nn.Module):
         return torch.cat(parts, 1)
 
     def _share(self, seen: Sequence[Tensor]) -> Tensor:
-        """Of each token the share that is seen, ``[F, N, 1]``."""
+        """The share of each token that is seen, ``[F, N, 1]``."""
         shares = []
         for modality in self.sizes.modalities:
             for plane, found_KM in zip(self._planes(modality), seen, strict=True):
@@ -172,25 +171,25 @@ class Reprojection(nn.Module):
         return [plane for plane in self.sizes.planes if plane.modality == modality]
 
     def _picture(self, last_NP: Tensor, plane: Plane) -> Tensor:
-        """What a plane shows in the end, ``[colours, height, width]``."""
+        """The last picture of a plane, ``[colours, height, width]``."""
         z = from_tokens(last_NP[None, None], plane, self.sizes)[0, 0]
         return self._path(plane.modality).newest(z)[:, : plane.camera.height, : plane.camera.width]
 
     def _video(self, values_CKM: Tensor, plane: Plane) -> Tensor:
-        """As pictures that whole tokens cover, ``[K, C, height, width]``."""
+        """Values of pixels as pictures that whole tokens cover, ``[K, C, height, width]``."""
         return padded(values_CKM.movedim(1, 0).unflatten(-1, (plane.camera.height, -1)), plane, self.sizes)
 
     def _depths(self, last_NP: Tensor, views: Sequence[View], move: Move) -> tuple[list[Tensor], list[Tensor]]:
-        """How far away what each camera will see is, per pixel ``[K, M]``, and where that would be behind the camera.
+        """Depth that each camera will see, per pixel ``[K, M]``, and the pixels whose point is then behind the camera.
 
-        What the ego will have gone through cannot have stood there: the ground, or the sky, is taken to be there.
+        The ego cannot have driven through a solid thing, so ground or sky is assumed at these points.
         """
         now = [view.squares[1] for view in views]
         if "depth" in self.paths:
             metres = [to_metres(self._picture(last_NP, plane)) for plane in self._planes("depth")]
             nearness = [F.avg_pool2d(1 / m, SCALE).flatten() for m in metres]
             now = [torch.minimum(1 / near, ground) for near, ground in zip(nearness, now, strict=True)]
-        # Points over their distances, and one over it, may be interpolated: planes stay planes.
+        # Points divided by their distance, and the inverse distance, may be interpolated: planes stay planes.
         maps = []
         for view, depth in zip(views, now, strict=True):
             over_3M = view.axes_33.T @ view.squares[0] + view.place_3[:, None] / depth
@@ -210,10 +209,10 @@ class Reprojection(nn.Module):
         return fine, [_repeated(view, where) for view, where in zip(views, passed, strict=True)]
 
 
-def _in_layout(
+def look_up_in_layout(
     pictures: Sequence[Tensor], views: Sequence[View], move: Move, site: Site, poses_K3: Tensor, passed: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Per camera colour ``[3, K, M]``, metres and what is seen ``[K, M]``, and the layout's own colour."""
+    """Per camera colour ``[3, K, M]``, metres ``[K, M]``, what is seen ``[K, M]``, and the layout's own colour."""
     frames = [site.frame, *(site.frame + passed + k + 1 for k in range(len(poses_K3)))]
     poses = torch.cat([site.pose_3[None], site.ahead(poses_K3)]).to(poses_K3)
     around = Around.of(site.layout, poses, frames)
@@ -232,7 +231,11 @@ def _in_layout(
 
 
 def _where_cars_were(view: View, points_3KM: Tensor, drawn: Drawn, cars_KC3: Tensor) -> Tensor:
-    """Points of cars moved back with them to where they are now; ``cars_KC3``, in coordinates of now, begins there."""
+    """Points on cars, moved back with the cars to where these are now.
+
+    Args:
+        cars_KC3: poses of the cars in present coordinates; the first are the present ones.
+    """
     on_3KM = points_3KM.clone()
     k, m = (drawn.car_KM[1:] >= 0).nonzero(as_tuple=True)
     car = drawn.car_KM[1:][k, m]
@@ -246,7 +249,7 @@ def _where_cars_were(view: View, points_3KM: Tensor, drawn: Drawn, cars_KC3: Ten
 
 
 def _fine(view: View, depth_KM: Tensor) -> Tensor:
-    """Depth of squares as depth of pixels; what is about as far as the ground is the ground."""
+    """Depth of squares as depth of pixels. Whatever is about as far as the ground is the ground."""
     rows, columns = view.camera.height, view.camera.width
     near = (1 / depth_KM).unflatten(1, (rows // SCALE, -1))[:, None]
     depth = 1 / F.interpolate(near, size=(rows, columns), mode="bilinear", align_corners=False).flatten(1)
@@ -254,6 +257,6 @@ def _fine(view: View, depth_KM: Tensor) -> Tensor:
 
 
 def _repeated(view: View, where_KM: Tensor) -> Tensor:
-    """What holds of squares, of their pixels."""
+    """Values of squares as values of their pixels."""
     rows = where_KM.unflatten(1, (view.camera.height // SCALE, -1))
     return torch.repeat_interleave(rows.repeat_interleave(SCALE, 1), SCALE, 2).flatten(1)

@@ -1,4 +1,4 @@
-"""Cameras that move, as tensors: what points they see where, and what other cameras saw there.
+"""Moving cameras as tensors: where they see points, and what other cameras saw there.
 
 Shape suffixes: K video frames, M points, C channels of a picture.
 """
@@ -20,8 +20,16 @@ from holdover_world.scene.depth import FAR
 
 @dataclass(frozen=True)
 class View:
-    """A camera's geometry: its place, its axes (right, down, forward; rows), and per square and per pixel the ray in
-    these axes ``[3, M]`` and how far along it the ground is ``[M]``."""
+    """The geometry of a camera.
+
+    Attributes:
+        camera: the camera.
+        place_3: its position in ego coordinates.
+        axes_33: its axes right, down and forward, as rows.
+        squares: for squares of 8 by 8 pixels the rays in these axes ``[3, M]``, and the distance of flat ground along
+            them ``[M]``.
+        pixels: the same for pixels.
+    """
 
     camera: Camera
     place_3: Tensor
@@ -42,11 +50,11 @@ class View:
 
     @property
     def slope(self) -> float:
-        """Of the ray through the middle of the right edge."""
+        """The slope of the ray through the middle of the right edge."""
         return math.tan(math.radians(self.camera.fov) / 2)
 
     def project(self, points_3KM: Tensor) -> tuple[Tensor, Tensor]:
-        """Where points, in the axes, are in the picture, from -1 to 1 each way ``[K, M, 2]``, and which are in it."""
+        """Where in the picture points of the camera's axes are, -1 to 1 each way ``[K, M, 2]``, and which are in it."""
         right, down, forward = points_3KM
         scale = 1 / (forward.clamp(min=0.1) * self.slope)
         at = torch.stack([right * scale, down * scale * (self.camera.width / self.camera.height)], -1)
@@ -55,7 +63,7 @@ class View:
 
 @dataclass(frozen=True)
 class Move:
-    """From the ego's coordinates at each of K poses to those of now: rotations ``[K, 3, 3]`` and shifts ``[K, 3]``."""
+    """From the ego's coordinates at K poses to the present ones: rotations ``[K, 3, 3]`` and shifts ``[K, 3]``."""
 
     turn_K33: Tensor
     shift_K3: Tensor
@@ -68,18 +76,18 @@ class Move:
         return cls(torch.stack(turn, -1).unflatten(-1, (3, 3)), torch.stack([x, y, zero], -1))
 
     def places(self, view: View) -> Tensor:
-        """Where a camera will be, ``[K, 3]``."""
+        """Positions of a camera at the poses, in present coordinates ``[K, 3]``."""
         return self.turn_K33 @ view.place_3 + self.shift_K3
 
     def points(self, view: View, rays_3M: Tensor, depth_KM: Tensor) -> Tensor:
-        """What a camera will see along rays at these distances, in its axes of now ``[3, K, M]``."""
+        """Points that a camera will see along rays at these distances, in its present axes ``[3, K, M]``."""
         turn_K33 = view.axes_33 @ self.turn_K33 @ view.axes_33.T
         shift_3K = view.axes_33 @ (self.places(view) - view.place_3).T
         directions_3KM = (turn_K33.movedim(1, 0).flatten(0, 1) @ rays_3M).unflatten(0, (3, -1))
         return torch.addcmul(shift_3K[..., None], directions_3KM, depth_KM)
 
     def depth(self, view: View, points_3KM: Tensor) -> Tensor:
-        """How far away points in the ego's coordinates of now will be along a camera's axis, ``[K, M]``."""
+        """Distances along a camera's future axis of points in present ego coordinates, ``[K, M]``."""
         forward_K3 = self.turn_K33 @ view.axes_33[2]
         beside_3KM = points_3KM - self.places(view).T[..., None]
         return (forward_K3.T[..., None] * beside_3KM).sum(0)
@@ -88,15 +96,15 @@ class Move:
 def look(
     views: Sequence[View], pictures: Sequence[Tensor], points: Sequence[Tensor], *, nearest: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """Look points up in pictures: each in its own camera's, or else in the first that it is in.
+    """Look points up in pictures: in the picture of their own camera, or else in the first one that shows them.
 
     Args:
         pictures: per camera ``[C, h, w]``.
         points: per camera, in its axes ``[3, K, M]``.
-        nearest: so many of the last channels are not to be interpolated.
+        nearest: the number of last channels that are not interpolated.
 
     Returns:
-        Per camera what was found ``[C, K, M]``, and where ``[K, M]``.
+        Per camera the values ``[C, K, M]``, and for which points any were found ``[K, M]``.
     """
     looked, missing, elsewhere = [], [], []
     for picture, view, points_3KM in zip(pictures, views, points, strict=True):

@@ -1,0 +1,1 @@
+"""The closed loop, the scenarios that it starts from, and the models that it drives."""

@@ -1,10 +1,11 @@
-"""The closed loop: an action comes in, the next piece of video goes out.
+"""The closed loop: an action comes in, the next piece of video goes out. It drives any `LoopModel`.
 
-*Window cadence* (METHODS.md, section 1): a cycle generates one window once per piece, with the same noise; each
-chunk takes the newest action and emits one more latent frame, and a clean pass then writes one of those windows
-into the KV cache. *Plain cadence*: every chunk is a new window of one latent frame, committed each time.
+*Window cadence*, our reading of X-Cache (arXiv 2604.20289): the chunks of a cycle generate one window again and again,
+with the same noise. Each chunk takes the newest action and emits one more latent frame. A clean pass then writes one of
+these windows into the KV cache. *Plain cadence*: each chunk generates a new window of one latent frame and commits it.
 
-Shape suffixes as in `holdover_world.model.transformer`, and S for the denoising passes of a chunk.
+Shape suffixes: B batch, F latent frames, N tokens of one latent frame, P values of one token, A dimensions of the
+action, S denoising passes of a chunk, T chunks.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ class LoopConfig:
 
     Attributes:
         cadence: ``window`` or ``plain``.
-        commit: which latents of a cycle the clean pass writes: the window of its ``first`` chunk, of the
-            ``last_full`` chunk that was computed in full, or the pieces as ``emitted``. A chunk knows the
-            pieces before its own as they were emitted; under ``last_full``, if the first is protected, as the latest
-            chunk in full has them, so that nothing shown from cache gets into what is committed.
-        protected: the chunk of a cycle that is announced as committed, hence computed in full by policies with
-            KV protection: the ``first`` or the ``last``.
-        fresh_noise: draw new noise for every chunk, not for every cycle.
-        sampler: what a pass starts from: new noise (``renoise``), or Euler's step from the pass before, for many steps.
-        guidance: classifier-free guidance (Ho & Salimans, arXiv 2207.12598) on the action: every pass is also made
-            without it, as branch "uncond", and its prediction moved away from that so many times; 1 for none.
+        commit: the latents of a cycle that the clean pass writes: the window of its ``first`` chunk, the window of the
+            ``last_full`` chunk, which is the last one computed in full, or the pieces as ``emitted``. A chunk starts
+            from the pieces emitted before its own. With ``last_full`` and the first chunk protected, it starts from
+            these frames in the window to be committed, so that nothing served from cache is committed.
+        protected: the chunk of a cycle that is announced as committed, ``first`` or ``last``. Policies with KV
+            protection compute it in full.
+        fresh_noise: draw new noise for every chunk instead of every cycle.
+        sampler: how a pass continues the pass before: with new noise (``renoise``), or by Euler's step along the flow
+            (``euler``), for many steps.
+        guidance: scale of classifier-free guidance on the action (Ho & Salimans, arXiv 2207.12598). Every pass is also
+            made without the action, as branch "uncond". 1 means no guidance.
         steps: denoising passes per chunk.
-        shift: timestep shift of their noise levels.
+        shift: timestep shift of the noise levels.
     """
 
     cadence: Cadence = "window"
@@ -66,25 +68,25 @@ class LoopConfig:
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
         if not 1 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance={self.guidance} must be 1, for none, or more")
+            raise ValueError(f"guidance={self.guidance}: give 1 for none, or a larger number")
         noise_levels(self.steps, self.shift)
 
     @classmethod
     def of_steps(cls, steps: int, cadence: Cadence = "window") -> LoopConfig:
-        """So many steps with the sampler that suits them: few with new noise at each, more along the flow."""
+        """A loop of this many steps with the sampler for them: ``renoise`` up to the default, ``euler`` above."""
         return cls(cadence=cadence, steps=steps, sampler="renoise" if steps <= cls.steps else "euler")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one chunk emits.
+    """The output of one chunk.
 
     Attributes:
-        latents: ``float32 [B, 1, N, P]``.
-        before: the latent frame before it, ``[B, N, P]``: decoding needs both. A cycle's first piece goes on from what
-            was committed, as its window does: what was shown from cache does not get into its frames.
-        dit_seconds: time in the transformer, a KV update that followed included; that of the whole batch.
-        exact: whether every block of it was computed.
+        latents: the emitted latent frame, ``float32 [B, 1, N, P]``.
+        before: the latent frame before it, ``[B, N, P]``, which decoding needs. For the first piece of a cycle this is
+            the newest committed frame, from which its window continues, so nothing served from cache gets into it.
+        dit_seconds: time in the transformer for the whole batch, including the KV update that ends a cycle.
+        exact: whether every block was computed.
     """
 
     latents: Tensor
@@ -95,7 +97,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopState:
-    """Where a loop stands, without the entries of its cache. Shares memory with the loop; nobody writes into it.
+    """Where a loop stands, without the entries of its cache. It shares memory with the loop; do not write into it.
 
     Attributes:
         history: what the model remembers of the video.
@@ -103,8 +105,7 @@ class LoopState:
         chunk: the number of the next chunk.
         noise_source: the state of the generator that draws the noise.
         noise: the noise of the cycle, ``[S, B, F, N, P]``; None at the beginning of a cycle.
-        emitted, actions: what the cycle emitted so far and under which actions, per chunk ``[B, 1, N, P]`` and
-            ``[B, A]``.
+        emitted, actions: the pieces ``[B, 1, N, P]`` and actions ``[B, A]`` of the cycle so far, one per chunk.
         committed: the latents ``[B, F, N, P]`` and actions ``[B, F, A]`` that the KV update will write.
     """
 
@@ -215,7 +216,7 @@ class ClosedLoop(Generic[M]):
         cache: LoopCache | None = None,
         stream: str = "default",
     ) -> ClosedLoop[M]:
-        """A loop that goes on from a state. Entries of the cache are the cache's to restore."""
+        """A loop that continues from a state. The cache restores its own entries."""
         loop = cls.__new__(cls)
         loop._set_up(model, config or LoopConfig(), cache, stream)
         loop._noise_source = torch.Generator(state.last.device)
@@ -223,7 +224,7 @@ class ClosedLoop(Generic[M]):
         return loop
 
     def fork(self, stream: str) -> ClosedLoop[M]:
-        """A loop that goes on from here as another stream. Entries of the cache are the cache's to fork."""
+        """An independent loop that continues from here as another stream. The cache forks its own entries."""
         return ClosedLoop.resume(self.model, self.state, config=self.config, cache=self.cache, stream=stream)
 
     def _set_up(self, model: M, config: LoopConfig, cache: LoopCache | None, stream: str) -> None:
@@ -237,17 +238,17 @@ class ClosedLoop(Generic[M]):
 
     @property
     def rows(self) -> int:
-        """B, videos that advance as one."""
+        """B, the number of videos that the loop advances together."""
         return len(self.last)
 
     @property
     def before(self) -> Tensor:
-        """The latent frame before the next piece, see `Piece`."""
+        """The latent frame before the next piece, ``[B, N, P]`` (see `Piece`)."""
         return self._emitted[-1][:, -1] if self._emitted else self.last
 
     @property
     def state(self) -> LoopState:
-        """Where the loop stands; may be put back, into this loop or another, any number of times."""
+        """Where the loop stands. Assign it to this loop or another to go back there, any number of times."""
         return LoopState(
             history=self.history.fork(),
             last=self.last,
@@ -267,11 +268,11 @@ class ClosedLoop(Generic[M]):
         self._emitted, self._actions, self._committed = list(state.emitted), list(state.actions), state.committed
 
     def step(self, action: Tensor) -> Piece:
-        """Generate the next piece under ``action``, the newest normalised command, ``[B, A]`` or ``[A]``."""
+        """Generate the next piece under the newest normalised action, ``[B, A]`` or ``[A]``."""
         return advance([self], [action])[0]
 
     def run(self, actions: Tensor) -> Iterator[Piece]:
-        """Generate one piece per row of ``actions [T, A]`` (or ``[T, B, A]``)."""
+        """Generate one piece per action of ``actions``, ``[T, A]`` or ``[T, B, A]``."""
         for action in actions:
             yield self.step(action)
 
@@ -281,7 +282,7 @@ class ClosedLoop(Generic[M]):
         self._noise = None
 
     def _begin(self, action: Tensor) -> _ChunkInputs:
-        """Take an action: what the next chunk is made from."""
+        """Take an action and return the inputs of the next chunk."""
         last_BNP = self.last
         action_BA = action.to(last_BNP.device, torch.float32).expand(len(last_BNP), -1)
         if self._noise is None or self.config.fresh_noise:
@@ -305,14 +306,18 @@ class ClosedLoop(Generic[M]):
             commits=position == announced,
         )
 
-    def _finish(self, made: _ChunkInputs, window: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Emit the next piece of a window, with the latent frame before it, and choose what will be committed."""
+    def _finish(self, inputs: _ChunkInputs, window: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Emit the next piece of a window and choose what will be committed.
+
+        Returns:
+            The piece, the latent frame before it, and whether the chunk is exact.
+        """
         exact = self.cache is None or self.cache.exact(self.stream)
         position = len(self._emitted)
         before, piece = self.before, window[:, position : position + 1].clone()
         self._emitted.append(piece)
         if position == 0 or (self.config.commit == "last_full" and exact):
-            self._committed = window, made.actions_BFA
+            self._committed = window, inputs.actions_BFA
         if len(self._emitted) == self.window_frames and self.config.commit == "emitted":
             self._committed = torch.cat(self._emitted, 1), torch.stack(self._actions, 1)
         return piece, before, exact
@@ -320,7 +325,7 @@ class ClosedLoop(Generic[M]):
 
 @dataclass(frozen=True, kw_only=True)
 class _ChunkInputs:
-    """What one chunk of one loop is made from."""
+    """The inputs of one chunk of one loop."""
 
     action: Tensor
     actions_BFA: Tensor
@@ -331,15 +336,16 @@ class _ChunkInputs:
 
 @torch.inference_mode()
 def advance(loops: Sequence[ClosedLoop[Any]], actions: Sequence[Tensor]) -> list[Piece]:
-    """Generate the next piece of every loop, all in one batch.
+    """Generate the next piece of every loop in one batch.
 
-    Several loops share model, cache and cadence, are of one row each, and hold equally many latent frames in their KV
-    caches (`batches` sorts them so); wherever in its cycle each stands, it gets what it would get alone, but for
-    rounding. If this raises, loops are left in mid-chunk: put back their `ClosedLoop.state`.
+    Several loops must share a model that stacks histories, a cache and a cadence, have one row each, and hold equally
+    many latent frames in their KV caches; `batches` sorts them so. They may stand at different positions of their
+    cycles. Each gets what it would get alone, except for rounding. If this raises, the loops are left in mid-chunk;
+    assign their earlier `ClosedLoop.state`.
 
     Args:
         loops: the loops.
-        actions: for each the newest normalised command, ``[B, A]`` or ``[A]``.
+        actions: for each loop the newest normalised action, ``[B, A]`` or ``[A]``.
 
     Raises:
         ValueError: the loops do not go together.
@@ -349,15 +355,15 @@ def advance(loops: Sequence[ClosedLoop[Any]], actions: Sequence[Tensor]) -> list
             "loops of one batch share a model that stacks histories, a cache, a cadence and a KV length, and have one "
             "row each; sort them by `batches`"
         )
-    made = [loop._begin(action) for loop, action in zip(loops, actions, strict=True)]
-    actions_BFA = torch.cat([each.actions_BFA for each in made])
+    inputs = [loop._begin(action) for loop, action in zip(loops, actions, strict=True)]
+    actions_BFA = torch.cat([each.actions_BFA for each in inputs])
     seconds = [0.0]
 
     def predict(index: int, noisy: Tensor) -> Tensor:
         sigma, config = loops[0].sigmas[index], loops[0].config
         fields = [
             {"index": index, "num_steps": config.steps, "sigma": sigma, "action": each.action, "commits": each.commits}
-            for each in made
+            for each in inputs
         ]
         output, took = _forward(loops, fields, noisy, sigma=sigma, action_BFA=actions_BFA)
         seconds.append(took)
@@ -368,13 +374,13 @@ def advance(loops: Sequence[ClosedLoop[Any]], actions: Sequence[Tensor]) -> list
         seconds.append(took)
         return unguided + config.guidance * (output - unguided)
 
-    noise = torch.cat([each.noise_SBFNP for each in made], 1)
-    known = [row for each in made for row in each.known_BFNP]
+    noise = torch.cat([each.noise_SBFNP for each in inputs], 1)
+    known = [row for each in inputs for row in each.known_BFNP]
     window = denoise(predict, noise, loops[0].sigmas, known, sampler=loops[0].config.sampler)
-    windows = window.split([len(each.action) for each in made])
+    windows = window.split([len(each.action) for each in inputs])
     if len(loops) > 1:  # a view would keep the whole batch in memory
         windows = tuple(window.clone() for window in windows)
-    pieces = [loop._finish(each, window) for loop, each, window in zip(loops, made, windows, strict=True)]
+    pieces = [loop._finish(each, window) for loop, each, window in zip(loops, inputs, windows, strict=True)]
     full = [loop for loop in loops if len(loop._emitted) == loop.window_frames]
     writing = 0.0
     if full:
@@ -391,7 +397,7 @@ def advance(loops: Sequence[ClosedLoop[Any]], actions: Sequence[Tensor]) -> list
 
 
 def batches(loops: Sequence[ClosedLoop[Any]]) -> list[list[int]]:
-    """The positions of loops that can advance together, batch by batch."""
+    """The indices of the loops that can advance together, batch by batch."""
     found: dict[object, list[int]] = {}
     for n, loop in enumerate(loops):
         alone = None if isinstance(loop.model, Stacks) else n
@@ -404,7 +410,7 @@ def batches(loops: Sequence[ClosedLoop[Any]]) -> list[list[int]]:
 def _write_history(
     loops: Sequence[ClosedLoop[Any]], committed: Sequence[tuple[Tensor, Tensor]], done_BFA: Tensor | None = None
 ) -> float:
-    """The clean pass, which is the KV update: returns its seconds."""
+    """The clean pass, which is the KV update. Returns its seconds."""
     latents, actions = torch.cat([each for each, _ in committed]), torch.cat([each for _, each in committed])
     fields: list[dict[str, Any]] = [{"role": "kv_update"} for _ in loops]
     _, took = _forward(loops, fields, latents, sigma=0.0, action_BFA=actions, write=True, done_BFA=done_BFA)
@@ -416,7 +422,7 @@ def _write_history(
 def _forward(
     loops: Sequence[ClosedLoop[Any]], fields: Sequence[Mapping[str, Any]], latents: Tensor, **inputs: Any
 ) -> tuple[Tensor, float]:
-    """One pass of the model over all loops, and its seconds."""
+    """One pass of the model over all loops. Returns its output and its seconds."""
     first, alone = loops[0], len(loops) == 1
     steps = [{"stream": loop.stream, "chunk": loop.chunk, **each} for loop, each in zip(loops, fields, strict=True)]
     within: AbstractContextManager[Any] = nullcontext()

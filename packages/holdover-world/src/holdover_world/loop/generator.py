@@ -1,4 +1,4 @@
-"""Somebody else's chunk-causal generator, in the form that `holdover_world.loop.closed_loop.ClosedLoop` drives."""
+"""An adapter that lets the closed loop drive other chunk-causal generators."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Predict(Protocol):
         """Run the generator's transformer once.
 
         Args:
-            latents: noisy or, where ``write``, clean latents ``[B, C, F, H, W]``.
+            latents: noisy latents ``[B, C, F, H, W]``; clean ones with ``write``.
             sigma: their noise level, 0 to 1.
             kv: what ``new_kv`` returned.
-            start: latent frames before them.
+            start: the number of latent frames before them.
             actions: of these frames, ``[B, F, A]``; None in the unguided branch of a loop with guidance.
             write: this is the clean pass, which writes the KV cache.
 
         Returns:
-            Predicted clean latents ``[B, C, F, H, W]``; of a clean pass whatever there is.
+            Predicted clean latents ``[B, C, F, H, W]``. The output of a clean pass is not used.
         """
         ...
 
@@ -49,7 +49,7 @@ class GeneratorHistory:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the latents: frames that are denoised together, rows and columns."""
+    """The shape of the latents: frames that are denoised together, rows and columns."""
 
     window: int
     rows: int
@@ -57,12 +57,12 @@ class Shape:
 
 
 class Generator:
-    """Runs somebody else's generator in `holdover_world.loop.closed_loop.ClosedLoop`, which tells the cache every step.
+    """A generator as `holdover_world.loop.protocol.LoopModel`. The loop tells the cache where each pass stands.
 
     Args:
-        shape: of its latents.
+        shape: of the latents.
         new_kv: makes the KV cache of a new video.
-        predict: one pass of its transformer, the one that the cache is attached to.
+        predict: runs the transformer once. The cache is attached to this transformer.
     """
 
     def __init__(self, shape: Shape, *, new_kv: Callable[[], Any], predict: Predict) -> None:
@@ -82,7 +82,7 @@ class Generator:
         write: bool = False,
         done_BFA: Tensor | None = None,
     ) -> Tensor:
-        """One pass, as `holdover_world.loop.protocol.LoopModel` has it; a generator is not told what was done later."""
+        """One pass; ``done_BFA`` is not used, because generators keep no ego."""
         latents = latents_BFNP.unflatten(2, (self.sizes.rows, self.sizes.columns)).permute(0, 4, 1, 2, 3)
         output = self._predict(
             latents, sigma=sigma, kv=history.kv, start=history.frames, actions=action_BFA, write=write

@@ -1,4 +1,4 @@
-"""What runs drive: clips to start from, scripted and steady actions, the simulator's truth."""
+"""Scenarios to drive: a start from a recorded clip, scripted or steady actions, and what the simulator showed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from numpy.typing import NDArray
 from torch import Tensor
 
+from holdover_world.codec.checkpoints import WEIGHTS
 from holdover_world.loop.closed_loop import LoopConfig
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.clips import frame_count, list_clips, read_clip, read_track
@@ -22,7 +22,7 @@ from holdover_world.scene.layout import Track
 KINDS = ("urban", "highway", "uturn")
 STEADY = "-steady"
 NAMES = tuple(kind + suffix for suffix in ("", STEADY) for kind in KINDS)
-#: Where a steady drive begins in clips of another kind than a scripted one, if there are any: on a road without bends.
+#: Steady drives of a kind begin in clips of another kind, if there are any: on a road without bends.
 _STEADY_CLIPS = {"highway": "straight"}
 
 
@@ -31,13 +31,13 @@ class Scenario:
     """A start and the actions that follow.
 
     Attributes:
-        name: the kind of clip, with "-steady" where the action is constant.
+        name: the kind of clip, with "-steady" if the action is constant.
         start: clean latents ``[1, F, N, P]`` of two windows.
         start_actions: their normalised actions ``[1, F, A]``.
-        actions: one normalised action per chunk ``[G, A]``.
-        truth: per camera what the simulator showed under these actions ``uint8 [T, height, width, 3]``; None where
-            it was never driven like that.
-        track: the layout that the start was recorded in, if it has one.
+        actions: one normalised action per chunk, ``[G, A]``.
+        truth: what the simulator showed under these actions, per camera ``uint8 [T, height, width, 3]``; None for a
+            steady drive, which was not recorded.
+        track: where the start was recorded; None if its clip has no layout.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Scenario:
         return self.truth is None
 
     def first(self, chunks: int, frames: int) -> Scenario:
-        """Its beginning: so many chunks, of so many video frames each."""
+        """The first chunks of the scenario, of ``frames`` video frames each."""
         truth = self.truth and {name: video[: chunks * frames] for name, video in self.truth.items()}
         return replace(self, actions=self.actions[:chunks], truth=truth)
 
@@ -66,7 +66,7 @@ def shipped_model(steps: int = LoopConfig.steps) -> Path:
     path = _weights() / "model"
     if steps <= LoopConfig.steps:
         return path / "student"
-    if not (path / SAFETENSORS_WEIGHTS_NAME).is_file():
+    if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(
             f"more than {LoopConfig.steps} denoising steps take the teacher, which is a package of its own: "
             "pip install 'holdover-world[teacher]'"
@@ -84,10 +84,10 @@ def shipped_clips() -> Path:
 
 
 def first_clip(folder: Path, kind: str, frames: int) -> Path:
-    """The first clip of a kind that has so many frames.
+    """The first clip of a kind that has at least this many frames.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such clip.
     """
     found = [clip for clip in list_clips(folder) if clip.name.startswith(f"{kind}-")]
     if not found:
@@ -104,12 +104,12 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ch
 
     Args:
         name: one of `NAMES`.
-        model: that will be driven.
-        clips: a folder of recordings; by default the shipped ones.
-        chunks: how many actions; a steady scenario needs no recording of that length, a scripted one does.
+        model: the model that will be driven.
+        clips: a folder of recordings; by default the installed one.
+        chunks: the number of actions. A scripted scenario needs a recording of that length, a steady one does not.
 
     Raises:
-        ValueError: there is no such scenario, no clip of its kind, or none that is long enough.
+        ValueError: there is no such scenario, no clip of its kind, or no clip that is long enough.
     """
     if name not in NAMES:
         raise ValueError(f"scenario {name!r} is not one of {', '.join(NAMES)}")
@@ -128,6 +128,7 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ch
     actions = _per_piece(recording.actions, per)
     begun = read_clip(clip, cameras=cameras, frames=start * per, depth="depth" in sizes.modalities)
     latents = model.codec.encode(begun.frames, begun.depth)
+    track = read_track(clip)
     if steady:
         action = _steady_action(kind, actions, start)
         follow, truth = action.expand(chunks, -1), None
@@ -140,7 +141,7 @@ def load_scenario(name: str, model: WorldModel, *, clips: Path | None = None, ch
         start_actions=actions[None, :start],
         actions=follow,
         truth=truth,
-        track=read_track(clip),
+        track=track and track.to(latents.device),
     )
 
 
@@ -160,7 +161,7 @@ def _per_piece(actions: NDArray[Any], per: int) -> Tensor:
 
 
 def _steady_action(kind: str, actions: Tensor, start: int) -> Tensor:
-    """A constant action that continues the clip's start: its speed, straight on; for a U-turn, the turn itself."""
+    """A constant action that continues the start of a clip: its speed, straight on; for a U-turn, the turn itself."""
     if kind == "uturn":
         turn = actions[:, 1].abs()
         turning = actions[turn >= 0.9 * turn.max()]

@@ -34,8 +34,8 @@ HORIZONS = (0.5, 1.0, 2.0, 4.0)
 SPANS = ((0, 2), (2, 5), (5, 10), (10, 16), (16, 22))
 #: Slow comparisons use every n-th frame.
 EVERY = 4
-#: Training steps of the network that reads motion.
-TRAINING_STEPS = 1600
+#: Training steps of the network that reads motion, by default.
+READER_STEPS = 1600
 #: Two cameras are compared if the second sees at least this share of the first one's pixels.
 OVERLAP = 0.1
 
@@ -100,6 +100,7 @@ def run_evaluation(
     guidance: float = 1.0,
     per_scenario: int = 2,
     chunks: int = 66,
+    reader_steps: int = READER_STEPS,
     seed: int = 0,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -112,6 +113,7 @@ def run_evaluation(
         guidance: guidance on the action, see `LoopConfig`.
         per_scenario: the number of clips per scenario.
         chunks: the number of chunks per clip, at most.
+        reader_steps: training steps of the network that reads motion.
 
     Raises:
         ValueError: there are no clips.
@@ -119,7 +121,7 @@ def run_evaluation(
     chosen = _choose(clips, per_scenario)
     # In full compute this rule commits what is shown, as in sessions.
     loop = replace(LoopConfig.of_steps(steps), commit="last_full", guidance=guidance)
-    task = progress.add_task("evaluating", total=len(chosen) + TRAINING_STEPS)
+    task = progress.add_task("evaluating", total=len(chosen) + reader_steps)
     drives = []
     for path in chosen:
         progress.update(task, description=f"evaluating: {path.name}")
@@ -130,7 +132,7 @@ def run_evaluation(
     reader = train_motion_reader(
         [read_clip(path, cameras=[ahead]) for path in list_clips(data)],
         ahead,
-        steps=TRAINING_STEPS,
+        steps=reader_steps,
         seed=seed,
         advance=lambda: progress.advance(task),
     )

@@ -1,0 +1,1 @@
+"""The world model: transformer, KV cache, sampler, and the history of a video."""

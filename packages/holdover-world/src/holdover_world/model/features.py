@@ -1,4 +1,4 @@
-"""What the world model's small networks are shown of noise levels, actions and tokens' places.
+"""Features of noise levels, actions and the places of tokens, for the small networks of the world model.
 
 Shape suffixes: B batch, F latent frames, N tokens of one latent frame, A dimensions of the action.
 """
@@ -18,7 +18,7 @@ RAY_FEATURES = 32
 
 
 def neighbourhoods(config: WorldConfig) -> Tensor:
-    """Of each token, the nine tokens around it in its camera, ``[N, 9]``; N itself stands for none."""
+    """The nine tokens around each token in its camera, itself included, ``[N, 9]``; N stands for none."""
     index = []
     for plane in config.planes:
         grid = torch.arange(plane.tokens.start, plane.tokens.stop).view(plane.rows, plane.columns)
@@ -28,10 +28,9 @@ def neighbourhoods(config: WorldConfig) -> Tensor:
 
 
 def ray_features(config: WorldConfig) -> Tensor:
-    """Of the ray through each token its direction in Fourier features, the camera's place, and the modality,
-    ``[N, R]``."""
-    rays = torch.tensor(token_rays(config))  # on the device that is being built on
-    octaves = math.pi * 2.0 ** torch.arange(4, dtype=rays.dtype)  # not the default, which is another while reading
+    """The ray through each token: direction, its Fourier features, position of the camera, modality; ``[N, R]``."""
+    rays = torch.tensor(token_rays(config))  # on the device of the model that is being built
+    octaves = math.pi * 2.0 ** torch.arange(4, dtype=rays.dtype)  # the default dtype differs while weights are read
     angles = (rays[:, :3, None] * octaves).flatten(1)
     modality = [
         torch.full((len(range(*plane.tokens.indices(config.tokens))),), config.modalities.index(plane.modality))
@@ -48,7 +47,7 @@ def sigma_features(sigma_B: Tensor) -> Tensor:
 
 
 def action_features(action_BFA: Tensor) -> Tensor:
-    """The action's symmetric logarithm, and its Fourier features at eight octaves, ``[B, F, 17*A]``."""
+    """The symmetric logarithm of the action, and its Fourier features at eight octaves, ``[B, F, 17*A]``."""
     action = action_BFA.sign() * action_BFA.abs().log1p()
     octaves = math.pi * 2.0 ** torch.arange(-1, 7, device=action_BFA.device)
     angles = (action[..., None] * octaves).flatten(-2)

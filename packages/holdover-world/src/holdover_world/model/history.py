@@ -50,7 +50,7 @@ class WorldHistory:
         """Add latent frames, whose keys and values are staged.
 
         Args:
-            action_BFA: the actions that led to them; None: the ego goes on as before.
+            action_BFA: the actions that led to them; None leaves the ego where it is.
             done_BFA: the actions that the ego carried out meanwhile; by default the same.
         """
         frames = latents_BFNP.shape[1]

@@ -17,7 +17,7 @@ Table = tuple[Tensor, Tensor]
 
 
 def rotary_table(positions: Tensor, frequencies: Sequence[Tensor]) -> Table:
-    """Cosine and signed sine ``[S, D]``: column ``a`` of ``positions [S, axes]`` turns by ``frequencies[a]``."""
+    """Cosine and signed sine ``[S, D]``: column ``a`` of ``positions [S, axes]`` turns at ``frequencies[a]``."""
     angles = torch.cat([positions[:, i : i + 1] * f.to(positions) for i, f in enumerate(frequencies)], 1)
     return torch.cat([angles, angles], 1).cos(), torch.cat([-angles, angles], 1).sin()
 
@@ -30,7 +30,7 @@ def rotate(x: Tensor, table: Table) -> Tensor:
 
 
 class RotaryTables:
-    """The tables of one model, made when first asked for."""
+    """The tables of one model, each made at its first use."""
 
     def __init__(self, config: WorldConfig) -> None:
         self._config = config
@@ -40,11 +40,11 @@ class RotaryTables:
     def temporal(
         self, starts: Sequence[int], frames: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Table, ...]:
-        """Per group of cameras over time, row and column; per row of the batch where these start at different times.
+        """One table per group of cameras, over time, row and column; per row of the batch if their starts differ.
 
         Args:
             starts: per row, the time of the first latent frame.
-            frames: latent frames.
+            frames: the number of latent frames.
         """
         rows = [self._from(start, frames, device, dtype) for start in starts]
         if len(set(starts)) == 1:
@@ -53,7 +53,7 @@ class RotaryTables:
         return tuple((torch.stack([c for c, _ in g]), torch.stack([s for _, s in g])) for g in map(list, groups))
 
     def cross(self, device: torch.device, dtype: torch.dtype) -> Table:
-        """Over viewing directions; whole-numbered azimuth frequencies close the circle."""
+        """The table over viewing directions. Whole azimuth frequencies close the circle."""
         key = ("view", device, dtype)
         if key not in self._tables:
             quarter = self._half // 4
@@ -69,7 +69,7 @@ class RotaryTables:
     def _from(self, start: int, frames: int, device: torch.device, dtype: torch.dtype) -> tuple[Table, ...]:
         key = ("time", start, frames, device, dtype)
         if key not in self._tables:
-            if len(self._tables) > 64:  # a long rollout must not collect tables for ever
+            if len(self._tables) > 64:  # a long video must not fill the memory with tables
                 self._tables.clear()
             quarter = self._half // 4
             frequencies = [
@@ -79,7 +79,7 @@ class RotaryTables:
             ]
             tables = []
             for cameras in self._config.groups:
-                # Rows and columns count in tokens of colour, in every modality, so that what lies together meets.
+                # In every modality rows and columns count in tokens of colour, so that tokens at one place agree.
                 places = []
                 for modality in self._config.modalities:
                     ratio = self._config.token_latents(modality) / self._config.patch

@@ -1,4 +1,4 @@
-"""Sampling of one window: shifted flow-matching noise levels, and the known part re-noised at each of them."""
+"""Sampling of one window: shifted flow-matching noise levels, with the known frames noised again at each level."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def noise_levels(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def shifted(uniform: Tensor, shift: float) -> Tensor:
-    """Noise levels from values that are spread evenly over [0, 1]."""
+    """Noise levels from values spread evenly over [0, 1]."""
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
@@ -34,22 +34,21 @@ def denoise(
     *,
     sampler: Sampler = "renoise",
 ) -> Tensor:
-    """Denoise one window whose first latent frames are known already.
+    """Denoise one window whose first latent frames are known.
 
-    At each level the sample is ``(1 - sigma)*clean + sigma*noise``, where ``clean`` is the last prediction, and the
-    known latents in their place (METHODS: the window cadence). ``renoise`` takes a new draw at every level, as few-step
-    models do (consistency sampling, Song et al., arXiv 2303.01469, algorithm 1); ``euler`` what the last prediction
-    took for noise, which is Euler's step along the flow, for models that take many.
+    At each level the sample is ``(1 - sigma)*clean + sigma*noise``. ``clean`` is the last prediction, with the known
+    latents put in their place. ``renoise`` takes a new noise at every level, as few-step models do (consistency
+    sampling, Song et al., arXiv 2303.01469, algorithm 1). ``euler`` takes the noise that the last prediction implies,
+    which is Euler's step along the flow, for models of many steps.
 
     Args:
         predict: maps (step, noisy window) to predicted clean latents.
-        noise_SBFNP: Gaussian noise, a draw per step; ``euler`` uses the first.
-        sigmas: noise levels, the first 1.
-        known: per row of the batch the latents of the window's first frames ``[f, N, P]``: rows may differ in how many,
-            and have none.
+        noise_SBFNP: Gaussian noise, one draw per step; ``euler`` uses the first.
+        sigmas: noise levels; the first is 1.
+        known: per row of the batch the first latents of the window ``[f, N, P]``; rows may differ in f, which may be 0.
 
     Returns:
-        The clean window ``[B, F, N, P]``, its first frames the known ones.
+        The clean window ``[B, F, N, P]``, which begins with the known frames.
     """
     rows = list(known)
     clean = _put(rows, torch.zeros_like(noise_SBFNP[0]))
@@ -69,7 +68,7 @@ def denoise(
 
 
 def follow_flow(predict: Callable[[float, Tensor], Tensor], noisy: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Where Euler's steps along the flow lead from a noisy sample at the first of these levels: clean latents.
+    """Clean latents that Euler's steps along the flow reach from a noisy sample at the first of these levels.
 
     Args:
         predict: maps (noise level, noisy latents) to predicted clean latents.
@@ -82,7 +81,7 @@ def follow_flow(predict: Callable[[float, Tensor], Tensor], noisy: Tensor, sigma
 
 
 def _put(rows: Sequence[Tensor], clean_BFNP: Tensor) -> Tensor:
-    """Write what is known into its place."""
+    """Write the known frames into their place."""
     for n, known in enumerate(rows):
         clean_BFNP[n, : len(known)] = known
     return clean_BFNP

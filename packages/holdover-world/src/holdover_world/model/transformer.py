@@ -1,11 +1,11 @@
-"""The reference world model: X-World in miniature, a block-causal diffusion transformer over a camera rig.
+"""The world model: X-World in miniature, a block-causal diffusion transformer over a camera rig.
 
-A *latent frame* holds four video frames of every camera, in colour and in depth, as an autoencoder's latents; a few of
-them, side by side, make a token. A *window* is ``window`` latent frames that are denoised together, attending to each
-other and to the windows before them through a rolling KV cache. Blocks alternate between temporal attention (one
-camera, both modalities, over the window and the KV cache) and cross-view attention (everything at one instant); what
-the newest committed latent frame and the actions let expect of a world that stands still is shown to every token
-directly (`holdover_world.conditioning.reprojection`). Noise level and action enter by adaLN-Zero (Peebles & Xie, DiT, arXiv
+A *latent frame* holds four video frames of every camera, in colour and in depth, as latents of an autoencoder. A few
+latents side by side make a token. A *window* is ``window`` latent frames that are denoised together. They attend to
+each other and, through a rolling KV cache, to the windows before them. Blocks alternate between temporal attention (one
+camera, both modalities, over the window and the KV cache) and cross-view attention (everything at one instant). Every
+token is also shown what the next frames would be if the world stood still
+(`holdover_world.conditioning.reprojection`). Noise level and action enter by adaLN-Zero (Peebles & Xie, DiT, arXiv
 2212.09748; one shared projection with a learned offset per block, as in PixArt-alpha, arXiv 2310.00426), cameras by the
 ray through each token. The model predicts the clean latents (x-prediction, Li & He, arXiv 2511.13720).
 
@@ -40,8 +40,8 @@ from holdover_world.model.kv_cache import KVBatch, KVCache
 from holdover_world.model.rotary import RotaryTables, Table, rotate
 from holdover_world.runtime import fast_dtype
 
-#: Large, so that the norms are nearly linear where activations are small: brightness and contrast then need no outlier
-#: channel to carry them past a norm, and X-Cache's deviation test, largest element over mean, needs none to be still.
+#: Large, so that the norms are nearly linear for small activations. Brightness and contrast then pass a norm without
+#: outlier channels, which X-Cache's deviation test (largest element over mean) would take for change.
 NORM_EPS = 1.0
 
 
@@ -49,7 +49,7 @@ NORM_EPS = 1.0
 class Pass:
     """What the blocks of one forward pass share.
 
-    ``rotary_temporal`` has a table per view group, ``[S, D]``, or ``[B, S, D]`` where rows stand at different times.
+    ``rotary_temporal`` has one table per view group: ``[S, D]``, or ``[B, S, D]`` if the rows start at different times.
     """
 
     modulation_BF6C: Tensor
@@ -59,7 +59,7 @@ class Pass:
     write: bool
 
     def rotary(self, group: int, views: int) -> Table:
-        """A group's temporal table for queries ``[B*V, H, S, D]``."""
+        """The temporal table of a group, for queries ``[B*V, H, S, D]``."""
         cos, sin = self.rotary_temporal[group]
         if cos.dim() == 2:
             return cos, sin
@@ -73,15 +73,15 @@ class Pass:
 
 
 def take_rows(rows: Sequence[int], hidden_BLC: Tensor, shared: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A block's arguments for some rows of the batch."""
+    """The arguments of a block for some rows of the batch."""
     return (hidden_BLC[rows], shared.take(rows)), {}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over ``[*, H, S, D]``; the queries come scaled.
+    """Softmax attention over ``[*, H, S, D]``. The queries are already scaled.
 
     On a CPU in bfloat16 plain matrix products are about three times as fast as PyTorch's fused kernel. Queries and keys
-    are normalised, so the scores are bounded and need no maximum taken from them before they are exponentiated.
+    are normalised, so the scores are bounded and need no maximum subtracted before the exponential.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, scale=1)
@@ -90,7 +90,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, over time or across views, and an MLP, both modulated per latent frame."""
+    """Attention over time or across views, and an MLP. Both are modulated per latent frame."""
 
     def __init__(self, config: WorldConfig, index: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Block(nn.Module):
         head = c // config.heads
         self.norm_q = nn.RMSNorm(head, eps=1e-6)
         self.norm_k = nn.RMSNorm(head, eps=1e-6)
-        nn.init.constant_(self.norm_q.weight, head**-0.5)  # the scale of the dot product, learned from there
+        nn.init.constant_(self.norm_q.weight, head**-0.5)  # the scale of the dot product, where learning starts
         self.out = nn.Linear(c, c, bias=False)
         self.up = nn.Linear(c, config.mlp_ratio * c)
         self.down = nn.Linear(config.mlp_ratio * c, c)
@@ -124,18 +124,18 @@ class Block(nn.Module):
         return (shared.modulation_BF6C + self.table_6C).unsqueeze(2).unbind(3)
 
     def modulated(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
-        """What the attention sees, ``[B, L, C]``: the tap of methods such as TeaCache."""
+        """The input of the attention, ``[B, L, C]``: the tap of methods such as TeaCache."""
         shift, scale, *_ = self.modulation(shared)
         x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
         return torch.addcmul(shift, self.norm1(x_BFNC), 1 + scale).flatten(1, 2)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Each token ``[..., C]`` for itself."""
+        """The MLP, on each token ``[..., C]`` alone."""
         result: Tensor = self.down(F.gelu(self.up(x)))
         return result
 
     def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
-        """Each camera for itself, over the window and the windows held in the KV cache."""
+        """Attention of each camera alone, over the window and the windows in the KV cache."""
         b, f, _, c = x_BFNC.shape
         qkv, heads = self.qkv(x_BFNC), self.config.heads
         made: list[list[Tensor]] = [[] for _ in self.config.modalities]
@@ -157,7 +157,7 @@ class Block(nn.Module):
         return torch.cat([tokens for outputs in made for tokens in outputs], 2)
 
     def attend_cross(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
-        """All cameras at one instant; positions are viewing directions, so that overlapping cameras meet."""
+        """Attention of all cameras at one instant, by viewing direction, so that overlapping cameras agree."""
         b, f, n, c = x_BFNC.shape
         q, k, v = self.qkv(x_BFNC).view(b, f, n, 3, self.config.heads, -1).permute(3, 0, 1, 4, 2, 5)
         q, k = rotate(self.norm_q(q), shared.rotary_cross), rotate(self.norm_k(k), shared.rotary_cross)
@@ -165,10 +165,10 @@ class Block(nn.Module):
 
 
 class WorldModel(ModelMixin, ConfigMixin):
-    """Predicts the clean latents of a window from its noisy ones, the noise level, the actions and the KV cache.
+    """Predicts the clean latents of a window from its noisy latents, the noise level, the actions and the history.
 
-    The arguments are those of `WorldConfig`, cameras as dictionaries; `WorldModel.of` takes one whole. ``sizes`` is the
-    `WorldConfig`, ``config`` what diffusers keeps of it.
+    The arguments are those of `WorldConfig`, with cameras as dictionaries; `WorldModel.of` takes a whole `WorldConfig`.
+    ``sizes`` is the `WorldConfig`, ``config`` is diffusers' copy of it.
     """
 
     config_name = "config.json"
@@ -237,7 +237,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         """From video to latents and back.
 
         Raises:
-            ValueError: the model has none yet.
+            ValueError: the model has no autoencoder yet.
         """
         if self._codec is None:
             raise ValueError("this model has no autoencoder; set model.codec, or read both with WorldModel.load")
@@ -255,7 +255,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         return applied
 
     def _move_codec(self) -> None:
-        """The autoencoders are not among the model's own parameters, but go where it goes."""
+        """The autoencoders are not parameters of the model, but follow it to its device."""
         for autoencoder in self._codec.autoencoders.values() if self._codec else ():
             nn.Module.to(autoencoder, self.device)
 
@@ -279,9 +279,9 @@ class WorldModel(ModelMixin, ConfigMixin):
         Args:
             x_BFNP: noisy latents, `Codec.encode`'s layout.
             sigma: noise level in [0, 1], a number or one per row ``[B]``.
-            action_BFA: the normalised action of each latent frame; frames not yet commanded hold the newest. None: any
-                (the other branch of classifier-free guidance).
-            history: of the video, or of one video per row; the windows in its KV cache are attended to.
+            action_BFA: the normalised action of each latent frame; frames without a command yet hold the newest action.
+                None: any action, for the unguided branch of classifier-free guidance.
+            history: of the video, or of one video per row. The window attends to its KV cache.
             write: this is the clean pass of a KV update: add these latents, with their keys and values, to the history.
             done_BFA: with ``write``, the actions that the ego carried out meanwhile; by default ``action_BFA``.
         """
@@ -302,7 +302,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         hidden_BFNC = self._each(self.embed, x_BFNP.to(dtype)) + self.ray_mlp(self.rays_NR.to(dtype))
         expected = self._expected(history, action_BFA, f) if history is not None else None
         if expected is not None:
-            # What stands still is looked up: attention alone takes long to learn where to look.
+            # Still things are looked up, because attention alone takes long to learn where to look.
             expected_BFNP, seen_BFN1, layout_BFNP = (x.to(dtype) for x in expected)
             around_BFN9P = F.pad(expected_BFNP, (0, 0, 0, 1))[:, :, self.neighbours_N9]
             hidden_BFNC = (
@@ -317,7 +317,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
         clean = self._each(self.head, final_BFNC)
         if expected is not None:
-            # Much of a picture is as expected: the blocks need not carry it through.
+            # Much of a picture is as expected, so it need not pass through the blocks.
             clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), expected_BFNP)
             clean = torch.addcmul(clean, self.keep_layout(final_BFNC), layout_BFNP)
         return clean
@@ -325,8 +325,7 @@ class WorldModel(ModelMixin, ConfigMixin):
     def _expected(
         self, history: WorldHistory | HistoryBatch, action_BFA: Tensor | None, frames: int
     ) -> Expected | None:
-        """What the latent frames would be if the world stood still, of each token the share that is known from there,
-        and the layout; without an action, what they were, and nothing is known."""
+        """What is expected of the latent frames; without an action the newest one again, with nothing seen."""
         if history.last is None:
             return None
         if action_BFA is None:
@@ -336,7 +335,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         return history.expect(action_BFA, self.reprojection)
 
     def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
-        """Every modality's tokens ``[..., N, *]`` through its own layer."""
+        """The tokens ``[..., N, *]`` of each modality through the layer of that modality."""
         parts = zip(layers, self._modality_tokens, strict=True)
         return torch.cat([layer(x[..., tokens, :]) for layer, tokens in parts], -2)
 
@@ -349,7 +348,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         return HistoryBatch(histories)
 
     def holdover_slots(self) -> list[Slot]:
-        """Where `holdover.attach` finds the blocks, and attention and MLP within them."""
+        """The slots for `holdover.attach`: the blocks, and attention and MLP within them."""
         slots = [Slot(block, taps={"modulated": Block.modulated}, rows=take_rows) for block in self.blocks]
         for block in self.blocks:
             if block.temporal:
@@ -387,14 +386,14 @@ class WorldModel(ModelMixin, ConfigMixin):
         return model
 
     def save(self, folder: Path) -> None:
-        """Write weights (bfloat16), configuration and codec to a folder, each file whole or not at all."""
+        """Write weights (bfloat16), configuration and codec to a folder. Each file is written whole or not at all."""
         write_network(self, folder)
         if self._codec:
             self._codec.save(folder)
 
 
 def group_tokens(config: WorldConfig) -> list[list[slice]]:
-    """Per group of cameras, and modality, where its tokens lie."""
+    """Per group of cameras and modality the slice of its tokens."""
     found = []
     for group in config.groups:
         planes = [plane for plane in config.planes if plane.camera in group]

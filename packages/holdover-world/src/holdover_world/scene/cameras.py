@@ -1,4 +1,4 @@
-"""The seven-camera rig: X-World's, at one eighth of its size.
+"""Cameras on the ego vehicle, and the rig of seven: that of X-World, at one eighth of its size.
 
 Ego coordinates are metres, x forward, y left, z up, with the origin on the ground under the rear axle.
 """
@@ -20,8 +20,8 @@ FPS = 12
 class Camera:
     """A pinhole camera on the ego vehicle.
 
-    Sizes are in pixels, angles in degrees (yaw counts to the left, pitch downwards), positions in metres in ego
-    coordinates. Cameras of one ``group`` share a size, so that a model can stack them as views.
+    Sizes are in pixels. Angles are in degrees; yaw counts to the left, pitch downwards. Positions are in metres, in ego
+    coordinates. Cameras of one ``group`` have one size, so a model can stack them as views.
     """
 
     name: str
@@ -46,14 +46,14 @@ RIG: tuple[Camera, ...] = (
 
 
 def enlarged(rig: tuple[Camera, ...], times: int) -> tuple[Camera, ...]:
-    """The same rig with so many times the pixels, each way."""
+    """The same rig with the width and height of its pictures multiplied."""
     return tuple(replace(camera, width=camera.width * times, height=camera.height * times) for camera in rig)
 
 
 def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
-    """Directions in ego coordinates through the centre of each square of ``every`` pixels: ``[rows, columns, 3]``.
+    """Rays in ego coordinates through the centre of each square of ``every`` pixels: ``[rows, columns, 3]``.
 
-    They have length 1 along the viewing axis, not in all. Squares may reach beyond the lower and the right edge.
+    Their component along the viewing axis is 1. Squares may reach beyond the lower and right edges.
     """
     focal = camera.width / 2 / math.tan(math.radians(camera.fov) / 2)
     right = (np.arange(math.ceil(camera.width / every)) + 0.5) * every - camera.width / 2
@@ -63,7 +63,7 @@ def camera_rays(camera: Camera, *, every: int = 1) -> NDArray[np.float64]:
 
 
 def camera_axes(camera: Camera) -> NDArray[np.float64]:
-    """A camera's right, down and forward in ego coordinates, the rows of ``[3, 3]``."""
+    """The axes of a camera in ego coordinates: right, down and forward, the rows of ``[3, 3]``."""
     pitch, yaw = math.radians(camera.pitch), math.radians(camera.yaw)
     right = math.sin(yaw), -math.cos(yaw), 0.0
     down = -math.sin(pitch) * math.cos(yaw), -math.sin(pitch) * math.sin(yaw), -math.cos(pitch)
@@ -71,7 +71,7 @@ def camera_axes(camera: Camera) -> NDArray[np.float64]:
     return np.array([right, down, forward])
 
 
-#: Camera names of the stitched view, row by row; rows narrower than the widest are centred.
+#: Camera names of the stitched view, row by row. Rows narrower than the widest are centred.
 STITCH_ROWS: tuple[tuple[str, ...], ...] = (
     ("front_wide", "front_narrow"),
     ("left_rear", "left_front", "right_front", "right_rear"),
@@ -80,14 +80,14 @@ STITCH_ROWS: tuple[tuple[str, ...], ...] = (
 
 
 def stitch(frames: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """Lay the cameras of a rig out on one canvas, for people and for stitched metrics.
+    """Lay the pictures of a rig out on one canvas, for people and for stitched metrics.
 
     Args:
         frames: per camera name an array ``[..., height, width, channels]`` of one dtype.
 
     Returns:
-        ``[..., 160, 256, channels]`` for the full rig; the parts that no camera covers are zero. Cameras that the rig
-        does not have stand below, each in a row of its own.
+        ``[..., 160, 256, channels]`` for the full rig, zero where there is no camera. Cameras outside the rig come
+        below, each in its own row.
     """
     known = {name for names in STITCH_ROWS for name in names}
     rows = []

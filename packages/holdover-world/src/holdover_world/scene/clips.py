@@ -1,16 +1,16 @@
-"""Clips on disk: videos per camera, one table of actions and poses. Writing and reading; no simulator needed.
+"""Clips on disk: one video per camera, and one table of actions and poses. Needs no simulator.
 
     DIR/dataset.json                        {"format": 1, "fps": 12, "cameras": [...]}
     DIR/<scenario>-<seed>/<camera>.mp4      colour, H.264
-    DIR/<scenario>-<seed>/<camera>.depth.mkv    depth, FFV1, 16-bit centimetres (optional; may end before the colour)
+    DIR/<scenario>-<seed>/<camera>.depth.mkv    depth, FFV1, 16-bit centimetres (optional; may be shorter than colour)
     DIR/<scenario>-<seed>/clip.parquet      one row per frame: commands, motion, pose
     DIR/<scenario>-<seed>/layout.npz        map and cars (optional; `holdover_world.scene.layout`)
     DIR/<scenario>-<seed>/clip.json         {"scenario", "seed", "frames", "holdover"}
 
-**Row k holds the command that was in force while the world moved from frame k-1 to frame k**: command k causes frame
-k, and a model that draws frame k may be told command k. Row 0 holds the command of the rows
-after it, although nothing moved yet. Commands change at frames that are multiples of four, never in between.
-Speed, curvature and pose of row k are those shown in frame k.
+**Row k holds the command that was in force while the world moved from frame k-1 to frame k**. Command k causes frame k,
+so a model that draws frame k may be told command k. Row 0 holds the command of the rows after it, although nothing has
+moved yet. Commands change only at frames that are multiples of four. Speed, curvature and pose of row k are those that
+frame k shows.
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ _MAX_DEPTH = 65535
 
 @dataclass(frozen=True)
 class Clip:
-    """A stretch of a clip, T frames.
+    """T frames of a clip.
 
-    ``frames``: per camera uint8 ``[T, H, W, 3]``. ``depth``: per camera float32 ``[T, H, W]``, metres along the viewing
-    axis, 655.35 for the sky, or None. ``actions``: float32 ``[T, 2]``, normalised (speed, curvature); action k causes
-    frame k. ``poses``: float64 ``[T, 3]``: x and y in metres, yaw in radians. ``motion``: float64 ``[T, 2]``: actual
-    speed and curvature.
+    Attributes:
+        frames: per camera uint8 ``[T, H, W, 3]``.
+        depth: per camera float32 ``[T, H, W]``, metres along the viewing axis, 655.35 for the sky; None if not read.
+        actions: float32 ``[T, 2]``, normalised speed and curvature. Action k causes frame k.
+        poses: float64 ``[T, 3]``: x and y in metres, yaw in radians.
+        motion: float64 ``[T, 2]``: the actual speed and curvature.
     """
 
     scenario: str
@@ -70,15 +72,15 @@ def list_clips(folder: Path | str) -> list[Path]:
     """The finished clips in a dataset folder, sorted by name.
 
     Raises:
-        FileNotFoundError: if the folder is not a dataset.
-        ValueError: if it was written in a format this version cannot read.
+        FileNotFoundError: the folder is not a dataset.
+        ValueError: it is in a format that this version cannot read.
     """
     read_cameras(folder)
     return sorted(path.parent for path in Path(folder).glob("*-*/clip.json") if not path.parent.name.startswith("."))
 
 
 def read_cameras(folder: Path | str) -> tuple[Camera, ...]:
-    """The cameras of a dataset folder; errors as in :func:`list_clips`."""
+    """The cameras of a dataset folder. Errors are those of `list_clips`."""
     index = Path(folder) / "dataset.json"
     if not index.is_file():
         raise FileNotFoundError(f"{index} is missing: {folder} is not a folder of clips")
@@ -89,7 +91,7 @@ def read_cameras(folder: Path | str) -> tuple[Camera, ...]:
 
 
 def frame_count(clip: Path) -> int:
-    """How many frames a clip has; errors as in :func:`read_clip`."""
+    """The number of frames of a clip. Errors are those of `read_clip`."""
     return int(_read_json(clip / "clip.json")["frames"])
 
 
@@ -101,18 +103,18 @@ def read_clip(
     start: int = 0,
     frames: int | None = None,
 ) -> Clip:
-    """Read a clip, or ``frames`` frames of it from ``start`` on, for some or all ``cameras``.
+    """Read a clip, or ``frames`` frames of it from ``start`` on, for all cameras or those named.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: naming the file that is damaged or too short, or the argument that is out of range.
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: a file is damaged or too short, or an argument is out of range; the message names it.
     """
     folder = Path(path)
     about = _read_json(folder / "clip.json")
     total = int(about["frames"])
     count = total - start if frames is None else frames
     if start < 0 or count < 1 or start + count > total:
-        raise ValueError(f"frames {start} to {start + count} were asked of {folder}, which has {total}")
+        raise ValueError(f"frames {start} to {start + count} are not in {folder}, which has {total}; ask for fewer")
     names = [camera.name for camera in read_cameras(folder.parent)] if cameras is None else list(cameras)
     colour = {name: _read_video(folder / f"{name}.mp4", "rgb24", start, count) for name in names}
     metres = None
@@ -133,7 +135,7 @@ def read_clip(
 
 
 def read_track(path: Path | str) -> Track | None:
-    """How a recording goes through its layout; None where it has none. Errors as in :func:`read_clip`."""
+    """How a recording goes through its layout; None if it has no layout. Errors are those of `read_clip`."""
     folder = Path(path)
     if (layout := Layout.load(folder)) is None:
         return None
@@ -151,7 +153,7 @@ def open_dataset(folder: Path, cameras: Iterable[Camera] = RIG) -> None:
     """Create a dataset folder, or check that an existing one has the same cameras.
 
     Raises:
-        ValueError: if the folder holds clips of other cameras.
+        ValueError: the folder holds clips of other cameras.
     """
     folder.mkdir(parents=True, exist_ok=True)
     cameras = tuple(cameras)
@@ -163,16 +165,16 @@ def open_dataset(folder: Path, cameras: Iterable[Camera] = RIG) -> None:
 
 
 class ClipWriter:
-    """Writes one clip: under a temporary name until ``finish``, so that no half-written clip is ever read.
+    """Writes one clip, under a temporary name until ``finish``, so that no half-written clip is read.
 
-    Leaving the ``with`` block without ``finish`` removes what was written.
+    Leaving the ``with`` block without ``finish`` removes the files.
     """
 
     def __init__(
         self, folder: Path, scenario: str, seed: int, *, cameras: Sequence[Camera] = RIG, depth: bool = True
     ) -> None:
         self._target = folder / clip_name(scenario, seed)
-        # A name of its own, so that two recordings into one folder never write into each other's files.
+        # A unique name, so that two recordings into one folder never write into each other's files.
         self._working = Path(tempfile.mkdtemp(dir=folder, prefix=f".{self._target.name}.", suffix=".part"))
         self._working.chmod(0o755)
         self._about = {"scenario": scenario, "seed": seed}
@@ -199,7 +201,7 @@ class ClipWriter:
         motion: tuple[float, float],
         pose: tuple[float, float, float],
     ) -> None:
-        """Append a frame, the command that led to it (m/s, 1/m), and the ego's motion and pose in it."""
+        """Append a frame, the command that led to it (m/s, 1/m), and the ego's motion and pose in this frame."""
         for name, video in self._colour.items():
             video.add(rgb[name])
         for name, video in self._depth.items():
@@ -235,7 +237,7 @@ class _Video:
     def __init__(self, path: Path, camera: Camera, *, depth: bool) -> None:
         self._container = av.open(str(path), "w")
         codec = "ffv1" if depth else "libx264"
-        # A key frame every second keeps reading from the middle cheap; one thread, as several clips record at once.
+        # A key frame every second makes reading from the middle cheap. One thread: several clips record at once.
         options = {} if depth else {"crf": "14", "preset": "veryfast", "g": str(FPS), "threads": "1", "bf": "0"}
         stream = self._container.add_stream(codec, rate=FPS, options=options)
         assert isinstance(stream, av.VideoStream)

@@ -1,4 +1,4 @@
-"""Depth as a network sees it: its logarithm, so that errors are relative as depth metrics count them."""
+"""Depth for a network: its logarithm, so that errors are relative, as depth metrics count them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 
 from torch import Tensor
 
-NEAR, FAR = 0.5, 655.35  # metres; the farther is the sky
+NEAR, FAR = 0.5, 655.35  # metres; FAR stands for the sky
 
 
 def from_metres(metres: Tensor) -> Tensor:
-    """Metres along the viewing axis as values in [-1, 1]; nearer than `NEAR` counts as `NEAR`."""
+    """Metres along the viewing axis as values in [-1, 1]; distances below `NEAR` count as `NEAR`."""
     return 2 * (metres.clamp(NEAR, FAR) / NEAR).log() / math.log(FAR / NEAR) - 1
 
 
 def to_metres(values: Tensor) -> Tensor:
-    """The inverse of `from_metres`, from values clipped to [-1, 1]."""
+    """The inverse of `from_metres`; values are clipped to [-1, 1] first."""
     return NEAR * (FAR / NEAR) ** ((values.clamp(-1, 1) + 1) / 2)

@@ -1,8 +1,8 @@
-"""What stands where and what drives where: the map and the agents that a world model may be told of.
+"""A layout: the map and the cars that a world model may be told of, and places in it.
 
-As a driving simulator's static and dynamic controls: lanes, markings and kerbs as a raster of the ground, boxes of what
-stands on it, and a log of where the cars are. It says how far away everything is and roughly what colour it has, and
-nothing of what it looks like.
+It has the static and dynamic controls of a driving simulator: lanes, markings and kerbs as a raster of the ground,
+boxes that stand on it, and a log of where the cars are. So it tells how far away everything is and its rough colour,
+without textures.
 
 Shape suffixes: G rows and H columns of the ground, M boxes that stand, C cars, J boxes that they are made of, T video
 frames of the log.
@@ -24,7 +24,7 @@ from holdover_world.scene.palette import GROUNDS
 from holdover_world.scene.poses import placed
 
 FILE = "layout.npz"
-METRES = 0.2  # of a square of the ground
+METRES = 0.2  # the side of a square of the ground
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,12 @@ class Layout:
     """A map, and where cars are on it.
 
     Attributes:
-        ground_GH: ``uint8``, what each square is, a number in `GROUNDS`; beyond it is grass.
-        corner_2: x and y of the corner of its square [0, 0], metres.
-        boxes_M10: what stands: middle x, y, heading, half the length, half the width, bottom, top, red, green, blue.
-        parts_J10: the boxes of cars: the number of its car, how far ahead of the car's middle it is, and the same from
-            half the length on; the third column is not used.
+        ground_GH: ``uint8``, the kind of each square, a number in `GROUNDS`. Beyond the raster is grass.
+        corner_2: x and y of the corner of square [0, 0], metres.
+        boxes_M10: the boxes that stand still: x and y of the middle, heading, half the length, half the width, bottom,
+            top, red, green, blue.
+        parts_J10: the boxes of the cars: the number of the car, metres ahead of the car's middle, an unused column, and
+            the rest as in ``boxes_M10`` from half the length on.
         poses_TC3: x, y and heading of each car at each video frame.
     """
 
@@ -48,7 +49,7 @@ class Layout:
 
     @cached_property
     def levels(self) -> tuple[Tensor, ...]:
-        """The ground's colours ``uint8 [G, H, 3]``, at once, twice, four and eight times `METRES`."""
+        """The ground's colours ``uint8 [G, H, 3]`` in squares of one, two, four and eight times `METRES`."""
         palette = torch.tensor(list(GROUNDS.values())) * 255
         colours = palette.round().to(torch.uint8)[self.ground_GH.long()]
         found = [colours]
@@ -60,7 +61,7 @@ class Layout:
         return tuple(found)
 
     def cars(self, frames: Sequence[int]) -> Tensor:
-        """Where cars are at these video frames, ``[K, C, 3]``; after the log's end they go on as they last did."""
+        """Poses of the cars in these video frames, ``[K, C, 3]``. After the log's end they keep their last speed."""
         end = len(self.poses_TC3) - 1
         at = torch.tensor(frames, device=self.poses_TC3.device)
         poses = self.poses_TC3[at.clamp(0, end)].clone()
@@ -71,11 +72,11 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         if self.ground_GH.device == torch.device(device):
-            return self  # with its levels, if it has them already
+            return self  # and keep the levels that are computed already
         return Layout(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def save(self, folder: Path) -> None:
-        """Write it to a clip's folder."""
+        """Write the layout to the folder of a clip."""
         partial = folder / f".partial-{FILE}"
         with partial.open("wb") as file:
             np.savez_compressed(file, **{field.name: getattr(self, field.name).numpy() for field in fields(self)})
@@ -83,7 +84,7 @@ class Layout:
 
     @classmethod
     def load(cls, folder: Path) -> Layout | None:
-        """That of a clip; None where it has none.
+        """Read the layout of a clip; None if it has none.
 
         Raises:
             ValueError: the file is damaged.

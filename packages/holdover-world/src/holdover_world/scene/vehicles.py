@@ -1,7 +1,7 @@
 """How cars move: the ego's kinematic bicycle, its action, and the car-following rule of the traffic.
 
-The *action* is what a driver commands: a speed in m/s and a curvature in 1/m (positive turns left). Both are bounded
-here, and here alone; ``normalise_action`` maps them to [-1, 1] with zero meaning "stand still, straight".
+The *action* is the command of a driver: a speed in m/s and a curvature in 1/m (positive turns left). Their bounds are
+defined here and nowhere else. ``normalise_action`` maps them to [-1, 1]; zero means "stand still, straight".
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ MAX_BRAKING = 8.0  # m/s^2
 MAX_CURVATURE_RATE = 0.3  # 1/m per second
 MAX_LATERAL_ACCELERATION = 6.0  # m/s^2: what the tyres hold; limits the curvature at speed
 WHEELBASE = 2.8  # m
-LENGTH, WIDTH = 4.5, 1.8  # m, of every car
-REAR_TO_CENTRE = 1.4  # m, from the rear axle, where the ego's pose is measured, to its middle
+LENGTH, WIDTH = 4.5, 1.8  # m, the same for every car
+REAR_TO_CENTRE = 1.4  # m, from the rear axle, where the ego's pose is measured, to the middle of the car
 
-# Curvature is scaled by asinh: a lane change at 25 m/s commands 0.004 1/m, which a linear scale would leave at 2 % of a
-# U-turn's action, too faint for a model (or a cache's gate) to notice.
+# Curvature is scaled by asinh. A lane change at 25 m/s commands 0.004 1/m. On a linear scale that is 2 % of a U-turn's
+# action, too little for a model or a cache's gate to notice.
 _CURVATURE_KNEE = 0.01  # 1/m
 _SUBSTEPS = 4
 
@@ -34,7 +34,7 @@ def normalise_action(speed: ArrayLike, curvature: ArrayLike) -> NDArray[np.float
     """Map commanded speed (m/s) and curvature (1/m) to the model's action.
 
     Returns:
-        float32 ``[..., 2]``: speed in [0, 1] and curvature in [-1, 1]; commands out of bounds are clipped first.
+        float32 ``[..., 2]``: speed in [0, 1] and curvature in [-1, 1]. Commands out of bounds are clipped first.
     """
     bounded_speed = np.clip(np.asarray(speed, dtype=np.float64), 0.0, MAX_SPEED)
     bounded_curvature = np.clip(np.asarray(curvature, dtype=np.float64), -MAX_CURVATURE, MAX_CURVATURE)
@@ -43,7 +43,7 @@ def normalise_action(speed: ArrayLike, curvature: ArrayLike) -> NDArray[np.float
 
 
 def denormalise_action(action: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Undo :func:`normalise_action`: from ``[..., 2]`` to speed (m/s) and curvature (1/m), each ``[...]``."""
+    """The reverse of `normalise_action`: from ``[..., 2]`` to speed (m/s) and curvature (1/m), each ``[...]``."""
     speed, turn = np.moveaxis(np.asarray(action, dtype=np.float64), -1, 0)
     return speed * MAX_SPEED, np.sinh(turn * math.asinh(MAX_CURVATURE / _CURVATURE_KNEE)) * _CURVATURE_KNEE
 
@@ -52,7 +52,7 @@ def denormalise_action(action: ArrayLike) -> tuple[NDArray[np.float64], NDArray[
 class EgoState:
     """Where the ego is and how it moves: metres, radians (yaw counts to the left from +x), m/s, 1/m.
 
-    The position is that of the ground under the rear axle.
+    The position is the point on the ground under the rear axle.
     """
 
     x: float = 0.0
@@ -73,9 +73,9 @@ class EgoState:
 
 
 def drive(state: EgoState, speed_command: float, curvature_command: float, *, dt: float = 1 / FPS) -> EgoState:
-    """Move the kinematic bicycle on by ``dt`` seconds under one command; commands out of bounds are clipped.
+    """Move the kinematic bicycle by ``dt`` seconds under one command; commands out of bounds are clipped.
 
-    Speed and curvature approach the command at bounded rates, and the curvature never exceeds what the tyres hold.
+    Speed and curvature approach the command at bounded rates. Curvature is also limited by the grip of the tyres.
     """
     speed_command = _clip(speed_command, 0.0, MAX_SPEED)
     curvature_command = _clip(curvature_command, -MAX_CURVATURE, MAX_CURVATURE)
@@ -90,7 +90,7 @@ def _substep(state: EgoState, speed_command: float, curvature_command: float, dt
     curvature = state.curvature + _clip(curvature_command - state.curvature, -change, change)
     grip = MAX_LATERAL_ACCELERATION / max(speed, 1e-3) ** 2
     curvature = _clip(curvature, -grip, grip)
-    # The mean speed and curvature are exact for constant rates; the chord of the arc is exact for constant curvature.
+    # Mean speed and curvature are exact for constant rates, the chord of the arc for constant curvature.
     distance = (state.speed + speed) / 2 * dt
     turn = (state.curvature + curvature) / 2 * distance
     chord = distance * float(np.sinc(turn / 2 / math.pi))
@@ -113,7 +113,7 @@ def follow(
     Args:
         speed, desired, leader_speed: m/s.
         gap: metres to the car ahead, bumper to bumper; infinite when the road is free.
-        headway: seconds kept to the car ahead.
+        headway: seconds of distance that are kept to the car ahead.
     """
     acceleration, comfort, standstill = 2.2, 2.5, 2.5
     speed = np.asarray(speed, dtype=np.float64)

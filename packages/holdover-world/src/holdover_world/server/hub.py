@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from holdover_world.scene.cameras import FPS
@@ -134,10 +135,11 @@ class Hub:
     async def restore(self, owner: str, id: str) -> Seat:
         stored = self.stored(owner, id)
         self.keeper.snapshots.move_to_end(id)
-        path = self.keeper.path("snapshot", id)
-        taken = stored.snapshot or await asyncio.to_thread(SessionSnapshot.load, path)
+        taken = stored.snapshot
+        if taken is None:
+            taken = await asyncio.to_thread(SessionSnapshot.load, self.keeper.path("snapshot", id))
         await self._admit(owner)
-        return await self._seated(twin_of(stored.seat), lambda: self.keeper.restored(taken))
+        return await self._seated(twin_of(stored.seat), partial(self.keeper.restored, taken))
 
     async def delete_snapshot(self, owner: str, id: str) -> None:
         self.stored(owner, id)

@@ -1,6 +1,6 @@
-"""The scripted driver that makes the data: it keeps its lane, changes it, turns, brakes, stops, and misbehaves.
+"""The scripted driver that makes the data: it keeps its lane, changes it, turns, brakes, stops, and drives badly.
 
-It decides once per four frames (3 Hz) and sees only the present: where it is, where the others are, its own route.
+It decides once per four frames (3 Hz), from the present alone: its place, the other cars and its own route.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COMFORT = 2.4  # m/s^2, sideways: sets the speed in bends
 
 @dataclass
 class _Whim:
-    """One thing the driver does for a while beside driving well."""
+    """A deviation from good driving that lasts for a while."""
 
     kind: str
     until: float
@@ -32,7 +32,7 @@ class _Whim:
 
 
 class Driver:
-    """Drives the ego through a scene. ``start`` is the lane and the metres on it where it begins."""
+    """Drives the ego through a scene. ``start`` is the lane where it begins, and the metres along it."""
 
     def __init__(self, scene: Scene, start: tuple[int, float], rng: np.random.Generator) -> None:
         self._scene, self._rng = scene, rng
@@ -42,7 +42,7 @@ class Driver:
         self._cruise = float(rng.uniform(*scene.cruise))
         self._whim = _Whim("calm", float(rng.uniform(0.5, 3.0)))
         self._abrupt = bool(rng.random() < 0.4)  # commands the target at once instead of easing towards it
-        self._shift = self._shift_speed = 0.0  # metres to the left still to be given up after a lane change
+        self._shift = self._shift_speed = 0.0  # metres to the left that a lane change has still to cover
         self._turn_until = -1.0  # metres along the route to the end of a U-turn
         self._turn_due = float(rng.uniform(1.0, 4.0))
 
@@ -55,7 +55,7 @@ class Driver:
         self._time += _DT
         return speed, curvature
 
-    # What to do.
+    # Decisions.
 
     def _choose(self, ego: EgoState, traffic: Traffic) -> None:
         if self._time >= self._whim.until:
@@ -89,7 +89,7 @@ class Driver:
         return _Whim(kind, self._time + length, value)
 
     def _change_lane(self, traffic: Traffic) -> bool:
-        """Move over to a neighbouring lane if there is room; the path approaches it smoothly."""
+        """Change to a neighbouring lane if there is room. The path approaches it smoothly."""
         lane, s = self._route.lane_at(self._s)
         here = self._scene.lanes[lane]
         choices = [n for n in (here.left, here.right) if n is not None]
@@ -126,7 +126,7 @@ class Driver:
         self._turn_due = self._time + float(self._rng.uniform(9.0, 14.0))
 
     def _u_turn(self, lane: int) -> tuple[Route, float]:
-        """A route that runs on for a moment, turns round and goes on in the opposite lane; and where the turn ends."""
+        """A route that soon turns round and goes on in the opposite lane, and the metres to the turn's end."""
         lead = float(self._rng.uniform(6.0, 12.0))
         begin, heading = self._route.at(self._s + lead), self._route.heading(self._s + lead)
         opposite = self._scene.lanes[self._scene.opposite[lane]]
@@ -138,16 +138,16 @@ class Driver:
         direction = -np.array([math.cos(heading), math.sin(heading)])
         onward = opposite.points[(opposite.points - exit_point) @ direction > 0.5]
         points = np.concatenate([approach, half_circle, onward[:1]])
-        # The rest of the opposite lane, entered where the half circle ends.
+        # The rest of the opposite lane, from the end of the half circle on.
         number, lanes = self._scene.opposite[lane], [*self._scene.lanes]
         lanes[number] = replace(opposite, points=onward)
         route = Route(lanes, number, self._rng, lead_in=points)
         return route, lead + math.pi * radius + 2.0
 
-    # How to do it.
+    # Their execution.
 
     def _steer(self, ego: EgoState) -> float:
-        """Pure pursuit of the path, plus what the whim adds."""
+        """The curvature: pure pursuit of the path, plus that of the whim."""
         self._shift = math.copysign(max(abs(self._shift) - self._shift_speed * _DT, 0.0), self._shift)
         turning = self._s < self._turn_until
         ahead = 3.5 if turning else min(max(3.5 + 0.75 * ego.speed, 5.0), 24.0)
@@ -183,7 +183,7 @@ class Driver:
         return float(np.clip(speed if speed > 0.3 else 0.0, 0.0, MAX_SPEED))
 
     def _bend_speed(self, speed: float) -> float:
-        """How fast the bends ahead may be taken."""
+        """The speed that the bends ahead allow."""
         s = self._s + np.arange(0.0, 6.0 + 1.6 * speed, 2.0)
         points = self._route.at(np.concatenate([s - 1.5, s, s + 1.5])).reshape(3, -1, 2)
         first, second = points[1] - points[0], points[2] - points[1]
@@ -205,7 +205,7 @@ class Driver:
         return gap_ahead(path, discs, velocities)
 
     def _stop_line(self, traffic: Traffic) -> float:
-        """Metres to the stop line at which to wait for others, or infinity."""
+        """Metres to the stop line at which the driver has to wait, or infinity."""
         front = self._s + REAR_TO_CENTRE + LENGTH / 2
         lane, _ = self._route.lane_at(self._s - WIDTH)
         inside = self._scene.lanes[lane].junction

@@ -1,4 +1,4 @@
-"""The highway and the road of the U-turns: one long road with several lanes per direction."""
+"""The highway and the road for U-turns: one long road with several lanes per direction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LENGTH = 1700.0  # metres
 
 
 def build_highway(rng: np.random.Generator, radius: float = 700.0) -> Scene:
-    """Three lanes per direction through open country, in bends that are never tighter than ``radius`` metres."""
+    """Three lanes per direction through open country, with bends of at least ``radius`` metres."""
     mesh = Mesh()
     line = _winding(rng, radius)
     width, median, lanes = 3.75, 2.0, 3
@@ -60,7 +60,7 @@ def build_highway(rng: np.random.Generator, radius: float = 700.0) -> Scene:
 
 
 def build_uturn(rng: np.random.Generator) -> Scene:
-    """A wide suburban road, two lanes per direction, where one may turn round from the outer lanes."""
+    """A wide suburban road with two lanes per direction, where cars may turn round from the outer lanes."""
     mesh = Mesh()
     line = np.stack([np.arange(0.0, _LENGTH, 10.0), np.zeros(int(_LENGTH // 10))], axis=1)
     width, median, lanes = 3.6, 1.0, 2
@@ -131,7 +131,7 @@ def _cottage(mesh: Mesh, x: float, y: float, facade: str) -> None:
 
 
 def _winding(rng: np.random.Generator, radius: float) -> Points:
-    """A line along +x whose bends are never tighter than ``radius``."""
+    """A line along +x with bends of at least ``radius`` metres."""
     s = np.arange(0.0, _LENGTH, 10.0)
     phase, wavelength = rng.uniform(0, 2 * math.pi), rng.uniform(500.0, 900.0)
     yaw = np.cumsum(np.sin(2 * math.pi * s / wavelength + phase) / radius * 10.0)
@@ -140,7 +140,7 @@ def _winding(rng: np.random.Generator, radius: float) -> Points:
 
 
 def _parallel_lanes(line: Points, offsets: list[float], limits: tuple[float, ...]) -> list[Lane]:
-    """Lanes along a road, first those driven along ``line`` (to its right), each side from the median outwards."""
+    """Lanes along a road, first those in the direction of ``line`` (on its right), from the median outwards."""
     per_side = len(offsets) // 2
     lanes = []
     for k, left in enumerate(offsets):

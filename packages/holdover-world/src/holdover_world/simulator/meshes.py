@@ -1,4 +1,4 @@
-"""Flat-shaded geometry as plain arrays: what scenes are built of and what the renderer uploads."""
+"""Flat-shaded geometry as plain arrays: scenes are built of it, and the renderer uploads it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ _GLASS: Colour = (0.16, 0.20, 0.26)
 _TYRE: Colour = (0.07, 0.07, 0.08)
 _TAIL: Colour = (0.85, 0.05, 0.05)
 _LAMP: Colour = (1.0, 0.97, 0.80)
-_CHUNK = 240.0  # metres: geometry is split into squares of this size so that what is out of sight is culled
+_SQUARE = 240.0  # metres: geometry is split into squares of this size, so that those out of sight are culled
 
 
 class Solid(NamedTuple):
-    """The box that something fills, roughly: its middle, heading, length and width, from where to where it reaches
-    upwards (metres, radians), and its colour."""
+    """The box that a thing roughly fills: middle, heading, length, width, bottom and top (metres, radians), colour."""
 
     x: float
     y: float
@@ -47,9 +46,9 @@ class Solid(NamedTuple):
 
 
 class Mesh:
-    """Quads by material and by square of the map; each keeps its shade, as the sun never moves.
+    """Quads by material and by square of the map. Each has a fixed shade, because the sun never moves.
 
-    ``solids`` are the boxes of what stands there, for a `holdover_world.scene.layout`.
+    ``solids`` are the boxes of the things that stand there, for a `holdover_world.scene.layout.Layout`.
     """
 
     def __init__(self) -> None:
@@ -57,14 +56,14 @@ class Mesh:
         self.solids: list[Solid] = []
 
     def quad(self, material: str, corners: Vector, uv: Vector | None = None, colour: Colour = WHITE) -> None:
-        """Add a quad ``[4, 3]``, counter-clockwise seen from outside; a triangle repeats its last corner."""
+        """Add a quad ``[4, 3]``, counter-clockwise as seen from outside. A triangle repeats its last corner."""
         shade = _shade(corners)
         vertices = np.zeros((4, 8))
         vertices[:, 0:3] = corners
         vertices[:, 3:5] = 0.0 if uv is None else uv
         vertices[:, 5:8] = np.minimum(np.asarray(colour) * shade, 1.0)
         x, y = corners[:, :2].sum(axis=0) / 4
-        self.parts[material, int(x // _CHUNK), int(y // _CHUNK)].append(vertices)
+        self.parts[material, int(x // _SQUARE), int(y // _SQUARE)].append(vertices)
 
     def flat(
         self,
@@ -76,7 +75,7 @@ class Mesh:
         *,
         tile: float = 1.0,
     ) -> None:
-        """Add a horizontal rectangle; its texture repeats every ``tile`` metres of the world."""
+        """Add a horizontal rectangle. Its texture repeats every ``tile`` metres of the world."""
         corners = np.array([(x[0], y[0], z), (x[1], y[0], z), (x[1], y[1], z), (x[0], y[1], z)])
         self.quad(material, corners, corners[:, :2] / tile, colour)
 
@@ -90,7 +89,7 @@ class Mesh:
         *,
         tile: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """Add an upright rectangle from ``a`` to ``b``, seen from the right of that direction."""
+        """Add an upright rectangle from ``a`` to ``b``. It is visible from the right of that direction."""
         corners = np.array([(*a[:2], z[0]), (*b[:2], z[0]), (*b[:2], z[1]), (*a[:2], z[1])])
         across = float(np.hypot(b[0] - a[0], b[1] - a[1])) / tile[0]
         up = (z[1] - z[0]) / tile[1]
@@ -109,7 +108,7 @@ class Mesh:
         material: str = "plain",
         tile: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """Add a box without its floor; ``taper`` metres are taken off each end of its top, lengthwise."""
+        """Add a box without a floor. Its top is ``taper`` metres shorter at each end."""
         low, high = _rectangle(centre, size, yaw), _rectangle(centre, (size[0] - 2 * taper, size[1] - taper), yaw)
         for i in range(4):
             j = (i + 1) % 4
@@ -128,7 +127,7 @@ class Mesh:
         *,
         tile: float = 1.0,
     ) -> None:
-        """Add a flat strip along ``line`` between two offsets to its left, the smaller one first."""
+        """Add a flat strip along ``line`` between two offsets to its left, the smaller offset first."""
         inner, outer, along = offset(line, left[0]), offset(line, left[1]), arc_lengths(line)
         for i in range(len(line) - 1):
             corners = np.array([(*inner[i], z), (*inner[i + 1], z), (*outer[i + 1], z), (*outer[i], z)])
@@ -187,13 +186,13 @@ class Mesh:
         z: tuple[float, float],
         colour: Colour,
     ) -> None:
-        """An upright rectangle given in a car's own coordinates, seen from the right of a to b."""
+        """Add an upright rectangle given in a car's own coordinates, visible from the right of a to b."""
         origin, turn = np.array([x, y]), _rotation(yaw)
         self.wall("plain", origin + turn @ np.asarray(a), origin + turn @ np.asarray(b), z, colour)
 
 
 def car_solids(x: float, y: float, yaw: float, colour: Colour, *, van: bool) -> list[Solid]:
-    """A car's body, and its cabin."""
+    """The boxes of a car: its body and its cabin."""
     body, roof, cabin, back = _proportions(van)
     middle = x - back * math.cos(yaw), y - back * math.sin(yaw)
     return [
@@ -203,7 +202,7 @@ def car_solids(x: float, y: float, yaw: float, colour: Colour, *, van: bool) -> 
 
 
 def _proportions(van: bool) -> tuple[float, float, float, float]:
-    """Of a car: height of its body and of its roof, length of its cabin, and how far back that sits; metres."""
+    """Proportions of a car in metres: height of body and roof, length of the cabin, and its offset backwards."""
     return (1.15, 2.1, 3.4, 0.35) if van else (0.98, 1.5, 2.5, 0.25)
 
 
@@ -219,7 +218,7 @@ def _rectangle(centre: tuple[float, float], size: tuple[float, float], yaw: floa
 
 def _shade(corners: Vector) -> float:
     """Brightness of a face: flat ground is 1, faces away from the sun are darkest."""
-    # Written out: thousands of tiny faces make numpy's own cross product the slowest part of a scene.
+    # Written out, because numpy's cross product is the slowest part of a scene with thousands of tiny faces.
     (ax, ay, az), (bx, by, bz) = (corners[1] - corners[0]).tolist(), (corners[2] - corners[0]).tolist()
     x, y, z = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
     length = math.sqrt(x * x + y * y + z * z)

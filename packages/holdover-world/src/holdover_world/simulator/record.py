@@ -30,20 +30,28 @@ def record(
     depth: bool = True,
     workers: int = 1,
 ) -> list[Path]:
-    """Record ``clips`` clips of ``frames`` frames with seeds from ``seed`` on into the folder ``out``.
+    """Record clips of the scripted driver into a folder.
 
-    Finished clips are kept, so an interrupted recording goes on where it stopped. ``workers`` processes record side by
-    side.
+    Finished clips are kept, so an interrupted recording continues where it stopped.
+
+    Args:
+        scenario: one of `SCENARIOS`.
+        clips: the number of clips.
+        out: the folder.
+        seed: of the first clip; the others have the seeds after it.
+        frames: video frames per clip.
+        depth: whether to record depth.
+        workers: processes that record side by side.
 
     Returns:
-        The folders of all the clips asked for.
+        The folders of all these clips.
 
     Raises:
-        ImportError: without Panda3D, naming the command that installs it.
-        ValueError: naming the argument that is wrong, or if ``out`` holds clips of other cameras.
+        ImportError: Panda3D is missing; the message names the command that installs it.
+        ValueError: an argument is wrong, or ``out`` holds clips of other cameras.
     """
     _check(scenario, clips, seed, frames, workers)
-    import holdover_world.simulator.render  # noqa: F401  # fail before a folder is made if Panda3D is missing
+    import holdover_world.simulator.render  # noqa: F401  # fails before a folder is made if Panda3D is missing
 
     open_dataset(out)
     seeds = range(seed, seed + clips)
@@ -64,7 +72,7 @@ def record(
 
 
 def record_clip(scenario: str, seed: int, out: Path, frames: int, depth: bool) -> Path:
-    """Record one clip into a dataset folder that exists and return the clip's folder."""
+    """Record one clip into an existing dataset folder and return the folder of the clip."""
     from holdover_world.simulator.simulator import Simulator
 
     simulator = Simulator(scenario, seed, renderer=_shared_renderer())
@@ -72,7 +80,7 @@ def record_clip(scenario: str, seed: int, out: Path, frames: int, depth: bool) -
         seen = simulator.reset()
         for number in range(frames):
             if number % HOLD == 0:
-                command = simulator.command()  # decided on what frame number - 1 shows
+                command = simulator.command()  # from what the previous frame shows
             if number:
                 seen = simulator.step(*command)
             ego = seen.ego
@@ -83,7 +91,7 @@ def record_clip(scenario: str, seed: int, out: Path, frames: int, depth: bool) -
 
 @cache
 def _shared_renderer() -> Renderer:
-    """One renderer per process, as opening one takes longer than a few frames."""
+    """One renderer per process, because opening one takes longer than a few frames."""
     from holdover_world.simulator.render import Renderer
 
     return Renderer()

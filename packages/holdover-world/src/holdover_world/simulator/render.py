@@ -1,4 +1,4 @@
-"""Drawing the seven cameras with Panda3D: one off-screen buffer, one read-back of colour and one of depth."""
+"""Rendering of the seven cameras with Panda3D: one off-screen buffer, read back once in colour and once in depth."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from holdover_world.simulator.meshes import CAR_COLOURS, Mesh
 from holdover_world.simulator.textures import textures
 
 try:
-    p3d: Any = import_module("panda3d.core")  # without types, and absent where nobody records
+    p3d: Any = import_module("panda3d.core")  # has no types, and is optional
 except ImportError as error:
     raise ImportError("recording and simulating need Panda3D and an OpenGL driver: run `make simulator`") from error
 
-#: What a depth image holds where nothing was drawn, in metres.
+#: Depth where nothing was drawn, in metres.
 SKY_DEPTH = 655.35
 
 _NEAR, _FAR = 0.5, 600.0
@@ -37,7 +37,7 @@ p3d.loadPrcFileData(
 
 @dataclass(frozen=True)
 class CarPose:
-    """Where to draw a car: its middle in metres, its heading in radians, and which of the models."""
+    """Where to draw a car (its middle in metres, its heading in radians), and which model of car."""
 
     x: float
     y: float
@@ -49,7 +49,7 @@ class CarPose:
 class Renderer:
     """Draws a scene and its cars as the rig on the ego sees them.
 
-    One renderer serves any number of scenes, one after another.
+    One renderer can draw any number of scenes, one after another.
     """
 
     def __init__(self, rig: Sequence[Camera] = RIG) -> None:
@@ -83,7 +83,7 @@ class Renderer:
         self._scene.getChildren().detach()
         for order, ((material, _, _), quads) in enumerate(sorted(mesh.parts.items())):
             node = self._scene.attachNewNode(_geometry(np.stack(quads)))
-            # Panda3D would order by memory address, and where two faces meet the first one drawn wins the pixel.
+            # Panda3D would order by memory address, and where two faces meet, the first one drawn gets the pixel.
             node.setBin("fixed", order)
             if material in self._textures:
                 node.setTexture(self._textures[material])
@@ -102,7 +102,7 @@ class Renderer:
 
         Returns:
             Per camera colour, uint8 ``[height, width, 3]``, and depth, float32 ``[height, width]``: metres along the
-            camera's viewing axis (not along the ray), the nearest of each pixel's samples, ``SKY_DEPTH`` for the sky.
+            viewing axis of the camera (not along the ray), the nearest sample of each pixel, ``SKY_DEPTH`` for the sky.
         """
         self._ego.setPosHpr(ego.x, ego.y, 0.0, math.degrees(ego.yaw), 0.0, 0.0)
         for node, car in zip(self._cars, cars, strict=True):
@@ -165,7 +165,7 @@ class Renderer:
 
 
 def _lay_out(rig: Sequence[Camera]) -> tuple[list[tuple[int, int]], int, int]:
-    """Stack the groups of a rig as rows: each camera's left and top pixel, and the canvas's width and height."""
+    """Stack the groups of a rig as rows: left and top pixel of each camera, width and height of the canvas."""
     rows: dict[str, list[Camera]] = {}
     for camera in rig:
         rows.setdefault(camera.group, []).append(camera)
@@ -227,7 +227,7 @@ def _model(colour: int, van: bool) -> Any:
     mesh = Mesh()
     mesh.car(0.0, 0.0, 0.0, CAR_COLOURS[colour], van=van)
     node = p3d.NodePath("model")
-    # A car spans the corner of four map squares, which mean nothing for a model.
+    # The car lies across four squares of the map, which do not matter for a model.
     node.attachNewNode(_geometry(np.concatenate([np.stack(quads) for quads in mesh.parts.values()])))
     return node
 
@@ -254,7 +254,7 @@ def _sky() -> Any:
             for (_, h), vertex in zip(corners, mesh.parts[next(reversed(mesh.parts))][-1], strict=True):
                 vertex[5:8] = colours[h]
     quads = np.concatenate([np.stack(part) for part in mesh.parts.values()])
-    # Seen from inside, whichever way the corners turn.
+    # Both orders of the corners, because the dome is seen from inside.
     return _geometry(np.concatenate([quads, quads[:, ::-1]]))
 
 

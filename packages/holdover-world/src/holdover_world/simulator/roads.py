@@ -14,7 +14,8 @@ Points = NDArray[np.float64]
 class Lane:
     """The centre line of one lane, driven from its first point to its last.
 
-    ``left`` and ``right`` are neighbours in the same direction, ``junction`` the crossing this lane leads through.
+    ``left`` and ``right`` are the neighbours in the same direction, ``junction`` is the crossing that the lane leads
+    through.
     """
 
     points: Points
@@ -34,9 +35,9 @@ class Lane:
 
 
 class Route:
-    """A path along lanes, measured in metres from its start and prolonged as far as somebody looks.
+    """A path along lanes, measured in metres from its start and extended as far as it is looked at.
 
-    Where a lane forks, ``rng`` chooses; a lane without a successor is prolonged straight on.
+    Where a lane forks, ``rng`` chooses. A lane without a successor is extended straight on.
     """
 
     def __init__(
@@ -67,13 +68,13 @@ class Route:
         return float(np.arctan2(y1 - y0, x1 - x0))
 
     def project(self, x: float, y: float, near: float) -> float:
-        """Metres along the route of the point nearest to (x, y), looked for around ``near``."""
+        """Metres along the route of the point nearest to (x, y), searched around ``near``."""
         candidates = np.arange(max(near - 6.0, 0.0), near + 14.0, 0.25)
         distances = np.hypot(*(self.at(candidates) - (x, y)).T)
         return float(candidates[np.argmin(distances)])
 
     def lane_at(self, s: float) -> tuple[int, float]:
-        """The lane at ``s`` metres and the metres driven on it (negative on the way to the first lane)."""
+        """The lane at ``s`` metres, and the metres driven on it (negative on the way to the first lane)."""
         self._reach(s)
         for start, end, lane in self.stretches:
             if s < end:
@@ -82,7 +83,7 @@ class Route:
         return lane, s - start
 
     def next_junction(self, s: float) -> tuple[float, float, int] | None:
-        """Entry, exit (metres along the route) and number of the junction that is entered next, if within 40 m."""
+        """Entry and exit (metres along the route) and number of the next junction, if it begins within 40 m."""
         self._reach(s + 40.0)
         for start, end, lane in self.stretches:
             junction = self._lanes[lane].junction

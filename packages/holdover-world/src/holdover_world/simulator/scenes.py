@@ -1,6 +1,6 @@
 """The scenarios: their roads as lanes, and everything beside them as geometry.
 
-A scene depends on its seed alone. Seeds change where things stand, never what they look like.
+A scene depends on its seed alone. Seeds change where things stand, not how they look.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _BUILDERS: Mapping[str, Callable[[np.random.Generator], Scene]] = {
     "straight": partial(build_highway, radius=math.inf),
 }
 
-#: The scenarios there are.
+#: The names of the scenarios.
 SCENARIOS: tuple[str, ...] = tuple(_BUILDERS)
 
 
 def build_scene(scenario: str, seed: int) -> Scene:
-    """Build a scenario's world for a seed.
+    """Build the scene of a scenario for a seed.
 
     Raises:
-        ValueError: if there is no such scenario.
+        ValueError: there is no such scenario.
     """
     if scenario not in _BUILDERS:
         raise ValueError(f"unknown scenario {scenario!r}: choose one of {', '.join(SCENARIOS)}")

@@ -1,4 +1,4 @@
-"""The driving simulator without its pictures: a scene, its traffic, the ego and its scripted driver."""
+"""The driving simulator without pictures: a scene, its traffic, the ego and its scripted driver."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from holdover_world.simulator.traffic import Traffic
 
 
 class Simulation:
-    """One seeded scene and what moves in it, frame by frame at ``FPS``.
+    """One seeded scene and everything that moves in it, frame by frame at ``FPS``.
 
     Raises:
-        ValueError: if there is no such scenario.
+        ValueError: there is no such scenario.
     """
 
     def __init__(self, scenario: str, seed: int) -> None:
@@ -45,11 +45,11 @@ class Simulation:
         self._log = [self._poses()]
 
     def command(self) -> tuple[float, float]:
-        """What the scripted driver commands now, for ``driver.HOLD`` steps: speed (m/s) and curvature (1/m)."""
+        """The present command of the scripted driver, for ``driver.HOLD`` steps: speed (m/s) and curvature (1/m)."""
         return self.driver.command(self.ego, self.traffic)
 
     def step(self, speed_command: float, curvature_command: float) -> None:
-        """Move on by one frame under a command (m/s and 1/m, clipped to their bounds)."""
+        """Advance by one frame under a command (m/s and 1/m, clipped to their bounds)."""
         self.ego = drive(self.ego, speed_command, curvature_command)
         self.traffic.step(self.ego, 1 / FPS)
         self._log.append(self._poses())

@@ -18,8 +18,13 @@ from holdover_world.simulator.traffic import Traffic
 
 @dataclass(frozen=True)
 class RigFrame:
-    """One instant: per camera ``rgb`` uint8 ``[H, W, 3]`` and ``depth`` float32 ``[H, W]`` in metres along the viewing
-    axis (``render.SKY_DEPTH`` for the sky), and the ego in world coordinates."""
+    """One instant.
+
+    Attributes:
+        rgb: per camera uint8 ``[H, W, 3]``.
+        depth: per camera float32 ``[H, W]``, metres along the viewing axis, ``render.SKY_DEPTH`` for the sky.
+        ego: the ego in world coordinates.
+    """
 
     rgb: dict[str, NDArray[np.uint8]]
     depth: dict[str, NDArray[np.float32]]
@@ -29,12 +34,12 @@ class RigFrame:
 class Simulator:
     """Drive through one seeded scene, frame by frame at ``FPS``.
 
-    The same seed and commands give the same poses and pixels on one machine. Pass a ``renderer`` to share it between
-    simulators that are used one after another; otherwise each opens its own.
+    The same seed and commands give the same poses and pixels on one machine. Simulators that are used one after another
+    can share a ``renderer``; without one, each opens its own.
 
     Raises:
-        ImportError: on import of this module if Panda3D is missing.
-        ValueError: if there is no such scenario.
+        ImportError: on import of this module, if Panda3D is missing.
+        ValueError: there is no such scenario.
     """
 
     def __init__(self, scenario: str, seed: int, *, renderer: Renderer | None = None) -> None:
@@ -61,15 +66,15 @@ class Simulator:
 
     @property
     def driver(self) -> Driver:
-        """Who drives the ego, if asked."""
+        """The scripted driver of the ego."""
         return self._simulation.driver
 
     def command(self) -> tuple[float, float]:
-        """What the scripted driver commands now, for ``driver.HOLD`` steps: speed (m/s) and curvature (1/m)."""
+        """The present command of the scripted driver, for ``driver.HOLD`` steps: speed (m/s) and curvature (1/m)."""
         return self._simulation.command()
 
     def step(self, speed_command: float, curvature_command: float) -> RigFrame:
-        """Move on by one frame under a command (m/s and 1/m, clipped to their bounds) and look."""
+        """Advance by one frame under a command (m/s and 1/m, clipped to their bounds) and return its pictures."""
         self._simulation.step(speed_command, curvature_command)
         return self._look()
 

@@ -1,6 +1,6 @@
-"""The few textures of the world, drawn from fixed seeds: every clip of every scene shows the same ones.
+"""The few textures of the world, drawn from fixed seeds. Every clip of every scene shows the same ones.
 
-Nothing is finer than the small cameras resolve; a window is some 2 m wide.
+No detail is finer than the small cameras resolve; a window is about 2 m wide.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _GLASS = (62, 78, 100)
 
 
 def textures() -> dict[str, Texture]:
-    """Every material's texture: uint8 ``[64, 64, 3]``, first row on top."""
+    """The texture of every material: uint8 ``[64, 64, 3]``, first row on top."""
     return {name: draw() for name, draw in _TEXTURES.items()}
 
 
 def mean_colour(material: str) -> tuple[float, float, float]:
-    """A texture's, from 0 to 1."""
+    """The mean colour of a texture, from 0 to 1."""
     red, green, blue = (_TEXTURES[material]().mean((0, 1)) / 255).tolist()
     return red, green, blue
 

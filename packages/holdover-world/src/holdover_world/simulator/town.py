@@ -21,7 +21,7 @@ _HEADINGS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 
 def build_town(rng: np.random.Generator) -> Scene:
-    """Streets and junctions, houses on both sides, parked cars."""
+    """Streets and junctions, with houses and parked cars on both sides."""
     mesh = Mesh()
     edge = _GRID * _BLOCK
     meadow(mesh, (-300.0, edge + 300.0), (-300.0, edge + 300.0))
@@ -142,7 +142,7 @@ def _beside_street(mesh: Mesh, rng: np.random.Generator, start: Points, along: P
 
 
 def _houses(mesh: Mesh, rng: np.random.Generator, x0: float, y0: float) -> None:
-    """One block: four lots per side, facing outwards all around."""
+    """One block of houses: four lots per side, facing outwards."""
     for i in range(4):
         for j in range(4):
             if 0 < i < 3 and 0 < j < 3:
@@ -160,7 +160,7 @@ def _houses(mesh: Mesh, rng: np.random.Generator, x0: float, y0: float) -> None:
 def _house(
     mesh: Mesh, low: Point, high: Point, facade: str, floors: int, outside: tuple[bool, bool, bool, bool]
 ) -> None:
-    """A town house; ``outside`` says which walls (south, east, north, west) stand on a street and so have shops."""
+    """A town house. Its ``outside`` walls (south, east, north, west) stand on a street and have shops."""
     corners = [low, (high[0], low[1]), high, (low[0], high[1])]
     middle = (low[0] + high[0]) / 2, (low[1] + high[1]) / 2
     for material, bottom, top in (("shop", 0.0, FLOOR), (facade, FLOOR, floors * FLOOR + 0.6)):

@@ -1,4 +1,4 @@
-"""The other cars: they follow lanes, keep their distance to whatever is on their way, and take turns at junctions."""
+"""The other cars: they follow lanes, keep their distance to anything in the way, and take turns at junctions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from holdover_world.simulator.scenery import Scene
 
 EGO = -1  # the ego's number where cars are numbered
 _STEP = 1.5  # metres between the points a driver looks at
-_CORRIDOR = 1.8  # metres from the path to the middle of a disc: three discs cover a car
+_CORRIDOR = 1.8  # metres from the path to the middle of a disc; three discs cover a car
 _DISCS = np.array([-1.5, 0.0, 1.5])
 _ASK = 22.0  # metres before a junction at which a car asks to cross
 
 
 @dataclass
 class Car:
-    """A car on its route: metres along it, speed in m/s, what it looks like."""
+    """A car on its route: metres along it, speed in m/s, and its looks."""
 
     route: Route
     s: float
@@ -36,7 +36,7 @@ class Car:
 
 
 class Junctions:
-    """Who may cross: at each junction only cars that come from the same lane, first come, first served."""
+    """Who may cross a junction: only cars from one lane at a time, first come, first served."""
 
     def __init__(self) -> None:
         self._holders: dict[int, dict[int, int]] = {}  # junction -> car -> lane it comes from
@@ -50,7 +50,7 @@ class Junctions:
         return True
 
     def release(self, car: int, keep: int | None = None) -> None:
-        """Give back what ``car`` holds, except the junction ``keep``."""
+        """Give back the junctions that ``car`` holds, except ``keep``."""
         for junction, holders in self._holders.items():
             if junction != keep:
                 holders.pop(car, None)
@@ -66,7 +66,7 @@ class Traffic:
         self._place(ego)
 
     def step(self, ego: EgoState, dt: float) -> None:
-        """Let ``dt`` seconds pass; the ego stands where it is now."""
+        """Let ``dt`` seconds pass, while the ego stays where it is."""
         if not self.cars:
             return
         gaps, leaders = self._gaps(ego)
@@ -85,7 +85,7 @@ class Traffic:
             _settle(car)
 
     def discs(self, ego: EgoState | None) -> tuple[Points, NDArray[np.float64], NDArray[np.int64]]:
-        """What stands in the way: discs ``[N, 2]``, their velocities ``[N, 2]`` and whose they are ``[N]``."""
+        """Obstacles: discs ``[N, 2]``, their velocities ``[N, 2]`` and the numbers of their cars ``[N]``."""
         rows = [(car.x, car.y, car.yaw, car.speed, k) for k, car in enumerate(self.cars)]
         if ego is not None:
             rows.append((*ego.centre, ego.yaw, ego.speed, EGO))
@@ -131,7 +131,7 @@ class Traffic:
         return max(entry[0] - car.s - LENGTH / 2, 0.1)
 
     def _place(self, ego: EgoState) -> None:
-        """Spread cars over the lanes, none on top of another, none right at the ego."""
+        """Spread cars over the lanes, with room between them and around the ego."""
         lanes, span = self._scene.lanes, self._scene.span
         for _ in range(self._scene.cars * 3):
             if len(self.cars) == self._scene.cars:
@@ -161,7 +161,7 @@ class Traffic:
                 self.cars.append(car)
 
     def _recycle(self, car: Car, ego: EgoState) -> None:
-        """On through roads, a car left behind returns far ahead and the other way round, so the road stays busy."""
+        """On a long road, move cars that are far behind to far ahead and back, so that the road stays busy."""
         span = self._scene.span
         if span is None:
             return
@@ -173,7 +173,7 @@ class Traffic:
 
 
 def reach(speed: float) -> float:
-    """How many metres ahead one must look at a speed in m/s."""
+    """The metres to look ahead at a speed in m/s."""
     return 14.0 + 1.5 * speed + speed**2 / 8.0
 
 
@@ -181,17 +181,18 @@ def gap_ahead(path: Points, discs: Points, velocities: Points) -> tuple[float, f
     """The free way along a path.
 
     Args:
-        path: points ``[S, 2]`` from one's own middle on, evenly spaced.
-        discs, velocities: what stands in the way, ``[N, 2]`` each.
+        path: points ``[S, 2]`` from the middle of the car on, evenly spaced.
+        discs, velocities: the obstacles, ``[N, 2]`` each.
 
     Returns:
-        Metres from one's own bumper to the first obstacle and its speed along the path in m/s; (inf, 0) if free.
+        Metres from the car's bumper to the first obstacle, and the obstacle's speed along the path in m/s; (inf, 0) if
+        the way is free.
     """
     if not len(discs):
         return math.inf, 0.0
     distance = np.hypot(path[:, None, 0] - discs[None, :, 0], path[:, None, 1] - discs[None, :, 1])
     hits: NDArray[np.bool_] = np.any(distance < _CORRIDOR, axis=1)
-    # What already overlaps one's own middle is no reason to stand still for ever.
+    # An obstacle that already overlaps the car's middle must not stop it for ever.
     hits[:2] = False
     if not hits.any():
         return math.inf, 0.0

@@ -1,6 +1,6 @@
-"""What a step of training minimises: flow matching on windows of recordings, or of the model's own making.
+"""The losses of training: flow matching on recorded windows, or on windows that the model generated itself.
 
-Lipman et al., arXiv 2210.02747; noisy latents are ``(1 - sigma) * clean + sigma * noise``.
+Flow matching is that of Lipman et al., arXiv 2210.02747: noisy latents are ``(1 - sigma) * clean + sigma * noise``.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from holdover_world.training.recipe import Recipe
 from holdover_world.training.segments import Batch
 from holdover_world.training.trainer import Predict
 
-#: Below it a clean prediction's error is not magnified further by making a velocity of it.
+#: The velocity error is the error of the clean prediction divided by sigma, or by this where sigma is less.
 LEAST_SIGMA = 0.25
-#: Normalised curvature up to which a road is about straight.
+#: Normalised curvature up to which a road counts as straight.
 STRAIGHT = 0.15
 
 
 def hold_actions(actions_BFA: Tensor, known: int) -> Tensor:
-    """What a driver has commanded by the time frame ``known`` is drawn: later frames hold that action."""
+    """The actions that are known when latent frame ``known`` is generated: later frames hold its action."""
     return torch.cat(
         [actions_BFA[:, : known + 1], actions_BFA[:, known:][:, :1].expand_as(actions_BFA[:, known + 1 :])], 1
     )
 
 
 def straight_on(actions_BFA: Tensor, recorded: int) -> Tensor:
-    """After the ``recorded`` frames their last speed, straight on; the actions as they are where the road bends."""
+    """After the ``recorded`` frames their last speed, straight on; where the road bends, the actions as they are."""
     before, after = actions_BFA[:, :recorded], actions_BFA[:, recorded:]
     held = before[:, -1:].clone()
     held[..., 1] = 0
@@ -45,7 +45,7 @@ def straight_on(actions_BFA: Tensor, recorded: int) -> Tensor:
 def error(
     prediction: Tensor, target: Tensor, sigma_B: Tensor, recipe: Recipe, weight_N: Tensor | None = None
 ) -> Tensor:
-    """Flow matching's velocity error of a clean prediction, and an absolute error beside it, weighted by token."""
+    """The velocity error of a clean prediction: its square plus `Recipe.l1` times its size, weighted by token."""
     difference = (prediction.float() - target) / sigma_B.clamp(min=LEAST_SIGMA)[:, None, None, None]
     each = difference.square() + recipe.l1 * difference.abs()
     return each.mean() if weight_N is None else (each * weight_N[:, None]).mean()
@@ -61,11 +61,11 @@ def sequence_loss(
     plain: bool,
     own: bool,
 ) -> Tensor:
-    """The loss of one segment: window by window, context written by clean passes, one noisy pass on every target.
+    """The loss of one segment: clean passes write windows as context, and those past the recorded one are targets.
 
     Args:
-        plain: windows of one latent frame (and every window past the context is a target), else of a window.
-        own: replace the contexts past the recorded one, and half of the noisy inputs, by what the model makes itself.
+        plain: windows of one latent frame, as in the plain cadence.
+        own: replace contexts past the recorded one, and half of the noisy inputs, by what the model generates itself.
     """
     config, sigmas = model.sizes, recipe.sampler
     window = 1 if plain else config.window
@@ -104,7 +104,7 @@ def sequence_loss(
             context = _generate(predict, latents[:, :0], noise_like, latents, actions, history, sigmas)
         context = context + recipe.context_noise * rng.random() ** 2 * noise_like(context)
         shown = held if rng.random() < 0.5 else actions
-        # The oldest context stays out of the backward pass, unless it is the only one: a sixth of a step saved.
+        # The oldest context stays out of the backward pass, unless it is the only one. This saves a sixth of a step.
         with torch.set_grad_enabled(i >= first_target or i == windows - 2):
             predict(context, sigma=0.0, action_BFA=shown, history=history, write=True)
         batch.stand(history, (i + 1) * window)
@@ -114,14 +114,15 @@ def sequence_loss(
 def distillation_loss(
     predict: Predict, teacher: Predict | None, model: WorldModel, batch: Batch, rng: np.random.Generator, recipe: Recipe
 ) -> Tensor:
-    """The loss of a few-step student: to say at once where its teacher's flow ends.
+    """The loss of a few-step student, which is to predict in one pass where its teacher's flow ends.
 
-    After a recorded context it rolls out windows of its own, each the context of the next (Huang et al., Self Forcing,
-    arXiv 2506.08009). In those that it learns from one of its sampler's passes, a random one, is compared with where
-    the teacher, whose context is the same, comes to by following the flow from the same noisy window (the regression on
-    a teacher's trajectories of Yin et al., CausVid, arXiv 2412.07772, section 4.3); with `Recipe.recorded` with what
-    was recorded, unless the rollout goes straight on, which was not. With `Recipe.agreement` a later chunk of the
-    window's cycle, which knows its first frames, is to say in colour what this first one said.
+    After a recorded context the student rolls out windows of its own; each is the context of the next (Huang et al.,
+    Self Forcing, arXiv 2506.08009). In a window that it learns from, one of its sampler's passes, drawn at random, is
+    compared with a target. With a teacher the target is where the teacher's flow leads from the same noisy window in
+    the same context (regression on a teacher's trajectories: Yin et al., CausVid, arXiv 2412.07772, section 4.3). With
+    `Recipe.recorded` it is the recording, unless the rollout goes straight on, which was not recorded. With
+    `Recipe.agreement` a later chunk of the window's cycle, which knows its first frames, is also compared with what the
+    first chunk predicted, in colour.
     """
     sizes = model.sizes
     steady = recipe.steady and rng.random() < recipe.steady
@@ -137,7 +138,7 @@ def distillation_loss(
     first = max(sizes.context // sizes.window, len(windows) - recipe.learned if recipe.learned else 0)  # learned from
     for i, (latents, actions) in enumerate(windows):
         if i * sizes.window >= sizes.context:
-            if not where_recorded and rng.random() < 0.5:  # in a cycle only the last chunk knows all actions
+            if not where_recorded and rng.random() < 0.5:  # only the last chunk of a cycle knows all actions
                 actions = hold_actions(actions, int(rng.integers(sizes.window)))
             noise = torch.randn((len(rollout.sigmas), *latents.shape), generator=generator, device=latents.device)
             if i < first:
@@ -154,7 +155,7 @@ def distillation_loss(
 
 @dataclass(frozen=True)
 class _Rollout:
-    """A student's own windows, one after the other, and what it learns from them."""
+    """A student's rollout: it generates windows, learns from them, and writes them as context."""
 
     predict: Predict
     teacher: Predict | None
@@ -170,30 +171,29 @@ class _Rollout:
 
     def window(self, noise: Tensor, actions: Tensor) -> Tensor:
         """The next window."""
-        return denoise(lambda level, noisy: self._say(level, noisy, actions), noise, self.sigmas, known=())
+        return denoise(lambda level, noisy: self._predict(level, noisy, actions), noise, self.sigmas, known=())
 
     def learn(self, noise: Tensor, actions: Tensor, recorded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next window, and the loss of a random one of its passes, against what was recorded or the teacher."""
+        """The next window, and the loss of one of its passes, drawn at random, against the recording or the teacher."""
         compared = int(self.rng.integers(len(self.sigmas)))
-        said: list[Tensor] = []
+        predicted: list[Tensor] = []
         losses = []
 
         def step(level: int, noisy: Tensor) -> Tensor:
-            clean = self._say(level, noisy, actions, learned=level == compared)
+            clean = self._predict(level, noisy, actions, learned=level == compared)
             if level == compared and (recorded is not None or self.teacher is not None):
                 target = recorded if recorded is not None else self._where_the_flow_ends(level, noisy, actions)
-                weight_N = self.is_colour_N + self.recipe.depth_weight * (1 - self.is_colour_N)
-                losses.append(self._error(level, clean, target, weight_N))
-            said.append(clean.detach())
-            return said[-1]
+                losses.append(self._error(level, clean, target))
+            predicted.append(clean.detach())
+            return predicted[-1]
 
         window = denoise(step, noise, self.sigmas, known=())
         if self.recipe.agreement and window.shape[1] > 1 and len(self.sigmas) > 1:
-            losses.append(self.recipe.agreement * self._departure(window, said, noise, actions))
+            losses.append(self.recipe.agreement * self._departure(window, predicted, noise, actions))
         return window, torch.stack(losses).sum()
 
     def write(self, latents: Tensor, actions: Tensor, *, learned: bool) -> None:
-        """Make a window the context of the next."""
+        """Write a window as context of the next."""
         if self.teacher is not None:
             with torch.no_grad():
                 self.teacher(latents, sigma=0.0, action_BFA=actions, history=self.teachers_history, write=True)
@@ -201,23 +201,23 @@ class _Rollout:
             self.predict(latents, sigma=0.0, action_BFA=actions, history=self.history, write=True)
 
     def stand(self, batch: Batch, latent_frames: int) -> None:
-        """The rollout is where the recordings were after so many latent frames."""
+        """Tell both histories where the recordings were after this many latent frames."""
         for history in (self.history, self.teachers_history):
             if history.last is not None:
                 batch.stand(history, latent_frames)
 
-    def _say(self, level: int, noisy: Tensor, actions: Tensor, *, learned: bool = False) -> Tensor:
+    def _predict(self, level: int, noisy: Tensor, actions: Tensor, *, learned: bool = False) -> Tensor:
         with torch.set_grad_enabled(learned):
             clean: Tensor = self.predict(noisy, sigma=self.sigmas[level], action_BFA=actions, history=self.history)
             return clean.float()
 
-    def _error(self, level: int, clean: Tensor, target: Tensor, weight_N: Tensor) -> Tensor:
+    def _error(self, level: int, clean: Tensor, target: Tensor, weight_N: Tensor | None = None) -> Tensor:
         sigma_B = torch.full((len(clean),), self.sigmas[level], device=clean.device)
         return error(clean, target, sigma_B, self.recipe, weight_N)
 
     @torch.no_grad()
     def _where_the_flow_ends(self, level: int, noisy: Tensor, actions: Tensor) -> Tensor:
-        """By the teacher's Euler steps from a noisy window at one of the sampler's levels."""
+        """The end of the teacher's Euler steps from a noisy window at one of the sampler's levels."""
         guidance, teacher = self.recipe.teacher_guidance, self.teacher
         assert teacher is not None
 
@@ -228,24 +228,24 @@ class _Rollout:
             untold = teacher(x, sigma=sigma, action_BFA=None, history=self.teachers_history).float()
             return torch.lerp(untold, told, guidance)
 
-        remaining = 1 - level / len(self.sigmas)  # of the way, before the shift
+        remaining = 1 - level / len(self.sigmas)  # share of the flow, before the shift
         count = math.ceil(remaining * self.recipe.teacher_steps)
         steps = remaining * torch.linspace(1, 1 / count, count)
         return follow_flow(guided, noisy, shifted(steps, self.recipe.shift).tolist())
 
-    def _departure(self, window: Tensor, said: list[Tensor], noise: Tensor, actions: Tensor) -> Tensor:
-        """How far one pass of a later chunk, a random one, departs from what the first said in it."""
+    def _departure(self, window: Tensor, predicted: list[Tensor], noise: Tensor, actions: Tensor) -> Tensor:
+        """How far a pass of a later chunk, both drawn at random, departs from the same pass of the first chunk."""
         position, compared = int(self.rng.integers(1, window.shape[1])), int(self.rng.integers(1, len(self.sigmas)))
         losses = []
 
         def step(level: int, noisy: Tensor) -> Tensor:
-            if level == 0:  # all noise: what is known does not show yet
-                return said[0].clone()
-            clean = self._say(level, noisy, actions, learned=level == compared)
+            if level == 0:  # pure noise: the known frames do not show yet
+                return predicted[0].clone()
+            clean = self._predict(level, noisy, actions, learned=level == compared)
             if level == compared:
-                drawn, first = clean[:, position:], said[level][:, position:]
-                losses.append(self._error(level, drawn, first, self.is_colour_N))
-            return clean.detach().clone()  # what is known will be written into it
+                later, first = clean[:, position:], predicted[level][:, position:]
+                losses.append(self._error(level, later, first, self.is_colour_N))
+            return clean.detach().clone()  # `denoise` writes the known frames into it
 
         upto = slice(compared + 1)
         denoise(step, noise[upto], self.sigmas[upto], known=window[:, :position])

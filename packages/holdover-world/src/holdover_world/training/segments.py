@@ -27,11 +27,11 @@ from holdover_world.scene.layout import Track
 class Batch:
     latents: Tensor  # [B, F, N, P]
     actions: Tensor  # [B, F, A]
-    tracks: tuple[Track | None, ...] = ()  # per row, where its clip has a layout; empty: none has
-    starts: tuple[int, ...] = ()  # per row, the video frame of its clip that it begins with
+    tracks: tuple[Track | None, ...] = ()  # per row its clip's layout, if there is one; empty: none has one
+    starts: tuple[int, ...] = ()  # per row the video frame of its clip at which it starts
 
     def stand(self, history: WorldHistory, latent_frames: int) -> None:
-        """The cache's rows are where the recordings were after so many latent frames."""
+        """Tell the history where each recording was after this many latent frames."""
         if self.tracks:
             history.stand(self.tracks, [start + latent_frames * FRAMES - 1 for start in self.starts])
 
@@ -43,7 +43,7 @@ def clips_of_length(folder: Path, latent_frames: int) -> list[Path]:
     """The clips of a folder.
 
     Raises:
-        ValueError: there are none, or one is shorter than that.
+        ValueError: there are none, or one is shorter than ``latent_frames``.
     """
     clips, needed = list_clips(folder), latent_frames * FRAMES
     if not clips:
@@ -57,8 +57,8 @@ def clips_of_length(folder: Path, latent_frames: int) -> list[Path]:
 class Segments:
     """Random segments of recorded clips, encoded once.
 
-    Latents are kept in memory (a clip of 20 seconds takes 4 MB) and, for the next run with the same autoencoders, in
-    ``.latents`` beside the clips, unless these are recorded anew.
+    Latents are kept in memory (a clip of 20 seconds takes 4 MB), and in ``.latents`` beside the clips for the next run
+    with the same autoencoders. A clip that was recorded anew is encoded anew.
     """
 
     def __init__(self, clips: Sequence[Path], codec: Codec) -> None:
@@ -79,7 +79,7 @@ class Segments:
             self.clips.append(Batch(kept_tensors["latents"], kept_tensors["actions"]))
 
     def sample(self, rng: np.random.Generator, batch: int, latent_frames: int) -> list[tuple[int, int]]:
-        """Segments to take: a clip and its first latent frame, each."""
+        """Draw segments: for each a clip and its first latent frame."""
         chosen = []
         for clip in rng.integers(len(self.clips), size=batch):
             length = self.clips[clip].latents.shape[1]
@@ -87,7 +87,7 @@ class Segments:
         return chosen
 
     def batch(self, chosen: list[tuple[int, int]], latent_frames: int, device: str | torch.device) -> Batch:
-        """Segments as the model takes them."""
+        """The tensors of segments."""
 
         def take(name: str) -> Tensor:
             parts: list[Any] = [getattr(self.clips[n], name)[:, first : first + latent_frames] for n, first in chosen]
@@ -104,14 +104,14 @@ def _encode(clip: Path, codec: Codec) -> dict[str, Tensor]:
     whole = len(recording.actions) // FRAMES * FRAMES
     frames = {name: video[:whole] for name, video in recording.frames.items()}
     depth = {name: video[:whole] for name, video in recording.depth.items()} if recording.depth else None
-    # Commands change where latent frames begin, so that none straddles two commands.
+    # Commands change only where latent frames begin.
     actions = torch.from_numpy(recording.actions[:whole]).unflatten(0, (-1, FRAMES)).mean(1)[None]
     latents = codec.encode(frames, depth, at_once=20).to("cpu", torch.bfloat16)
     return {"latents": latents.contiguous(), "actions": actions.contiguous()}
 
 
 def codec_digest(codec: Codec) -> str:
-    """Tells latents from others: of the encoders' weights, as they are saved, and of the layout as tokens."""
+    """Identifies latents: a digest of the encoders' weights, as saved, and of the layout of tokens."""
     found = hashlib.sha256(repr((codec.sizes.cameras, codec.sizes.patch, codec.sizes.depth_patch)).encode())
     for modality in codec.sizes.modalities:
         found.update(modality.encode())

@@ -21,8 +21,8 @@ from holdover_world.training.recipe import Recipe
 from holdover_world.training.segments import Batch, Segments, clips_of_length, codec_digest
 from holdover_world.training.trainer import Predict, check_torch, fit
 
-_PLAIN = 4  # latent frames past the context of a segment of the plain cadence
-_HELDOUT_START = 12  # latent frames of a held-out clip before what is measured
+_PLAIN = 4  # latent frames past the context, in a segment of the plain cadence
+_HELDOUT_START = 12  # the latent frame of a held-out clip at which validation starts
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,21 @@ def train(
 ) -> Path:
     """Train, or continue training, a world model; returns the folder of the averaged weights.
 
-    ``out`` receives the model (for `WorldModel.load`), ``state.pt`` (to resume) and ``log.jsonl`` (a line a step).
+    Writes to ``out``: the model (for `WorldModel.load`), ``state.pt`` (to resume from) and ``log.jsonl`` (a line per
+    step).
 
     Args:
         data: recorded clips.
-        out: a folder of this run's own.
-        codec: trained autoencoders, and the sizes of the model.
+        out: a folder for this run alone.
+        codec: trained autoencoders, with the sizes of the model.
         heldout: clips for the learning curve.
-        start_from: a checkpoint of these sizes and autoencoders whose weights to begin with.
-        teacher: one to distil into fewer steps; the student begins with its weights, unless it starts from others.
-        save_every: steps from one save, and one point of the learning curve, to the next.
+        start_from: a checkpoint whose weights to begin with.
+        teacher: a checkpoint to distil into fewer steps. The student begins with its weights, or with ``start_from``.
+        save_every: steps between two saves, each with a point of the learning curve.
 
     Raises:
         ImportError: PyTorch is too old.
-        ValueError: ``data`` or ``heldout`` holds no clips or too short ones, ``out`` belongs to another run,
+        ValueError: ``data`` or ``heldout`` holds no clips, or one that is too short; ``out`` belongs to another run;
             ``start_from`` or ``teacher`` has other sizes or autoencoders.
     """
     check_torch()
@@ -71,9 +72,9 @@ def train(
     if rolls_out and not recipe.levels:
         raise ValueError("levels=0: a student has few noise levels; give their number")
     if recipe.steady and teacher is None:
-        raise ValueError(f"steady={recipe.steady}: what goes straight on was not recorded; give a teacher")
-    teach = _checkpoint(teacher, codec, device) if teacher else None
-    begun = _checkpoint(start_from, codec, device) if start_from else teach
+        raise ValueError(f"steady={recipe.steady}: a rollout that goes straight on was not recorded; give a teacher")
+    teach = read_checkpoint(teacher, codec, device=device) if teacher else None
+    begun = read_checkpoint(start_from, codec, device=device) if start_from else teach
     if begun is not None:
         model.load_state_dict(begun.state_dict())
     model.to(device)
@@ -129,19 +130,26 @@ def train(
     return out
 
 
-def _checkpoint(folder: Path, codec: Codec, device: str) -> WorldModel:
-    """Read one of these sizes and autoencoders."""
-    found = WorldModel.load(folder, dtype=fast_dtype(device))
+def read_checkpoint(folder: Path, codec: Codec, *, dtype: torch.dtype | None = None, device: str = "cpu") -> WorldModel:
+    """Read a checkpoint that must have these sizes and autoencoders.
+
+    Args:
+        dtype: of the weights; by default `fast_dtype` of the device.
+
+    Raises:
+        ValueError: it has others.
+    """
+    found = WorldModel.load(folder, dtype=dtype or fast_dtype(device))
     if found.sizes != codec.sizes:
         raise ValueError(f"{folder} has {found.sizes}, not {codec.sizes}")
     if codec_digest(found.codec) != codec_digest(codec):
-        raise ValueError(f"{folder} was trained with other autoencoders; use its own, which lie in that folder")
+        raise ValueError(f"{folder} was trained with other autoencoders; use those in its own folder")
     there: WorldModel = found.to(device)
     return there
 
 
 def heldout_error(predict: Predict, model: WorldModel, held: Segments, recipe: Recipe) -> list[float]:
-    """Mean squared error of latents on held-out clips: a window from pure noise in one pass, then sampled."""
+    """Mean squared error of latents on held-out clips, for a window from pure noise: in one pass, and sampled."""
     sizes = model.sizes
     sigmas, device = noise_levels(recipe.levels or 4, recipe.shift), next(model.parameters()).device
     errors = []

@@ -1,4 +1,4 @@
-"""Training the autoencoders, of colour and of depth."""
+"""Training the autoencoders of colour and of depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,9 +19,9 @@ from holdover_world.runtime import fast_dtype
 from holdover_world.scene.clips import frame_count, read_cameras, read_clip
 from holdover_world.scene.depth import from_metres
 from holdover_world.training.segments import clips_of_length
-from holdover_world.training.trainer import Predict, Schedule, check_torch, fit, wait_for_all
+from holdover_world.training.trainer import Predict, Schedule, check_torch, fit
 
-_HELDOUT = 12, 4  # latent frames of a held-out clip before what is measured, and of it
+_HELDOUT = 12, 4  # latent frames of a held-out clip: where validation starts, and how many it takes
 
 Pictures = Mapping[str, NDArray[Any]]  # per camera [T, H, W, C]: uint8 colour, or float16 depth in [-1, 1]
 
@@ -32,8 +31,8 @@ class AutoencoderSchedule(Schedule):
     """How to train an autoencoder.
 
     Attributes:
-        latent_frames: of a sample; the first is decoded without one before it.
-        squared: weight of the squared error beside the absolute one.
+        latent_frames: of a sample. The first is decoded without one before it.
+        squared: weight of the squared error; the absolute error has weight 1.
         kl: weight of the latents' divergence from a unit Gaussian, per value.
     """
 
@@ -45,10 +44,6 @@ class AutoencoderSchedule(Schedule):
     latent_frames: int = 2
     squared: float = 4.0
     kl: float = 5e-4
-
-
-#: By modality, of the shipped autoencoders.
-SCHEDULES = {"colour": AutoencoderSchedule(), "depth": AutoencoderSchedule(steps=800)}
 
 
 def train_autoencoder(
@@ -63,31 +58,31 @@ def train_autoencoder(
     device: str = "cpu",
     save_every: int = 200,
 ) -> Path:
-    """Train, or continue training, an autoencoder of colour, or of depth; returns the folder of the averaged weights.
+    """Train, or continue training, an autoencoder of colour or of depth; returns the folder of the averaged weights.
 
     Args:
-        data: recorded clips; they are kept in memory whole (a clip of 20 seconds takes 25 MB, 16 MB of depth).
+        data: recorded clips. They are kept in memory (a clip of 20 seconds takes 25 MB, its depth 16 MB).
         heldout: clips to validate on.
-        config: arguments of `Autoencoder`; by default those that the shipped ones began with.
-        start_from: a trained autoencoder whose decoder to train further, deeper if ``config`` has ``decoder_blocks``
-            and nothing else. Its encoder stays as it is, so that latents mean what they meant, and what was trained on
-            them goes with the new decoder.
-        save_every: steps from one save and validation to the next.
+        config: arguments of `Autoencoder`.
+        start_from: a trained autoencoder, of which only the decoder is trained further. Its latents stay what they are,
+            so a world model that was trained on them works with the new decoder. ``config`` may then hold
+            ``decoder_blocks`` and nothing else, to make the decoder deeper.
+        save_every: steps between two saves, each with a validation.
 
     Raises:
         ImportError: PyTorch is too old.
-        ValueError: ``data`` or ``heldout`` holds no clips, too short ones, or a camera of ragged size, or ``out``
-            belongs to another run.
+        ValueError: ``data`` or ``heldout`` holds no clips, a clip that is too short, or a camera whose size is not a
+            multiple of 8 pixels; or ``out`` belongs to another run.
     """
     check_torch()
     torch.manual_seed(schedule.seed)
-    sizes = {"colours": 1, "latent_channels": 12, "widths": (64, 128)} if depth else {}
     begun = read_network(Autoencoder, start_from, torch.float32) if start_from else None
     if begun is not None and config is not None:
         if set(config) != {"decoder_blocks"}:
-            raise ValueError(f"config={config} goes with a new autoencoder; {start_from} has its own sizes")
+            raise ValueError(f"config={config} is for a new autoencoder; {start_from} has its own sizes")
         begun = begun.deepened(config["decoder_blocks"])
-    model = (begun.train() if begun is not None else Autoencoder(**{**sizes, **(config or {})})).to(device)
+    new = Autoencoder(colours=1 if depth else 3, **(config or {})) if begun is None else begun.train()
+    model = new.to(device)
     clips = clips_of_length(data, schedule.latent_frames)
     heldout_clips = clips_of_length(heldout, sum(_HELDOUT)) if heldout else []
     for folder in (data, heldout) if heldout else (data,):
@@ -99,12 +94,12 @@ def train_autoencoder(
             parameter.requires_grad_(name.startswith(DECODING))
     else:
         model.take_principal_components(_some_blocks(clips, depth).to(device))
-        model.mean_Z.fill_(torch.nan)  # so that nobody takes what is saved on the way for an autoencoder
+        model.mean_Z.fill_(torch.nan)  # marks what is saved before the end: `Codec.load` refuses it
         model.std_Z.fill_(torch.nan)
     frames = schedule.latent_frames * FRAMES
 
     def plan(_: int, rng: np.random.Generator) -> list[NDArray[Any]]:
-        """Per group of cameras of one size a batch of videos, each from a clip and a moment of its own."""
+        """For each group of cameras of one size a batch of videos, each from its own clip and moment."""
         batches = []
         for names in groups:
             videos = []
@@ -165,11 +160,10 @@ def train_autoencoder(
         save=save,
         save_every=save_every,
     )
-    if begun is None and (not dist.is_initialized() or dist.get_rank() == 0):
+    if begun is None:
         shipped = read_network(Autoencoder, out, fast_dtype())
         normalise(shipped, [kept.get(clip) or _pictures(clip, depth) for clip in clips[:: max(1, len(clips) // 32)]])
         write_network(shipped, out)
-    wait_for_all()
     return out
 
 
@@ -177,8 +171,8 @@ def train_autoencoder(
 def normalise(model: Autoencoder, clips: Sequence[Pictures]) -> None:
     """Set the mean and the deviation of each latent channel to those of some clips.
 
-    Channels get a variance in proportion to the deviation of their principal component, one on average: what tells
-    much of a picture emerges from noise first and weighs most in a loss.
+    A channel's variance is then in proportion to the deviation of its principal component, and one on average. So the
+    channels that carry most of a picture emerge from noise first and weigh most in a loss.
     """
     values = []
     for video in (video for pictures in clips for video in pictures.values()):
@@ -187,11 +181,11 @@ def normalise(model: Autoencoder, clips: Sequence[Pictures]) -> None:
     std, mean = torch.std_mean(torch.cat(values, 1), 1)
     weight = (model.deviation_Z / model.deviation_Z.mean()).float().sqrt()
     model.mean_Z.copy_(mean)
-    model.std_Z.copy_(std.clamp(min=0.3) / weight)  # a channel that tells nothing is not to be blown up
+    model.std_Z.copy_(std.clamp(min=0.3) / weight)  # the least: an empty channel is not magnified
 
 
 def _some_blocks(clips: Sequence[Path], depth: bool) -> Tensor:
-    """Blocks of pixels from all over the recordings."""
+    """Blocks of pixels from all recordings."""
     found = []
     for clip in clips[:: max(1, len(clips) // 24)]:
         total = frame_count(clip)
@@ -208,7 +202,7 @@ def as_video(pictures: NDArray[Any]) -> Tensor:
 
 
 def _mean_reconstruction(predict: Predict, video: Tensor, model: Autoencoder) -> Tensor:
-    """What is left of a video when its latents are the means, not draws."""
+    """A video decoded from the means of its latents."""
     made, _, _ = predict(video, torch.zeros(_latents_of(video, model), device=video.device))
     result: Tensor = made.float()
     return result

@@ -1,6 +1,6 @@
-"""The loop that every network here is trained by: resumable, averaged, on one device or one per rank.
+"""The training loop of every network here: resumable, with averaged weights, on one device.
 
-Every random choice is a function of (seed, step, rank), so a run that was killed continues as if it had not been.
+Every random choice is a function of the seed and the step, so a run that was killed continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -30,15 +29,16 @@ Predict = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How weights move, whatever the loss.
+    """The numbers of a run that do not depend on the loss.
 
     Attributes:
         steps: optimiser steps.
-        batch: samples per step (and rank).
-        muon_rate, adam_rate: peak learning rates of the linear layers' matrices (Muon) and of all else (AdamW).
-        muon_weight_decay: of the matrices, against outlier channels.
-        warmup, decay: steps of linear warm-up; share of the steps over which the rates fall to zero.
-        ema: decay of the averaged weights that are saved.
+        batch: samples per step.
+        muon_rate, adam_rate: peak learning rates, of the matrices of linear layers (Muon) and of all else (AdamW).
+        muon_weight_decay: of the matrices. It keeps single channels from growing far beyond the others.
+        warmup: steps of linear warm-up.
+        decay: the share of the steps, at the end, over which the rates fall to zero.
+        ema: decay of the averaged weights, which are the ones that are saved.
         seed: of data order, noise and initial weights.
     """
 
@@ -57,7 +57,7 @@ class Schedule:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay={self.decay} is a share of the steps, between 0 and 1")
+            raise ValueError(f"decay={self.decay} is a share of the steps; give a number between 0 and 1")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step as a share of its peak."""
@@ -66,10 +66,10 @@ class Schedule:
 
 
 def check_torch() -> None:
-    """To be called before anything slow.
+    """Check that this PyTorch can train. Call it before anything slow.
 
     Raises:
-        ImportError: this PyTorch cannot train.
+        ImportError: it cannot.
     """
     if not hasattr(torch.optim, "Muon"):
         raise ImportError(f"torch {torch.__version__} has no torch.optim.Muon: pip install 'torch>=2.9' to train")
@@ -87,24 +87,20 @@ def fit(
     validate: Callable[[Predict], dict[str, Any]] | None = None,
     save_every: int = 100,
 ) -> None:
-    """Train, or continue training; ``out`` receives ``state.pt`` (to resume) and ``log.jsonl`` (a line a step).
-
-    Under an initialised ``torch.distributed`` every rank draws samples of its own, gradients are averaged, and rank 0
-    alone writes; none returns before it has.
+    """Train, or continue training. Writes ``state.pt``, to resume from, and ``log.jsonl``, a line per step, to ``out``.
 
     Args:
-        identity: what else, beside the schedule, makes this run what it is, in plain values.
-        plan: draws the sample of a step; runs on another thread while the step before is computed, and keeps off
-            PyTorch: a second thread's OpenMP team would make this one's sleep between operations.
-        loss: of a sample, by a ``predict`` that calls the model with its weights in `fast_dtype`; and what to log.
+        identity: plain values that, with the schedule, identify this run.
+        plan: draws the sample of a step. It runs on another thread while the step before is computed, and must not use
+            PyTorch: the OpenMP threads of two PyTorch threads slow each other down.
+        loss: the loss of a sample, and values to log. Its ``predict`` calls the model with its weights in `fast_dtype`.
         save: writes averaged weights for use.
-        validate: measures averaged weights; what it returns is logged.
-        save_every: steps from one save and validation to the next.
+        validate: measures averaged weights; the result is logged.
+        save_every: steps between two saves, each with a validation.
 
     Raises:
         ValueError: ``out`` belongs to a run with another schedule or identity.
     """
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     parameters = dict(model.named_parameters())
     average = {name: p.detach().clone() for name, p in parameters.items()}
     matrices = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -115,14 +111,14 @@ def fit(
     ]
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(out, {**asdict(schedule), **identity}, model, average, [optimiser for optimiser, _ in optimisers])
-    first = run.resume(cut_log=rank == 0)
+    first = run.resume()
 
     def draw(step: int) -> tuple[np.random.Generator, Sample]:
-        rng = np.random.default_rng([schedule.seed, step, rank])
+        rng = np.random.default_rng([schedule.seed, step])
         return rng, plan(step, rng)
 
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
-    with run.log.open("a") as lines, ThreadPoolExecutor(1) as loader, Progress(*columns, disable=rank > 0) as progress:
+    with run.log.open("a") as lines, ThreadPoolExecutor(1) as loader, Progress(*columns) as progress:
         bar = progress.add_task("training", total=schedule.steps, completed=first)
         upcoming = loader.submit(draw, first)
         for step in range(first, schedule.steps):
@@ -132,10 +128,6 @@ def fit(
                 upcoming = loader.submit(draw, step + 1)
             value, record = loss(_in_fast(model, parameters), sample, rng)
             value.backward()
-            if ranks > 1:
-                for p in parameters.values():
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # another rank's loss may have used it
-                    dist.all_reduce(p.grad.div_(ranks))
             norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             for optimiser, peak in optimisers:
                 for group in optimiser.param_groups:
@@ -148,8 +140,6 @@ def fit(
             record = {"step": step, "loss": value.item(), "norm": norm.item(), **record}
             record["seconds"] = round(perf_counter() - started, 3)
             progress.update(bar, advance=1, description=f"training, loss {record['loss']:.4f}")
-            if rank > 0:
-                continue
             due = step + 1 == schedule.steps or (step + 1) % save_every == 0
             if due and validate:
                 with torch.no_grad():
@@ -158,17 +148,16 @@ def fit(
             lines.flush()
             if due:
                 save(average)
-                run.save(step + 1)  # last: a run that is killed before goes back to where all of it is done again
-    wait_for_all()
+                run.save(step + 1)  # last, so that a run killed in between repeats the steps since the last save
 
 
 def muon_precision(device: torch.device) -> AbstractContextManager[object]:
-    """`torch.optim.Muon` orthogonalises in bfloat16; within this context it does so in `fast_dtype`."""
+    """Make `torch.optim.Muon` orthogonalise in `fast_dtype`; by itself it does so in bfloat16."""
     return nullcontext() if fast_dtype(device) == torch.bfloat16 else _Float32()
 
 
 class _Float32(TorchFunctionMode):
-    """Turns ``tensor.bfloat16()`` into a copy in float32; a copy, because what follows may work in place."""
+    """Turns ``tensor.bfloat16()`` into a copy in float32. A copy, because the caller may change it in place."""
 
     def __torch_function__(
         self,
@@ -182,13 +171,8 @@ class _Float32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def wait_for_all() -> None:
-    """Where there are several ranks: until each is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def _in_fast(model: nn.Module, weights: Mapping[str, Tensor]) -> Predict:
+    """Calls of the model with these weights in `fast_dtype`."""
     fast = {name: w.to(fast_dtype(w.device)) for name, w in weights.items()}
 
     def predict(*args: Any, **kwargs: Any) -> Any:
@@ -199,7 +183,7 @@ def _in_fast(model: nn.Module, weights: Mapping[str, Tensor]) -> Predict:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run needs to go on, and the folder it lies in."""
+    """The state of a run, and its folder."""
 
     out: Path
     identity: dict[str, Any]
@@ -223,26 +207,23 @@ class _Run:
         torch.save(state, partial)
         partial.replace(self.out / "state.pt")
 
-    def resume(self, *, cut_log: bool) -> int:
-        """Take up the last saved state, cut the log back to it if asked, and return the step to go on from."""
+    def resume(self) -> int:
+        """Load the last saved state, cut the log back to it, and return the step to continue from."""
         saved = self.out / "state.pt"
         if not saved.is_file():
-            if cut_log:
-                self.log.unlink(missing_ok=True)
+            self.log.unlink(missing_ok=True)
             return 0
         state = torch.load(saved, map_location="cpu", weights_only=True)
         known, own = state["identity"], self.identity
         if known != own:
             other = [f"{k}={known.get(k)}, not {own.get(k)}" for k in {**known, **own} if known.get(k) != own.get(k)]
-            raise ValueError(f"{self.out} was trained with {'; '.join(other)}: go on so, or use another folder")
+            raise ValueError(f"{self.out} was trained with {'; '.join(other)}: use the same, or another folder")
         self.model.load_state_dict(state["model"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         for optimiser, saved_state in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved_state)
         step: int = state["step"]
-        if not cut_log:
-            return step
         lines = self.log.read_text().splitlines(keepends=True)
         partial = self.log.with_suffix(".partial")
         partial.write_text("".join(lines[:step]))
@@ -251,6 +232,6 @@ class _Run:
 
 
 def read_log(out: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a training log, one dictionary a step."""
+    """The lines of a training log, one dictionary per step."""
     for line in (out / "log.jsonl").read_text().splitlines():
         yield json.loads(line)

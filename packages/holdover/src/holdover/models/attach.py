@@ -1,4 +1,4 @@
-"""`holdover.attach`: the engine's, for known models without naming their blocks."""
+"""`holdover.attach`, which knows the blocks of many models."""
 
 from __future__ import annotations
 
@@ -25,38 +25,40 @@ def attach(
     max_bytes: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Cache:
-    """Let a policy decide, block by block, what of a model is computed.
+    """Attach a caching policy to a model: block by block, it decides what is computed and what is reused.
 
     Args:
-        model: the transformer; every forward of it now happens within ``with cache.step(...)``.
-        policy: a caching method, such as ``holdover.xcache()``; or several of different levels, outermost first.
-        slots: its blocks, in the order in which it runs them: module names, modules, or `Slot`s where the hidden state
-            is not the first argument. None asks ``model.holdover_slots()``, then the known models (docs/models.md), or
-            takes the model itself for a policy of that level. A block returns its hidden state, or a tuple with it;
-            when it is reused, the other items are those it returned when last computed, or what the slot says.
+        model: the transformer. From now on every forward of it runs within ``with cache.step(...)``.
+        policy: a caching method, such as ``holdover.xcache()``, or a list of them, one per level, outermost first.
+        slots: the blocks of the model, in the order in which it runs them: module names, modules, or `Slot`s where the
+            hidden state is not the first argument. None asks ``model.holdover_slots()``, then the known models
+            (docs/models.md). A policy of level "model" takes the model itself. A block returns its hidden state, or a
+            tuple with it. A reused block returns the other items as it returned them when last computed, or as the slot
+            says.
         view_groups: how the tokens of a hidden state ``[B, L, C]`` are laid out per latent frame. None asks
-            ``model.holdover_view_groups()``, then the known models; without either, tokens are taken as a plain
-            sequence. A function of the model and the arguments of its forward is asked at every pass.
-        audit: share of reused spans to compute as well, for their relative error in the trace and the stats. The output
-            stays the reused one. Past the limit of an `Audit`, warns once and computes the stream until reset.
-        max_bytes: of held tensors per stream; slots that do not fit are computed.
-        process_group: ranks that run the model together; a span that one of them computes, all compute.
+            ``model.holdover_view_groups()``, then the known models; without either, tokens are a plain sequence. A
+            function of the model and the arguments of its forward is called at every pass.
+        audit: the share of reused spans that are computed as well, for their relative error in trace and stats. The
+            output stays the reused one. Past the limit of an `Audit`, the cache warns once and computes the stream in
+            full until it is reset.
+        max_bytes: of held tensors per stream. Slots that do not fit are computed.
+        process_group: ranks that run the model together. A span that one of them computes, all compute.
 
     Returns:
-        The cache, also a context manager that detaches at its end.
+        The cache. It is also a context manager, which detaches at its end.
 
     Raises:
         ValueError: an argument is out of range, the model's blocks cannot be found, or a cache is attached already.
     """
     if slots is None:
         model = unwrapped(model)
-    host = None if hasattr(model, "holdover_slots") else find(model)
-    if host is not None:
-        innermost = policy if isinstance(policy, Policy) else policy[-1]
-        if slots is None and innermost.level == "block":
-            slots = host.slots(model)
-        if view_groups is None and host.grid is not None and innermost.level == "block":
-            view_groups = host.view_groups
+    adapter = None if hasattr(model, "holdover_slots") else find(model)
+    innermost = policy if isinstance(policy, Policy) else policy[-1] if policy else None
+    if adapter is not None and innermost is not None and innermost.level == "block":
+        if slots is None:
+            slots = adapter.slots(model)
+        if view_groups is None and adapter.grid is not None:
+            view_groups = adapter.view_groups
     return engine.attach(
         model,
         policy,

@@ -1,4 +1,4 @@
-"""The video and world transformers of diffusers >= 0.40, known by name: nothing of diffusers is imported."""
+"""The video and world transformers of diffusers >= 0.40. They are found by name: diffusers is not imported."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from holdover.models.host import Host
+from holdover.models.adapter import Adapter
 
 
 def patches(model: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-    """Latents ``[..., H, W]``, cut into patches."""
+    """The token grid of latents ``[..., H, W]`` that the model cuts into patches."""
     size = model.config.patch_size
     height, width = (size, size) if isinstance(size, int) else size[-2:]
     return hidden_states.shape[-2] // height, hidden_states.shape[-1] // width
 
 
 def packed(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, int]:
-    """Latents packed into tokens, whose height and width the model is told."""
+    """The token grid of packed latents: the model is told its height and width."""
     told = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return told["height"], told["width"]
 
 
 def modulated(block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *args: Any) -> Tensor:
-    """Wan and its kin: ``temb`` is ``[B, 6, C]``, or ``[B, L, 6, C]`` where tokens differ in noise."""
+    """For Wan's blocks: ``temb`` is ``[B, 6, C]``, or ``[B, L, 6, C]`` where tokens differ in noise."""
     shift, scale = (block.scale_shift_table + temb.float()).unbind(-2)[:2]
     if temb.dim() == 3:
         shift, scale = shift[:, None], scale[:, None]
@@ -53,7 +53,7 @@ def modulated_cosmos(
 def first_three(
     rows: Sequence[int], hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *shared: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hidden state, text and modulation have a row per video; what follows is shared."""
+    """Hidden state, text and modulation have a row per video. The arguments after them are shared."""
     chosen = list(rows)
     return (hidden_states[chosen], encoder_hidden_states[chosen], temb[chosen], *shared), {}
 
@@ -68,11 +68,11 @@ def far_writes(model: nn.Module, *args: Any, kv_cache_flag: dict[str, Any] | Non
 
 
 def refiner_writes(module: nn.Module, *args: Any, kv_cache_mode: str | None = None, **kwargs: Any) -> bool:
-    """SANA-WM's refiner and its blocks: of the sink and of each chunk once it is refined."""
+    """SANA-WM's refiner and its blocks write for the sink, and for each chunk once it is refined."""
     return kv_cache_mode in ("capture_pre_rope", "inject_and_capture_post_rope")
 
 
-def _wan(model: str, family: str, **more: Any) -> Host:
+def _wan(model: str, family: str, **more: Any) -> Adapter:
     """A model of Wan's blocks: ``block(hidden_states, encoder_hidden_states, temb, ...)``."""
     fields = {
         "blocks": ("blocks",),
@@ -81,17 +81,17 @@ def _wan(model: str, family: str, **more: Any) -> Host:
         "grid": patches,
         "condition": ("encoder_hidden_states", "encoder_hidden_states_image"),
     }
-    return Host(model=model, family=family, **{**fields, **more})
+    return Adapter(model=model, family=family, **{**fields, **more})
 
 
 DIFFUSERS = (
     _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", tested="pipeline"),
     _wan("WanVACETransformer3DModel", "Wan VACE"),
-    # What is taken from the face enters between blocks.
+    # The features of the face enter between blocks.
     _wan("WanAnimateTransformer3DModel", "Wan Animate"),
     _wan("ChronoEditTransformer3DModel", "ChronoEdit"),
     _wan("SkyReelsV2Transformer3DModel", "SkyReels-V2, diffusion forcing too"),
-    # Its tokens begin with a history of other sizes, and each video has a rotary embedding of its own.
+    # Its tokens begin with a history of other sizes. Each video has its own rotary embedding.
     _wan("HeliosTransformer3DModel", "Helios", grid=None, rows=None),
     _wan("AnyFlowTransformer3DModel", "AnyFlow"),
     _wan(
@@ -103,13 +103,13 @@ DIFFUSERS = (
         autoregressive=True,
         tested="pipeline",
     ),
-    Host(
+    Adapter(
         model="CosmosTransformer3DModel",
         family="Cosmos 1, 2 and 2.5",
         taps={"modulated": modulated_cosmos},
         grid=patches,
     ),
-    Host(
+    Adapter(
         model="Cosmos3OmniTransformer",
         family="Cosmos 3",
         blocks=("layers",),
@@ -118,7 +118,7 @@ DIFFUSERS = (
         condition=("input_ids",),
         action="action_tokens",
     ),
-    Host(
+    Adapter(
         model="HunyuanVideoTransformer3DModel",
         family="HunyuanVideo",
         blocks=("transformer_blocks", "single_transformer_blocks"),
@@ -126,7 +126,7 @@ DIFFUSERS = (
         grid=patches,
         condition=("encoder_hidden_states", "pooled_projections"),
     ),
-    Host(
+    Adapter(
         model="HunyuanVideo15Transformer3DModel",
         family="HunyuanVideo 1.5",
         taps={"modulated": modulated_hunyuan},
@@ -134,32 +134,32 @@ DIFFUSERS = (
         condition=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
     ),
     # Its tokens begin with a history of other sizes.
-    Host(
+    Adapter(
         model="HunyuanVideoFramepackTransformer3DModel",
         family="FramePack",
         blocks=("transformer_blocks", "single_transformer_blocks"),
         taps={"modulated": modulated_hunyuan},
         condition=("encoder_hidden_states", "pooled_projections", "image_embeds"),
     ),
-    Host(model="LTXVideoTransformer3DModel", family="LTX-Video", taps={"modulated": modulated_ltx}, grid=packed),
-    Host(
+    Adapter(model="LTXVideoTransformer3DModel", family="LTX-Video", taps={"modulated": modulated_ltx}, grid=packed),
+    Adapter(
         model="LTX2VideoTransformer3DModel",
         family="LTX-2, video with sound",
         grid=packed,
         condition=("encoder_hidden_states", "audio_encoder_hidden_states"),
     ),
-    Host(model="CogVideoXTransformer3DModel", family="CogVideoX", grid=patches, tested="pipeline"),
-    Host(model="MochiTransformer3DModel", family="Mochi", grid=patches),
-    Host(model="AllegroTransformer3DModel", family="Allegro", grid=patches),
-    Host(model="SanaVideoTransformer3DModel", family="SANA-Video", grid=patches),
-    Host(
+    Adapter(model="CogVideoXTransformer3DModel", family="CogVideoX", grid=patches, tested="pipeline"),
+    Adapter(model="MochiTransformer3DModel", family="Mochi", grid=patches),
+    Adapter(model="AllegroTransformer3DModel", family="Allegro", grid=patches),
+    Adapter(model="SanaVideoTransformer3DModel", family="SANA-Video", grid=patches),
+    Adapter(
         model="SanaWMTransformer3DModel",
         family="SANA-WM, camera-controlled",
         blocks=("blocks",),
         hidden="x",
         action="camera_conditions",
     ),
-    Host(
+    Adapter(
         model="SanaWMLTX2RefinerTransformer3DModel",
         family="SANA-WM's refiner, chunk-causal with a KV cache",
         taps={"modulated": modulated_ltx},

@@ -1,37 +1,35 @@
-"""Finding the slots of a model that nobody has declared yet: ``holdover inspect module:factory``."""
+"""Finding the blocks of an unknown model: ``holdover inspect module:function``."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from holdover.engine.attach import attach
+from holdover.factories import named
 from holdover.method import Policy
 from holdover.slot import Slot
 
 
 @dataclass
 class Blocks:
-    """A list of blocks of one class, and what one forward of the model showed of it.
+    """A list of blocks of one class, and what one forward of the model showed about it.
 
     Attributes:
         name: of the list, as `named_modules` gives it.
-        kind: the blocks' class.
-        count: how many there are.
-        calls: how often each ran, in the order in which they ran.
-        hidden: the argument with the hidden state, None if none fits.
-        returns: where in its tuple a block returns it.
-        beside: types of the other items that cannot be held over.
-        writes: arguments whose tensors the block changed in place.
-        trouble: why these blocks cannot be slots, or None.
+        kind: the class of the blocks.
+        count: the number of blocks.
+        calls: the numbers of the blocks that ran, in the order in which they ran.
+        hidden: the argument that carries the hidden state; None if none fits.
+        returns: the position of the hidden state in the tuple that a block returns.
+        beside: the types of returned items that a cache cannot return again.
+        writes: the arguments whose tensors the blocks change in place.
+        trouble: why these blocks cannot be slots; None if they can.
     """
 
     name: str
@@ -60,18 +58,18 @@ class Blocks:
         return f"holdover.attach(model, policy, slots=[{slot} for n in range({self.count})])"
 
     def declaration(self, model: str) -> str:
-        """The host, as `holdover.hosts` declares known models."""
+        """The adapter, as `holdover.models` declares known models."""
         fields = [f'model="{model}"', 'family="..."', f'blocks=("{self.name}",)', f'hidden="{self.hidden}"']
         fields += [f"returns={self.returns}"] if self.returns else []
         fields += ["writes_kv=True", "autoregressive=True"] if self.writes else []
-        return f"Host({', '.join(fields)})"
+        return f"Adapter({', '.join(fields)})"
 
 
 def shapes(given: Sequence[str]) -> dict[str, list[int]]:
-    """``name=1,16,32`` as the shape of an argument; ``name=`` is a number.
+    """The shapes of arguments by name, from ``name=1,16,32``; ``name=`` is a number.
 
     Raises:
-        ValueError: one of them is written otherwise.
+        ValueError: one of them is written in another way.
     """
     read = {}
     for each in given:
@@ -83,24 +81,16 @@ def shapes(given: Sequence[str]) -> dict[str, list[int]]:
 
 
 def build(target: str, shapes: Mapping[str, Sequence[int]]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A model and the arguments of one forward, random where only their shapes are given.
+    """A model and the arguments of one forward. Arguments of which only the shape is given are random.
 
     Args:
-        target: ``module:factory``; the factory returns the model, or the model and the arguments, a tuple or mapping.
-        shapes: of arguments by name; one of no dimensions is the number 0.5.
+        target: ``module:function``. The function returns the model, or the model and the arguments, a tuple or mapping.
+        shapes: of arguments by name. An argument without dimensions is the number 0.5.
 
     Raises:
-        ValueError: there is no such factory, or it returns something else.
+        ValueError: there is no such function, or it returns something else.
     """
-    module, _, name = target.partition(":")
-    if not name:
-        raise ValueError(f"{target!r} names no factory; write module:factory")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    factory = getattr(importlib.import_module(module), name, None)
-    if not callable(factory):
-        raise ValueError(f"{module} has no function {name!r} that builds a model")
-    made = factory()
+    made = named(target)()
     model, given = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -114,12 +104,12 @@ def build(target: str, shapes: Mapping[str, Sequence[int]]) -> tuple[nn.Module, 
 
 @torch.no_grad()
 def examine(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy) -> list[Blocks]:
-    """Run one forward and see which lists of blocks can be slots; those are then held over once, to prove it.
+    """Run one forward to see which lists of blocks can be slots. As a test, each of these is then reused once.
 
     Args:
         model: the model.
         args, kwargs: of its forward.
-        policy: one that reuses every block at the second of two steps.
+        policy: reuses every block at the second of two steps.
     """
     found = [
         Blocks(name, type(blocks[0]).__name__, len(blocks))
@@ -138,22 +128,24 @@ def examine(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pol
         for handle in handles:
             handle.remove()
     for each in found:
-        each.trouble = each.trouble or _trouble(each) or _held_over(model, each, args, kwargs, policy)
+        each.trouble = each.trouble or _trouble(each) or _reused_once(model, each, args, kwargs, policy)
     return found
 
 
 def describe(model: nn.Module, found: Sequence[Blocks]) -> str:
-    """What was found, in words and as lines to paste."""
+    """What was found, in words and as lines of code."""
     name = type(model).__name__
     if not found:
-        return f"{name} has no list of blocks of one class; wrap what repeats in a module, and name it as a slot"
+        return f"{name} has no list of blocks of one class; name modules as slots: attach(model, policy, slots=[...])"
     lines = []
     for each in found:
-        verdict = f"cannot be slots: {each.trouble}" if each.trouble else "work as slots: held over once, as a test"
+        verdict = (
+            f"cannot be slots: {each.trouble}" if each.trouble else "work as slots: each was reused once, as a test"
+        )
         lines.append(f"{each.name}: {each.count} x {each.kind}, {verdict}")
         if each.writes:
             lines.append(
-                f"  writes {', '.join(each.writes)} in place; call the clean pass by its name: "
+                f"  writes {', '.join(each.writes)} in place; tell the clean pass its role: "
                 f"cache.step(chunk=n, role='kv_update')"
             )
         if not each.trouble:
@@ -162,7 +154,7 @@ def describe(model: nn.Module, found: Sequence[Blocks]) -> str:
 
 
 def _watch(model: nn.Module, each: Blocks) -> Iterator[Any]:
-    """Hooks that note what goes in and out of the blocks of a list."""
+    """Hooks that note what goes into the blocks of a list, and what comes out."""
     seen: dict[int, tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def enter(number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,7 +189,7 @@ def _watch(model: nn.Module, each: Blocks) -> Iterator[Any]:
 
 
 def _inside(value: Any) -> Iterator[Tensor]:
-    """Tensors in the dictionaries and lists of an argument, where KV caches are."""
+    """Tensors in the dictionaries and lists of an argument: a KV cache is one."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list):
@@ -209,18 +201,18 @@ def _trouble(each: Blocks) -> str | None:
     if not each.calls:
         return "never ran"
     if each.calls != list(range(each.count)):
-        return f"ran as {each.calls}, and every block must run once, in order"
+        return f"ran in the order {each.calls}; every block must run once, in the order of the list"
     if each.hidden is None:
-        return "takes no tensor of a shape that it returns"
+        return "no argument has the shape of a returned tensor"
     if each.beside:
-        return f"returns a {each.beside[0]} as well: say with Slot(beside=...) what it returns when reused"
+        return f"returns a {each.beside[0]}, too; say with Slot(beside=...) what a reused block returns in its place"
     return None
 
 
-def _held_over(
+def _reused_once(
     model: nn.Module, each: Blocks, args: tuple[Any, ...], kwargs: dict[str, Any], policy: Policy
 ) -> str | None:
-    """Why holding these blocks over does not work, or None: computed once, reused once, with the same input."""
+    """Computes the blocks once and reuses them once, with the same input: why that fails, or None."""
     try:
         with attach(model, policy, slots=each.slots()) as cache:
             for index in range(2):
@@ -228,4 +220,4 @@ def _held_over(
                     model(*args, **kwargs)
     except (ValueError, RuntimeError) as error:
         return str(error)
-    return None if cache.stats().reused == each.count else "was not held over"
+    return None if cache.stats().reused == each.count else "was not reused"

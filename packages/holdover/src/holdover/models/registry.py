@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
+from holdover.models.adapter import Adapter
 from holdover.models.diffusers import DIFFUSERS
-from holdover.models.host import Host
 from holdover.models.self_forcing import SELF_FORCING
 
-#: Wrappers that change nothing but the name: ``torch.compile``, data parallelism.
+#: The attributes with which ``torch.compile`` and data parallelism wrap a model.
 WRAPPERS = ("_orig_mod", "module")
 
 
-def hosts() -> tuple[Host, ...]:
+def adapters() -> tuple[Adapter, ...]:
     """Every known model."""
     return (*DIFFUSERS, *SELF_FORCING)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within wrappers that change nothing."""
+    """The model within its wrappers."""
     for name in WRAPPERS:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):
@@ -26,12 +26,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def find(model: nn.Module) -> Host | None:
-    """What is known of a model's class, or of the nearest class that it derives from."""
+def find(model: nn.Module) -> Adapter | None:
+    """The adapter for a model's class, or for the nearest class that it derives from; None if it is unknown."""
     for cls in type(model).__mro__:
-        for host in hosts():
-            if host.model == cls.__name__ and host.tells(model):
-                return host
+        for adapter in adapters():
+            if adapter.model == cls.__name__ and adapter.tells(model):
+                return adapter
     return None
 
 
@@ -46,18 +46,18 @@ def models_markdown() -> str:
         "| model | class | tokens | KV writes | batch | modulated input | tested |",
         "|---|---|---|---|---|---|---|",
     ]
-    for host in hosts():
-        told = "told by the step" if host.autoregressive else "none"
-        if host.kv_update or host.block_kv_update:
-            told = "told by the pass" if host.kv_update else "told by the step, recomputing by the pass"
+    for adapter in adapters():
+        told = "told by the step" if adapter.autoregressive else "none"
+        if adapter.kv_update or adapter.block_kv_update:
+            told = "told by the pass" if adapter.kv_update else "told by the step, recomputing by the pass"
         cells = [
-            host.family,
-            f"`{host.model}`",
-            "on a grid" if host.grid else "a sequence",
+            adapter.family,
+            f"`{adapter.model}`",
+            "on a grid" if adapter.grid else "a sequence",
             told,
-            "row by row" if host.rows else "whole",
-            "yes" if "modulated" in host.taps else "no",
-            f"refused: {host.refused}" if host.refused else tested[host.tested],
+            "row by row" if adapter.rows else "whole",
+            "yes" if "modulated" in adapter.taps else "no",
+            f"refused: {adapter.refused}" if adapter.refused else tested[adapter.tested],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

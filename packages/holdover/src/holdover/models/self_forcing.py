@@ -1,8 +1,8 @@
 """The Self-Forcing family: chunk-causal Wan, as its repositories run it. All but one call their model `CausalWanModel`.
 
-Noisy passes write K/V in place, at the place of the current chunk. A block that is held over leaves that place as it
-was; the clean pass, never served from cache, overwrites it before any later chunk reads it. That takes a block which
-finds its place by its own cache.
+Noisy passes write keys and values in place, at the position of the current chunk. A reused block leaves that position
+as it was. The clean pass is always computed, and overwrites it before any later chunk reads it. This works for blocks
+that find their position by their own cache.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from holdover.models.host import Host, any_model
+from holdover.models.adapter import Adapter, any_model
 
 
 def takes(argument: str) -> Callable[[Any], bool]:
-    """Tells models whose blocks take an argument of that name."""
+    """Whether the blocks of a model take an argument of that name."""
 
     def tells(model: Any) -> bool:
         return any(argument in inspect.signature(block.forward).parameters for block in model.blocks)
@@ -39,7 +39,7 @@ def modulated(block: Any, x: Tensor, e: Tensor, *args: Any, **kwargs: Any) -> Te
 
 
 def no_update(block: nn.Module, *args: Any, kv_cache: Mapping[str, Any], **kwargs: Any) -> tuple[Any, ...]:
-    """LongLive applies what its blocks return to the KV cache once all have run: ends as they are, nothing new."""
+    """LongLive applies what its blocks return to the KV cache once all have run. This leaves the cache as it is."""
     return ((int(kv_cache["global_end_index"]), int(kv_cache["local_end_index"]), None),)
 
 
@@ -48,7 +48,7 @@ def updating(block: nn.Module, *args: Any, updating_cache: bool = False, **kwarg
 
 
 def recomputes(block: nn.Module, *args: Any, block_mask: Any = None, kv_cache: Any = None, **kwargs: Any) -> bool:
-    """Krea and LongLive write the K/V of the whole context anew in a pass over clean frames, with a mask."""
+    """Krea and LongLive write keys and values of the whole context again, in a pass over clean frames with a mask."""
     return block_mask is not None and kv_cache is not None
 
 
@@ -59,14 +59,14 @@ def caches(
     return cache_vision or ar_txt_inference
 
 
-def _causal_wan(family: str, **more: Any) -> Host:
+def _causal_wan(family: str, **more: Any) -> Adapter:
     fields: dict[str, Any] = {
         "grid": grid,
         "tells": any_model,
         "taps": {"modulated": modulated},
         "condition": ("context",),
     }
-    return Host(
+    return Adapter(
         model="CausalWanModel",
         family=family,
         blocks=("blocks",),
@@ -100,7 +100,7 @@ SELF_FORCING = (
         block_kv_update=recomputes,
     ),
     _causal_wan("Self-Forcing"),
-    Host(
+    Adapter(
         model="HunyuanVideo_1_5_DiffusionTransformer",
         family="HY-WorldPlay",
         blocks=("double_blocks",),

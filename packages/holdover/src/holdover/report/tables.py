@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -81,6 +82,16 @@ def published_row(scenario: str, published: Mapping[str, str]) -> tuple[str, ...
 
 def _or_dash(value: float | None, pattern: str) -> str:
     return "–" if value is None else pattern.format(value)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[str] = ("",)) -> None:
+    """Print a table for the terminal; the columns named in ``text`` are words, the others are figures."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in text else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    print_whole(table)
 
 
 def print_whole(table: Table) -> None:

@@ -1,4 +1,4 @@
-"""What a model that people already run says of itself, so that a cache finds its way in."""
+"""How a cache finds its way into a model that people already run."""
 
 from __future__ import annotations
 
@@ -20,32 +20,36 @@ def any_model(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Host:
-    """A class of models, found by the name of the class.
+class Adapter:
+    """What is known of a class of models. The class is found by its name.
 
-    Functions of a block take the block and the arguments of its forward; functions of the model take the model and the
+    Functions of a block take the block and the arguments of its forward. Functions of the model take the model and the
     arguments of its forward.
 
     Attributes:
-        model: the class's name.
-        family: what it is called in the documentation.
-        blocks: attributes with its lists of blocks, in the order in which they run.
-        hidden: the argument of a block with its hidden state.
-        returns: where in the tuple that a block returns the hidden state stands.
-        beside: what a reused block returns beside it; None: what it returned when last computed.
-        taps: tensors of a block that a policy may read, such as ``modulated``.
-        rows: the arguments of a block for some rows of the batch.
-        writes_kv: blocks write keys and values in place in denoising passes too.
-        block_kv_update: of a block, whether this call writes the persistent KV cache, where blocks are told.
-        kv_update: of the model, whether this pass writes the persistent KV cache, where the model is told.
-        autoregressive: what one chunk makes is history of the next by way of a KV cache.
-        grid: of the model, rows and columns of tokens of a latent frame; None: tokens are a plain sequence.
-        condition: the model's arguments with what steers the video but the action.
-        action: the model's argument with the action, if it has one.
-        refused: why its blocks cannot be held over; empty if they can.
-        tells: what sets it apart from other classes of the same name.
-        tested: on the ``class`` itself, in a ``pipeline`` too, or on a ``contract``: modules of our own that take,
-            return and write what its blocks do.
+        model: the name of the class.
+        family: the name of the model in the documentation.
+        blocks: the attributes that hold its lists of blocks, in the order in which they run.
+        hidden: the argument of a block that carries the hidden state.
+        returns: the position of the hidden state in the tuple that a block returns.
+        beside: a function of a block: what a reused block returns beside the hidden state. None: what it returned when
+            last computed.
+        taps: functions of a block: tensors that a policy may read, by name, such as ``modulated``.
+        rows: a function of row numbers and a block's arguments: the arguments for these rows of the batch.
+        writes_kv: blocks write keys and values in place in denoising passes, too.
+        block_kv_update: a function of a block: whether this call writes the persistent KV cache. None: blocks are not
+            told.
+        kv_update: a function of the model: whether this pass writes the persistent KV cache. None: the model is not
+            told.
+        autoregressive: a chunk attends to earlier chunks through a KV cache.
+        grid: a function of the model: the rows and columns of tokens in a latent frame. None: tokens are a plain
+            sequence.
+        condition: the arguments of the model that steer the video, except for the action.
+        action: the argument of the model that carries the action. None: it has none.
+        refused: why its blocks cannot be reused; empty if they can.
+        tells: whether a model of this class name is the one that is meant.
+        tested: on the ``class`` itself; also in a ``pipeline``; or on a ``contract``: modules of our own that take,
+            return and write the same as its blocks.
     """
 
     model: str
@@ -71,15 +75,15 @@ class Host:
         """The model's blocks.
 
         Raises:
-            ValueError: the model is not built as declared, its blocks cannot be held over or are offloaded already.
+            ValueError: the model is not built as declared, its blocks cannot be reused, or they are offloaded already.
         """
         if self.refused:
-            raise ValueError(f"blocks of {self.family} cannot be held over: {self.refused}")
+            raise ValueError(f"blocks of {self.family} cannot be reused: {self.refused}")
         for name, module in model.named_modules():
             if name and _offloaded(module):
                 raise ValueError(
-                    f"{name!r} of {self.model} is offloaded already: its weights come and go with forwards that a "
-                    f"block held over does not run; attach or enable first, then offload"
+                    f"{name!r} of {self.model} is offloaded already: its weights come and go with its forward, which a "
+                    f"reused block does not run; attach or enable first, then offload"
                 )
         found = []
         for name in self.blocks:
@@ -93,7 +97,7 @@ class Host:
         return found
 
     def view_groups(self, model: nn.Module, *args: Any, **kwargs: Any) -> Sequence[ViewGroup]:
-        """The layout of its tokens in this pass."""
+        """The layout of the tokens in this pass."""
         assert self.grid is not None
         rows, columns = self.grid(model, *args, **kwargs)
         return (ViewGroup("video", 1, rows, columns),)
