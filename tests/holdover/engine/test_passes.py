@@ -191,10 +191,17 @@ def test_blocks_that_need_no_decision_are_counted_and_checked_all_the_same(polic
         assert len(cache.trace) == known + 4  # passes that failed are not told
         with pytest.raises(ValueError, match=r"'blocks\.2' ran outside any step"):
             model.blocks[2](ones())
+        if not next_computed:
+            with (
+                pytest.raises(ValueError, match=r"left out block 'blocks\.1'"),
+                cache.step(chunk=chunk + 2, commits=False),
+            ):
+                model.blocks[3](model.blocks[0](ones()))
+            return
         with cache.step(chunk=chunk + 2, commits=False):
             x = model.blocks[3](model.blocks[0](ones()))  # a model that leaves out layers
         assert [d.block for d in cache.trace][known + 4 :] == [0, 3]
-        assert x[0, 0, 0] == (4 if next_computed else 1 + 46)
+        assert x[0, 0, 0] == 4
 
 
 def test_a_span_needs_the_order_of_its_slots() -> None:
@@ -317,9 +324,9 @@ def test_exact_follows_the_latest_chunk_of_a_branch() -> None:
             (2, 0, True, True),
             (2, 1, True, True),
             (3, 1, False, False),
-            (2, 0, True, True),  # back to an earlier chunk
+            (2, 2, True, True),  # back to an earlier chunk
         ]:
-            run(cache, model, ones(), chunk, index=index, num_steps=2, commits=commits)
+            run(cache, model, ones(), chunk, index=index, num_steps=3, commits=commits)
             assert cache.exact() is expected
         assert not cache.exact(branch="uncond")
         assert not cache.exact("elsewhere")
@@ -337,15 +344,16 @@ def test_a_policy_that_can_reuse_nothing_warns_once(policy: holdover.Policy) -> 
             run(cache, model, ones(), chunk, commits=True)
     assert len(caught) == 1
     assert "'kv cycle', pass step(commits=False)" in str(caught[0].message)
-    assert "kv cycle 1" in str(caught[0].message)
+    assert "kv cycle" in str(caught[0].message)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("policy", [holdover.never(), holdover.xcache(tau_floor=1.5), EAGER], ids=repr)
 def test_a_policy_that_is_asked_or_never_would_does_not_warn(policy: holdover.Policy) -> None:
     model = Stack(Scale(), Scale())
     with holdover.attach(model, policy) as cache:
         for chunk in range(30):
-            run(cache, model, ones(), chunk, commits=chunk != 5)
+            run(cache, model, ones(), chunk, commits=chunk % 4 == 0)
 
 
 #: Reuses a chunk's first output at each of its further passes.
@@ -359,9 +367,9 @@ def test_chunks_in_flight_keep_what_they_hold_until_they_are_over() -> None:
             for chunk in (0, 1):
                 out = run(cache, model, ones(10 * chunk + index), chunk, index=index, num_steps=3)
                 assert torch.equal(out, 2 * ones(10 * chunk))
-        both = cache.nbytes
-        run(cache, model, ones(), 2, num_steps=3)  # the others are over, and give up what they held
-        assert cache.nbytes == both // 2
+            assert cache.nbytes == (2 * ones().nbytes if index < 2 else 0)  # those that are over free what they held
+        run(cache, model, ones(), 2, num_steps=3)
+        assert cache.nbytes == ones().nbytes
         assert [key.chunk for key in cache._runtimes[0].streams["default"].entries] == [2]
 
 

@@ -156,16 +156,6 @@ def test_the_output_may_have_another_shape_than_the_input() -> None:
     assert cache.stats().computed == 24
 
 
-def test_a_step_that_runs_again_begins_a_new_history() -> None:
-    """As in samplers that call the model twice per step: two outputs of one step have no velocity."""
-    model = Curve()
-    with holdover.attach(model, holdover.policy("worldcache_htc", retain=0, eta=math.inf, n_max=9)) as cache:
-        for index in (0, 1, 1, 2, 3, 4):
-            with cache.step(chunk=0, index=index, num_steps=9):
-                model(torch.zeros(1, 20, 3), index / 9)
-    assert [d.computed for d in cache.trace] == [True] * 5 + [False]
-
-
 def test_a_branch_that_knows_too_little_is_computed() -> None:
     """Guidance that sets in late: the first branch predicts, the second has no history yet."""
     model = ToyModel()

@@ -15,12 +15,15 @@ from holdover.step import Role
 #:   snapshot             the entry came from another model
 #:   shape, dtype, device the hidden state differs from the entry's in that
 #:   bytes                the entry does not fit under max_bytes
+#:   gradients            gradients are being recorded
 #:   nan                  the signal is not finite
 #:   audit                an audit of this stream found an error past its limit
 #:   batch, group, branch another row of the batch, rank of the group, or guidance branch of the pass needed it
 #:   reuse                served from cache
 REUSE = "reuse"
 WARM_UP = "warm-up"
+#: Of a guard that looks at the action: it says nothing against the loop.
+ACTION = "action"
 
 
 @dataclass(frozen=True, slots=True)

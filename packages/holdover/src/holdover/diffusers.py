@@ -22,7 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdover.engine import condition as conditions
-from holdover.engine.cache import Cache, StepContext
+from holdover.engine.cache import Cache
+from holdover.engine.context import StepContext
 from holdover.method import Policy
 from holdover.models.attach import attach
 from holdover.models.registry import adapters, find, unwrapped

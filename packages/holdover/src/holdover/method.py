@@ -49,6 +49,7 @@ class Entry:
         action: the action then.
         shape, dtype, device: of the hidden state that entered.
         out_dtype: of the one that left.
+        left_out: blocks of the span that the model did not run then.
         void: why nothing can be reused from it, or None.
         shared: another stream may hold the same tensors, so nobody may write into them.
     """
@@ -64,6 +65,7 @@ class Entry:
     dtype: torch.dtype
     device: torch.device
     out_dtype: torch.dtype
+    left_out: tuple[int, ...] = ()
     void: str | None = None
     shared: bool = False
 
@@ -99,6 +101,7 @@ class Entry:
             dtype=self.dtype,
             device=self.device,
             out_dtype=self.out_dtype,
+            left_out=self.left_out,
             void=self.void,
             shared=self.shared,
         )

@@ -10,11 +10,14 @@ from torch import nn
 from holdover.engine.audit import Audit
 from holdover.engine.blocks import find_blocks, find_view_groups
 from holdover.engine.cache import Cache
-from holdover.engine.hooks import MARK
+from holdover.engine.copies import MARK
 from holdover.engine.runtime import Runtime
 from holdover.engine.trace import Trace
 from holdover.method import Policy
 from holdover.slot import Slot, ViewGroup
+
+#: How many decisions the trace keeps by default: some 40 MB of them.
+TRACE = 100_000
 
 #: From the outside inwards.
 LEVELS = ("model", "block", "sublayer")
@@ -29,6 +32,7 @@ def attach(
     audit: float | Audit = 0.0,
     max_bytes: int | None = None,
     process_group: dist.ProcessGroup | None = None,
+    trace: int = TRACE,
 ) -> Cache:
     """`holdover.attach`, where its arguments are explained, for a model that declares its slots or is told them.
 
@@ -38,7 +42,7 @@ def attach(
     policies = [policies] if isinstance(policies, Policy) else list(policies)
     _check(model, policies, slots, max_bytes)
     audit = audit if isinstance(audit, Audit) else Audit(audit)
-    trace, runtimes = Trace(), []
+    kept, runtimes = Trace(trace), []
     for n, policy in enumerate(policies):
         own_slots = slots if policy is policies[-1] else None  # slots are the innermost policy's
         blocks = find_blocks(model, own_slots, policy.level)
@@ -55,7 +59,7 @@ def attach(
             audit=audit,
             max_bytes=max_bytes,
             process_group=process_group,
-            trace=trace,
+            trace=kept,
             innermost=n == len(policies) - 1,
         )
         runtimes.append(runtime)

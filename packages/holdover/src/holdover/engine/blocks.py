@@ -21,6 +21,8 @@ class Block:
         self.index, self.name, self.module, self.slot = index, name, module, slot
         self.label = name, index
         self.compute: Callable[..., Any] = getattr(module, slot.method)
+        #: Whether the block was seen to write into none of its arguments.
+        self.watched = False
         #: Whether the block overwrites its input; found out when it first runs.
         self.overwrites_input: bool | None = None
         self._position, self._keyword = _argument(self.compute, slot.hidden)

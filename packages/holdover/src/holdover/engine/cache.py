@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from threading import get_ident
 from types import TracebackType
 from typing import Any, overload
 
@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from holdover.decision import Stats
 from holdover.engine.blocks import Block
+from holdover.engine.context import StepContext
+from holdover.engine.copies import mark, unmark
+from holdover.engine.gradients import in_backward
 from holdover.engine.hooks import Hook
 from holdover.engine.passes import Pass
 from holdover.engine.runtime import Runtime
@@ -30,8 +33,10 @@ class Cache:
     def __init__(self, runtimes: Sequence[Runtime]) -> None:
         self._runtimes = runtimes  # outermost policy first
         self._passes: list[Pass] = []  # of the open step, one per policy
+        self._thread: int | None = None  # the one that opened it
         self._bytes_at_detach: dict[str, int] | None = None
         self._asked: RemovableHandle | None = None
+        self._unmark: Callable[[], None] = lambda: None
         self._hooks = [
             Hook(block, runtime.shortcuts, partial(self._dispatch, n))
             for n, runtime in enumerate(runtimes)
@@ -56,6 +61,7 @@ class Cache:
             hook.remove()
         if self._asked is not None:
             self._asked.remove()
+            self._unmark()
         self._bytes_at_detach = self._bytes()
         for runtime in self._runtimes:
             runtime.streams.clear()
@@ -88,7 +94,7 @@ class Cache:
         """
         self._require_attached()
         if rows is None:
-            return StepContext(self, [Step(**fields)], batched=False)
+            return self._context([Step(**fields)], batched=False)
         if fields:
             raise ValueError(f"rows came together with {', '.join(fields)}; put these into each row's Step")
         if not rows:
@@ -100,11 +106,24 @@ class Cache:
             raise ValueError(
                 f"rows name {max(names, key=names.count)} twice; a stream and branch has one row in a batch"
             )
-        return StepContext(self, list(rows), batched=True)
+        return self._context(list(rows), batched=True)
+
+    def _context(self, steps: Sequence[Step], *, batched: bool) -> StepContext:
+        def begin() -> None:
+            self._require_attached()
+            self._require_no_pass("a step")
+            self._thread = get_ident()
+            self._passes = [Pass(runtime, steps, batched) for runtime in self._runtimes]
+
+        def end() -> Sequence[Pass]:
+            passes, self._passes = self._passes, []
+            return passes
+
+        return StepContext(begin, end)
 
     @property
     def trace(self) -> Trace:
-        """Every decision since `attach`."""
+        """The latest decisions since `attach`, as many as `attach` was told to keep."""
         return self._runtimes[0].trace
 
     @property
@@ -145,7 +164,14 @@ class Cache:
         reading = [runtime for runtime in self._runtimes if runtime.reads_layout]
         if not reading:
             return
-        self._asked = model.register_forward_pre_hook(ask, with_kwargs=True)
+        handle = self._asked = model.register_forward_pre_hook(ask, with_kwargs=True)
+
+        def clean(state: dict[str, Any]) -> None:
+            for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+                state[hooks] = type(state[hooks])((n, hook) for n, hook in state[hooks].items() if n != handle.id)
+
+        mark(model, clean)
+        self._unmark = partial(unmark, model, clean)
 
     def reset(self, stream: str | None = None) -> None:
         """Forget a stream, or all of them: its next chunk is its first."""
@@ -231,10 +257,13 @@ class Cache:
 
     def _dispatch(self, n: int, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._passes:
+            if in_backward():
+                return block.compute(*args, **kwargs)  # gradient checkpointing runs it again
             raise ValueError(
                 f"block {block.name!r} ran outside any step; wrap the model's call: "
                 f"`with cache.step(chunk=n, index=i, num_steps=len(sigmas)): model(...)`, or detach() the cache"
             )
+        self._require_this_thread()
         return self._passes[n].run(block, args, kwargs)
 
     def _require_stream(self, name: str) -> None:
@@ -249,34 +278,17 @@ class Cache:
         if self._bytes_at_detach is not None:
             raise ValueError("the cache is detached; attach(model, policy) again")
 
+    def _require_this_thread(self) -> None:
+        if self._thread != get_ident():
+            raise ValueError(
+                "two threads use one attached model; give each thread a model and a cache of its own, or let them take "
+                "turns"
+            )
+
     def _require_no_pass(self, what: str) -> None:
         if self._passes:
+            self._require_this_thread()
             raise ValueError(f"{what} within a step; do it between passes")
-
-
-class StepContext:
-    """The span of time in which the model runs one pass; what `Cache.step` returns."""
-
-    def __init__(self, cache: Cache, steps: Sequence[Step], *, batched: bool) -> None:
-        self._cache, self._steps, self._batched = cache, steps, batched
-
-    def __enter__(self) -> None:
-        cache = self._cache
-        cache._require_attached()
-        cache._require_no_pass("a step")
-        cache._passes = [Pass(runtime, self._steps, self._batched) for runtime in cache._runtimes]
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        passes, self._cache._passes = self._cache._passes, []
-        if kind is not None:
-            for each in passes:
-                each.roll_back()
-            return
-        for outer, inner in pairwise(passes):
-            if outer.served is not None:
-                inner.served_outside(outer.served)
-        for each in passes:
-            each.commit()
 
 
 def _exact(stream: Stream | None, branch: str) -> bool:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from holdover.decision import WARM_UP
+from holdover.decision import ACTION, WARM_UP
 from holdover.engine.blocks import Block
+from holdover.engine.gradients import recorded, warn
 from holdover.engine.rows import Rows
 from holdover.engine.runtime import Runtime
 from holdover.engine.transaction import Transaction
@@ -42,6 +43,7 @@ class Decider:
     def __init__(self, runtime: Runtime, transactions: Sequence[Transaction], rows: Rows) -> None:
         self._runtime, self._transactions, self._rows = runtime, transactions, rows
         self._alone = not rows.batched and runtime.process_group is None
+        self._gradients: bool | None = None  # whether those of parameters are recorded in this pass
 
     def decide(
         self,
@@ -128,16 +130,29 @@ class Decider:
             metrics = signal.metrics(signal.compare(call.signal, call.known.tensors["signal"]).tolist())
         return self._weigh(row, call, metrics)
 
+    def _records_gradients(self, call: Call) -> bool:
+        if self._gradients is None:
+            self._gradients = recorded(block.module for block in self._runtime.blocks)
+        if not self._gradients and not (call.x.requires_grad and torch.is_grad_enabled()):
+            return False
+        if not self._runtime.warned_gradients:
+            self._runtime.warned_gradients = True
+            warn()
+        return True
+
     def _forced(self, row: Transaction, call: Call) -> str | None:
         """Why a span is computed before anything is read: the guard's reason, else the engine's own."""
         policy = self._runtime.policy
+        if self._records_gradients(call):
+            return "gradients"
         if policy.one_for_all_branches and row.led.get(call.span.first) is False:
             return "branch"
-        reason = policy.trigger.guard(call) or row.refusal(call)
+        reason = policy.trigger.guard(call)
         if reason is None:
-            row.asked = True
-        elif reason == WARM_UP:
-            row.warm_up = True
+            row.asked = True  # or would be, but for the engine
+            return row.refusal(call)
+        row.warm_up |= reason == WARM_UP
+        row.asked |= reason == ACTION
         return reason
 
     def _weigh(self, row: Transaction, call: Call, metrics: dict[str, float]) -> Verdict:

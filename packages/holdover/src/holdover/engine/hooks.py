@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from holdover.engine.blocks import Block
-
-#: Instance attribute by which an attached block is known.
-MARK = "_holdover"
+from holdover.engine.copies import mark, unmark
 
 
 class Shortcuts:
@@ -93,15 +91,23 @@ class Hook:
 
         # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.
         self._forward = functools.wraps(self._original, updated=())(forward)
-        setattr(block.module, MARK, True)
+        mark(block.module, self._clean)
         self._insert()
 
     def remove(self) -> None:
         """Take the dispatcher out, or leave it as a pass-through where something else wraps it."""
         self._dispatch = self._pass_through
-        if hasattr(self._block.module, MARK):  # another of its methods may have been a slot, and be gone already
-            delattr(self._block.module, MARK)
+        unmark(self._block.module, self._clean)
         self._withdraw()
+
+    def _clean(self, state: dict[str, Any]) -> None:
+        """Take the dispatcher out of a copy of the module's ``__dict__``."""
+        if state.get(self._method) is not self._forward:
+            return
+        if self._previous is None:
+            del state[self._method]
+        else:
+            state[self._method] = self._previous
 
     def _pass_through(self, _: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._withdraw()

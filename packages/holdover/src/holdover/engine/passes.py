@@ -15,6 +15,7 @@ from holdover.engine.runtime import Runtime
 from holdover.engine.span_run import SpanRun, overwrote
 from holdover.engine.trace import Note, place
 from holdover.engine.transaction import Transaction
+from holdover.engine.watch import State, containers, written
 from holdover.method import Span, Verdict
 from holdover.step import Step
 
@@ -22,7 +23,7 @@ from holdover.step import Step
 EXEMPT = {"kv_update": "kv update", "prefill": "prefill"}
 
 #: After this many chunks in a row in which no trigger was asked, the loop leaves nothing to reuse.
-BARREN = 8
+BARREN = 2
 
 
 class Pass:
@@ -54,18 +55,30 @@ class Pass:
 
     def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block's forward."""
-        if self._role == "denoise":
-            self._check(block, args, kwargs)
+        if self._role != "denoise":
+            return self._answer(block, args, kwargs)
+        self._check(block, args, kwargs)
+        if block.watched or self._runtime.policy.predictor is None:
+            return self._answer(block, args, kwargs)
+        before = containers(args, kwargs)
+        output = self._answer(block, args, kwargs)
+        self._refuse_writes(block, before, args, kwargs)
+        return output
+
+    def _answer(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._always is not None:
             return self._compute(block, self._always, args, kwargs)
         span = self._runtime.span_of[block.index]
         if span.computed is not None:
             return self._probe(block, span.computed, args, kwargs)
         run = self._open
-        if run is None or block.index > run.last:
+        if run is None or not run.first <= block.index <= run.last:
+            self._require_whole()
             if block.index != span.first:
                 raise ValueError(
-                    f"block {block.name!r} ran before the first of its span; list slots in the model's order"
+                    f"block {block.name!r} ran before the first of its span, "
+                    f"{self._runtime.blocks[span.first].name!r}; list slots in the model's order, and do not attach to "
+                    f"blocks that the model leaves out"
                 )
             run = self._open = self._decide(block, span, args, kwargs)
         output = run.run(block, args, kwargs)
@@ -83,9 +96,17 @@ class Pass:
         """An outer policy served this pass: no block was asked."""
         self._served_outside = policy
 
+    def finish(self) -> None:
+        """The model has run.
+
+        Raises:
+            ValueError: it left out the last block of a reused span.
+        """
+        self._require_whole()
+        self._close()
+
     def commit(self) -> None:
         """The pass ended well: its decisions and its entries become the streams'."""
-        self._close()
         runtime = self._runtime
         if self._served_outside is not None:
             labels = [block.label for block in runtime.blocks]
@@ -101,7 +122,7 @@ class Pass:
         for row in self._transactions:
             if row.audit_errors:
                 runtime.audit.heed(row, runtime.tallies, runtime.policy.name)
-            if (row.stream.barren or 0) >= BARREN:
+            if (row.stream.barren or 0) >= BARREN and not row.asked:
                 self._warn_if_barren(row)
 
     def roll_back(self) -> None:
@@ -122,6 +143,17 @@ class Pass:
                 f"`with cache.step(chunk=n, role='kv_update'): model(...)`"
             )
         self._ran.add(block.index)
+
+    def _refuse_writes(self, block: Block, before: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A block that is about to be cached must not write into what it is given, unless its slot says so."""
+        where = None if block.slot.writes_kv else written(before, args, kwargs)
+        if where is not None:
+            raise ValueError(
+                f"block {block.name!r} wrote into {where} in a denoising pass, and a reused block would not; if "
+                f"that is the KV cache, wrap the pass that writes it: `with cache.step(chunk=n, role='kv_update'): "
+                f"model(...)`; if it may be left out, say so: holdover.Slot({block.name!r}, writes_kv=True)"
+            )
+        block.watched = True
 
     def _compute(self, block: Block, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute a block of a pass in which all are."""
@@ -165,8 +197,17 @@ class Pass:
             self._pass_input = x if block.overwrites_input is False else x.clone()
         return x
 
+    def _require_whole(self) -> None:
+        """A reused span answers with its last block: leaving that out would leave the span out."""
+        run, self._open = self._open, None
+        if run is not None and run.reuses:
+            raise ValueError(
+                f"the model left out block {self._runtime.blocks[run.last].name!r}, the last of a reused span; give "
+                f"passes that leave out blocks a branch of their own: step(branch=...)"
+            )
+
     def _close(self) -> None:
-        """The model has run. Blocks that it left out were noted when they were opened as shortcuts."""
+        """Forget the shortcuts. Blocks that the model left out were noted when these were opened."""
         never_ran = self._runtime.shortcuts.close()
         if never_ran:
             for note in self._notes:

@@ -43,6 +43,7 @@ class Runtime:
     alike: dict[int, bool] = field(default_factory=dict)
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
     warned_barren: bool = False
+    warned_gradients: bool = False
 
     def __post_init__(self) -> None:
         self.spans = list(self.policy.spans(len(self.blocks)))

@@ -20,7 +20,7 @@ from holdover.engine.blocks import Block
 from holdover.engine.streams import BranchRun, ChunkState, Condition, Key, Stream
 from holdover.method import Entry
 
-FORMAT = "stream 3"
+FORMAT = "stream 4"
 
 #: Values sampled per parameter to tell one model's weights from another's.
 SAMPLES = 16
@@ -149,6 +149,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
                 "shape": list(entry.shape),
                 "dtype": str(entry.dtype).removeprefix("torch."),
                 "out_dtype": str(entry.out_dtype).removeprefix("torch."),
+                "left_out": list(entry.left_out),
                 "void": entry.void,
             }
         )
@@ -224,6 +225,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
             dtype=getattr(torch, entry["dtype"]),
             device=device,
             out_dtype=getattr(torch, entry["out_dtype"]),
+            left_out=tuple(entry["left_out"]),
             void=entry["void"],
         )
     for item in plain["chunks"]:

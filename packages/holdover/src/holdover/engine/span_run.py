@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from holdover.decision import REUSE
 from holdover.engine.blocks import Block
 from holdover.engine.decide import Decided
-from holdover.engine.rows import Rows, put_tokens, take_tokens
+from holdover.engine.rows import Rows
 from holdover.engine.runtime import Runtime
+from holdover.engine.sides import Sides
 from holdover.engine.trace import Note
 from holdover.engine.transaction import Transaction
 from holdover.method import Call
@@ -23,24 +23,11 @@ from holdover.method import Call
 ANY = -1
 
 
-@dataclass(slots=True)
-class Side:
-    """A computation beside the model's own, whose hidden state it carries from block to block.
-
-    It is an audit, or computes a part of the span: the ``tokens``, ``int64 [K]`` or ``[B, K]``.
-    """
-
-    rows: Sequence[int]
-    hidden: Tensor
-    tokens: Tensor | None = None
-    memory: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
-
-
 class SpanRun:
     """A span in progress, or several in a row that are all reused.
 
     Attributes:
-        last: the block with which it ends.
+        first, last: the blocks with which it begins and ends.
         notes: per span and row, what the trace will tell.
     """
 
@@ -50,7 +37,7 @@ class SpanRun:
         self._runtime, self._transactions, self._rows, self._spans = runtime, transactions, rows, spans
         assert runtime.policy.predictor is not None
         self._predictor = runtime.policy.predictor
-        self._first, self.last = spans[0].span.first, spans[-1].span.last
+        self.first, self.last = spans[0].span.first, spans[-1].span.last
         self._calls = spans[0].calls
         self._labels: list[list[tuple[str, int]]] = [[] for _ in spans]  # of the blocks that ran
         self.notes: list[Note] = []
@@ -59,9 +46,8 @@ class SpanRun:
                 self.notes.append(Note(row.place, labels, reason is not None, reason or REUSE, scores))
                 row.decided[each.span.first] = reason is None
         self._computed: list[int] = []  # rows
-        self._audited: list[int] = []
         self._predictions: dict[int, Tensor] = {}  # per row that is not computed, what stands in for the last span
-        self._sides: list[Side] = []
+        self._sides: Sides | None = None
         self._extras: dict[int, tuple[Any, ...]] = {}  # per block, of the rows computed
         self._memory: dict[int, Mapping[str, Tensor]] = {}
         self._handed_on = True
@@ -112,28 +98,25 @@ class SpanRun:
             self._transactions[n].update(call, numbers, tensors)
 
     def _open_sides(self, block: Block, x: Tensor) -> None:
-        """Begin what runs beside the model: parts of the span, then audits."""
-        by_count: dict[int, list[int]] = {}
+        """Begin what runs beside the model, and see whether anything else is left to do."""
         for n in self._predictions:
             row = self._transactions[n]
             for _ in self._spans:
                 reuse = row.count_reuse()
-            if self._runtime.audit.rate and self._runtime.audit.draws(row, reuse):
-                self._audited.append(n)
-            if (tokens := self._calls[n].part) is not None:
-                by_count.setdefault(tokens.shape[-1], []).append(n)
-        if by_count or self._audited:
-            parts = self._rows.split(x)
-            for rows in by_count.values():  # rows with as many tokens run together
-                tokens = self._rows.join([self._rows.tokens(t) for n in rows if (t := self._calls[n].part) is not None])
-                self._sides.append(Side(rows, take_tokens(self._rows.join([parts[n] for n in rows]), tokens), tokens))
-            if self._audited:
-                apart = self._rows.batched and self._runtime.splits(self._spans[0].span)
-                rows = self._audited if apart else list(range(len(parts)))
-                hidden = self._rows.join([parts[n] for n in rows]) if apart else x
-                self._sides.append(Side(rows, hidden if block.overwrites_input is False else hidden.clone()))
-        if not (self._computed or self._audited):
+            audited = self._runtime.audit.rate > 0 and self._runtime.audit.draws(row, reuse)
+            if audited or self._calls[n].part is not None:
+                if self._sides is None:
+                    self._sides = Sides(self._runtime, self._transactions, self._rows, self._calls)
+                self._sides.add(n, audited=audited)
+        if self._sides is not None:
+            self._sides.open(block, x)
+        if not self._computed and (self._sides is None or not self._sides.audited):
             self._passes_through = not any(call.known.extras for each in self._spans for call in each.calls)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether a prediction stands in for some rows, so that the last block must run to return it."""
+        return bool(self._predictions)
 
     # Run.
 
@@ -143,7 +126,7 @@ class SpanRun:
         output = self._compute(block, args, kwargs) if self._computed else None
         if self._predictions:
             output = self._stand_in(block, output, args, kwargs)
-        if block.index == self._first < self.last:
+        if block.index == self.first < self.last:
             self._open_shortcuts()
         return output
 
@@ -156,9 +139,9 @@ class SpanRun:
             output, self._memory[block.index] = block.run_part(None, {}, args, kwargs)
         else:
             output = block.compute(*args, **kwargs)
-        if self._first < block.index < self.last and not self._predictions and isinstance(output, Tensor):
+        if self.first < block.index < self.last and not self._predictions and isinstance(output, Tensor):
             return output  # the entry is made from the last block's
-        if block.overwrites_input is None and block.index == self._first:
+        if block.overwrites_input is None and block.index == self.first:
             before = self._rows.join([calls[n].x for n in self._computed])
             block.overwrites_input = overwrote(block, before, output, block.read(args, kwargs))
         hidden, extras = block.split(output)
@@ -175,10 +158,12 @@ class SpanRun:
     def _stand_in(self, block: Block, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's output where rows are not computed; ``output`` is what it gave for those that are."""
         last = block.index == self.last
-        for side in self._sides:
-            self._run_side(side, block, args, kwargs)
+        if self._sides is not None:
+            self._sides.run(block, args, kwargs)
             if last:
-                self._finish_side(side)
+                self._sides.finish(self._predictions, self.notes, self._keep_reused)
+        if last and self.first < self.last:
+            self._check_left_out()
         if self._passes_through:
             return self._rows.join(list(self._predictions.values())) if last else block.read(args, kwargs)
         parts = dict(enumerate(self._rows.split(block.read(args, kwargs))))
@@ -204,43 +189,13 @@ class SpanRun:
             hidden, tuple(self._rows.join(c).clone() if isinstance(c[0], Tensor) else c[0] for c in columns)
         )
 
-    def _run_side(self, side: Side, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(side.rows) < len(self._transactions):
-            args, kwargs = block.take(side.rows, args, kwargs)
-        args, kwargs = block.replace(args, kwargs, side.hidden)
-        if side.tokens is None:
-            output = block.compute(*args, **kwargs)
-        else:
-            known = [self._calls[n].known.memory.get(block.index, {}) for n in side.rows]
-            before = {name: self._rows.join([each[name] for each in known]) for name in known[0]}
-            output, after = block.run_part(side.tokens, before, args, kwargs)
-            if after:
-                side.memory[block.index] = after
-        side.hidden, _ = block.split(output)
-
-    def _finish_side(self, side: Side) -> None:
-        """Put a part into the output, or note the error that an audit found."""
-        for at, (n, hidden) in enumerate(zip(side.rows, self._rows.split(side.hidden), strict=True)):
-            call, row = self._calls[n], self._transactions[n]
-            if call.part is not None and side.tokens is not None:
-                self._predictions[n] = put_tokens(self._predictions[n], self._rows.tokens(call.part), hidden)
-                if side.memory:
-                    row.update_memory(call, self._rows.memory(at, len(side.rows), side.memory))
-                self._keep_reused(n)
-            elif n in self._audited:
-                norm, truth = torch.linalg.vector_norm, hidden.float()
-                smallest = torch.finfo(torch.float32).tiny
-                error = float(norm(self._predictions[n].float() - truth) / norm(truth).clamp_min(smallest))
-                row.audit_errors.append(math.inf if math.isnan(error) else error)
-                self.notes[n].audit = row.audit_errors[-1]
-
     def _open_shortcuts(self) -> None:
         """Between the first and the last block there may be nothing left to decide or to look at."""
         runtime = self._runtime
-        plainly = not (self._predictions or runtime.policy.parts) and runtime.alike.get(self._first)
+        plainly = not (self._predictions or runtime.policy.parts) and runtime.alike.get(self.first)
         if self._sides or not (self._passes_through or plainly):
             return
-        blocks = runtime.blocks[self._first + 1 : self.last]
+        blocks = runtime.blocks[self.first + 1 : self.last]
         labels = runtime.shortcuts.open(blocks, computed=not self._passes_through)
         if len(self._spans) == 1:
             self._labels[0] += labels
@@ -253,6 +208,7 @@ class SpanRun:
     def _remember(self, block: Block, hidden: Tensor) -> None:
         """Make the entries of the rows that were computed."""
         extras, signal = self._lasting(), self._runtime.policy.trigger.signal
+        left_out = self._left_out(self._spans[0], self._labels[0]) if self.first < self.last else ()
         for at, (n, y) in enumerate(zip(self._computed, self._rows.split(hidden), strict=True)):
             call, count = self._calls[n], len(self._computed)
             beside: dict[str, Tensor] = {}
@@ -263,7 +219,33 @@ class SpanRun:
                     assert after is not None
                     beside["signal change"] = after.read(replace(call, x=y)) - call.signal
             own = {b: self._rows.extras(at, count, block, items) for b, items in extras.items()}
-            self._transactions[n].hold(call, y, beside, own, self._rows.memory(at, count, self._memory))
+            memory = self._rows.memory(at, count, self._memory)
+            self._transactions[n].hold(call, y, beside, own, memory, left_out)
+
+    def _left_out(self, each: Decided, labels: Sequence[tuple[str, int]]) -> tuple[int, ...]:
+        """The blocks of a span that the model did not run in this pass."""
+        span, left = each.span, self._runtime.shortcuts.left
+        if not left and len(labels) == span.last - span.first + 1:
+            return ()
+        ran = {number for _, number in labels} - left.keys()
+        return tuple(number for number in range(span.first, span.last + 1) if number not in ran)
+
+    def _check_left_out(self) -> None:
+        """A prediction stands for the blocks that ran when the span was computed: the same must run now.
+
+        Raises:
+            ValueError: the model left out other blocks than then.
+        """
+        for each, labels in zip(self._spans, self._labels, strict=True):
+            now = self._left_out(each, labels)
+            for n in self._predictions:
+                then = each.calls[n].known.left_out
+                if now != then:
+                    name = self._runtime.blocks[min(set(now) ^ set(then))].name
+                    raise ValueError(
+                        f"the model {'left out' if now > then else 'ran'} block {name!r}, unlike when its span was "
+                        f"computed; give passes that leave out blocks a branch of their own: step(branch=...)"
+                    )
 
     def _lasting(self) -> dict[int, tuple[Any, ...]]:
         """What blocks returned beside the hidden state, as far as the entry keeps it.
@@ -272,11 +254,11 @@ class SpanRun:
         before it are reused as well, and never look at it. An audit runs them, and is given what was theirs.
         """
         extras, alike = self._extras, self._runtime.alike
-        if self._first not in alike and len(self._computed) == len(self._transactions):
+        if self.first not in alike and len(self._computed) == len(self._transactions):
             kinds = [[(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in items] for items in extras.values()]
-            whole = len(kinds) == self.last - self._first + 1 and all(kind == kinds[-1] for kind in kinds)
-            alike[self._first] = not kinds or (whole and self._handed_on and self._runtime.audit.rate == 0)
-        return {ANY: extras[self.last]} if extras and alike.get(self._first) else extras
+            whole = len(kinds) == self.last - self.first + 1 and all(kind == kinds[-1] for kind in kinds)
+            alike[self.first] = not kinds or (whole and self._handed_on and self._runtime.audit.rate == 0)
+        return {ANY: extras[self.last]} if extras and alike.get(self.first) else extras
 
     def _at(self, block: int) -> int:
         """Which of the spans a block is in."""

@@ -51,8 +51,7 @@ class BranchRun:
 class ChunkState:
     """All passes that make one chunk.
 
-    ``ordinal`` counts the stream's chunks. ``asked``: a trigger was asked to judge, so something could have been
-    reused. ``shared``: where guidance branches share decisions, per pass index and first block which branch decided,
+    ``ordinal`` counts the stream's chunks. ``asked``: a guard let something pass, so it could have been reused. ``shared``: where guidance branches share decisions, per pass index and first block which branch decided,
     and whether it reused.
     """
 
@@ -127,7 +126,8 @@ class Stream:
         """A step's chunk and the branch's run of it, where there are any.
 
         Raises:
-            ValueError: ``commits``, or the branch's ``action`` or ``num_steps``, changed within the chunk.
+            ValueError: this pass ran already, or ``commits``, or the branch's ``action`` or ``num_steps``, changed
+                within the chunk.
         """
         chunk = self.chunks.get(step.chunk)
         if chunk is None:
@@ -139,6 +139,11 @@ class Stream:
                 f"every chunk anew"
             )
         run = chunk.runs.get(step.branch)
+        if run is not None and step.index in run.indices:
+            raise ValueError(
+                f"pass {step.index} {where} ran already; call reset({step.stream!r}) before another video or give it "
+                f"a stream= of its own, number every chunk anew, and name guidance branches with branch="
+            )
         if run is not None and run.num_steps != step.num_steps:
             raise ValueError(f"num_steps changed from {run.num_steps} to {step.num_steps} {where}")
         if run is not None and run.action != step.action_vector:
@@ -165,6 +170,15 @@ class Stream:
         runs = ((chunk.ordinal, chunk.runs.get(branch)) for chunk in self.chunks.values())
         in_flight = {None, *(ordinal for ordinal, run in runs if run and not run.over)}
         self.keep([key for key in self.entries if key.branch != branch or key.chunk in in_flight])
+
+    def end(self, chunk: ChunkState) -> None:
+        """Free the tensors that serve this chunk alone, once all its branches are over; the triggers' numbers stay."""
+        if not all(run.over for run in chunk.runs.values()):
+            return
+        for key, entry in self.entries.items():
+            if key.chunk == chunk.ordinal and entry.void is None:
+                self.nbytes -= entry.nbytes
+                self.entries[key] = entry.voided("over")
 
     def give_up(self, chunk: int) -> None:
         """Drop the entries that serve one chunk, though not all its passes ran."""

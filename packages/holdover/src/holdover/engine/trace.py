@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -67,14 +67,19 @@ class Note:
 
 
 class Trace(Sequence[Decision]):
-    """Every decision since `attach` or `clear`, pass by pass; a pass that failed leaves none.
+    """The latest decisions since `attach` or `clear`, pass by pass; a pass that failed leaves none.
 
-    Within a pass they are told span by span, and within a span row by row.
+    Within a pass they are told span by span, and within a span row by row. Of more than ``limit`` decisions the oldest
+    are dropped; ``dropped`` counts them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"trace={limit}: give how many decisions to keep, 1 or more")
+        self.limit = limit
+        self.dropped = 0
         self._notes: list[Note] = []
-        self._ends: list[int] = []  # decisions up to and with each note
+        self._ends: list[int] = []  # decisions up to and with each note, dropped ones included
 
     @overload
     def __getitem__(self, index: int) -> Decision: ...
@@ -87,7 +92,7 @@ class Trace(Sequence[Decision]):
         return [self._at(place) for place in places]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._ends[-1] - self.dropped if self._ends else 0
 
     def __iter__(self) -> Iterator[Decision]:
         for note in self._notes:
@@ -97,17 +102,24 @@ class Trace(Sequence[Decision]):
         return f"<Trace of {len(self)} decisions>"
 
     def extend(self, notes: Iterable[Note]) -> None:
-        total = self._ends[-1] if self._ends else 0
+        total = self._ends[-1] if self._ends else self.dropped
         for note in notes:
             total += len(note.blocks)
             self._ends.append(total)
             self._notes.append(note)
+        if total - self.dropped > self.limit + self.limit // 4:  # now and then, and then many at once
+            old = bisect_left(self._ends, total - self.limit)
+            self.dropped = self._ends[old - 1] if old else self.dropped
+            del self._notes[:old], self._ends[:old]
 
     def clear(self) -> None:
+        """Forget them all."""
+        self.dropped = 0
         self._notes.clear()
         self._ends.clear()
 
     def _at(self, place: int) -> Decision:
+        place += self.dropped
         at = bisect_right(self._ends, place)
         return self._notes[at].decision(place - self._ends[at] + len(self._notes[at].blocks))
 

@@ -99,6 +99,7 @@ class Transaction:
         beside: Mapping[str, Tensor],
         extras: Mapping[int, tuple[Any, ...]],
         memory: Mapping[int, Mapping[str, Tensor]],
+        left_out: tuple[int, ...],
     ) -> None:
         """After a span turned ``call.x`` into ``y``: make its entry, if it fits; ``beside`` are tensors for it."""
         predictor, trigger = self._policy.predictor, self._policy.trigger
@@ -116,6 +117,7 @@ class Transaction:
             dtype=call.x.dtype,
             device=call.x.device,
             out_dtype=y.dtype,
+            left_out=left_out,
             void="shape" if predictor.adds and y.shape != call.x.shape else None,
         )
         self._pending[key] = entry
@@ -161,6 +163,8 @@ class Transaction:
         stream.conditions[step.branch] = self.condition
         stream.entries.update(self._pending)
         stream.reuses = self.reuses
+        if self._policy.lifetime == "chunk" and run.over:
+            stream.end(chunk)
 
     def roll_back(self) -> None:
         """The pass failed."""

@@ -24,6 +24,7 @@ def attach(
     audit: float | Audit = 0.0,
     max_bytes: int | None = None,
     process_group: dist.ProcessGroup | None = None,
+    trace: int = engine.TRACE,
 ) -> Cache:
     """Attach a caching policy to a model: block by block, it decides what is computed and what is reused.
 
@@ -42,6 +43,7 @@ def attach(
             output stays the reused one. Past the limit of an `Audit`, the cache warns once and computes the stream in
             full until it is reset.
         max_bytes: of held tensors per stream. Slots that do not fit are computed.
+        trace: how many decisions the trace keeps; the oldest are dropped, and counts go on.
         process_group: ranks that run the model together. A span that one of them computes, all compute.
 
     Returns:
@@ -67,4 +69,5 @@ def attach(
         audit=audit,
         max_bytes=max_bytes,
         process_group=process_group,
+        trace=trace,
     )

@@ -123,7 +123,7 @@ class Recording:
         self._run_dir, self._cache, self._stream, self._reference = run_dir, cache, stream, reference
         self._reels: dict[str, _Reel] = {}
         self._decisions: list[Decision] = []
-        self._seen = len(cache.trace) if cache else 0
+        self._seen = cache.trace.dropped + len(cache.trace) if cache else 0
         self._left = perf_counter()
 
     def __enter__(self) -> Recording:
@@ -207,9 +207,14 @@ class Recording:
         if self._cache is None:
             return []
         trace = self._cache.trace
-        if len(trace) < self._seen:
+        if trace.dropped + len(trace) < self._seen:
             raise ValueError("the cache's trace was cleared while it was recorded; clear it before or afterwards")
-        new, self._seen = trace[self._seen :], len(trace)
+        if trace.dropped > self._seen:
+            raise ValueError(
+                f"the cache's trace keeps {trace.limit} decisions and dropped some that were not recorded yet; attach "
+                f"with a larger trace="
+            )
+        new, self._seen = trace[self._seen - trace.dropped :], trace.dropped + len(trace)
         return [decision for decision in new if decision.stream == self._stream]
 
     def _figures(self, frames: Frames, reference: Frames | None) -> dict[str, Any]:

@@ -1,0 +1,392 @@
+"""What other caches get wrong in silence is right here, or an error that names the fix."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import holdover
+from tests.holdover.engine.models import EAGER, Scale, Stack, ones, reasons
+from tests.holdover.registry import DEFAULTS, Case
+from tests.holdover.toy import PER_FRAME, ToyLoop, ToyModel, cached, drive
+
+each = pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: case.id)
+hungry = holdover.policy("fbcache", threshold=1e9)
+
+
+# A place that has run is not taken for a new one.
+
+
+@each
+def test_a_pass_that_ran_is_not_run_again(case: Case) -> None:
+    model = ToyModel()
+    with holdover.attach(model, case.policy()) as cache:
+        fields: dict[str, Any] = {"chunk": 0, "num_steps": 24, "action": [0.1, 0.2]}
+
+        def run(**more: Any) -> None:
+            x = torch.zeros(1, 4 * PER_FRAME, 6)
+            with cache.step(**{**fields, **more}), torch.no_grad():
+                model(x, sigma=0.5, action=torch.zeros(1, 2))
+
+        run()
+        with pytest.raises(ValueError, match=r"ran already; call reset\('default'\).* stream= .*branch="):
+            run()
+        run(branch="uncond")
+        run(stream="another")
+        run(index=1)
+        with pytest.raises(ValueError, match="ran already"):
+            run(index=1)
+        cache.reset()
+        run()
+
+
+def test_a_pass_that_failed_may_be_tried_again() -> None:
+    model = Stack(Scale(), Scale())
+    for kind in (KeyboardInterrupt, MemoryError, RuntimeError):
+        with holdover.attach(model, hungry) as cache:
+            failing = model.blocks[1].register_forward_pre_hook(lambda *_, kind=kind: (_ for _ in ()).throw(kind()))
+            with pytest.raises(kind), cache.step(chunk=0, num_steps=2):
+                model(ones())
+            failing.remove()
+            cache.reset("elsewhere")  # no step is open
+            with cache.step(chunk=0, num_steps=2):
+                assert torch.equal(model(ones()), ones(4))
+
+
+def test_a_stream_that_was_put_back_runs_its_passes_again() -> None:
+    model = Stack(Scale(), Scale())
+    with holdover.attach(model, EAGER) as cache:
+        with cache.step(chunk=0):
+            model(ones())
+        snapshot = cache.snapshot()
+        for _ in range(2):
+            with cache.step(chunk=1, commits=False):
+                model(ones())
+            cache.restore("default", snapshot)
+
+
+def test_the_second_video_of_a_loop_is_not_served_from_the_first() -> None:
+    model = Stack(Scale(), Scale(), Scale())
+
+    def video(cache: holdover.Cache, level: float) -> list[float]:
+        made = []
+        for index in range(4):
+            with cache.step(chunk=0, index=index, num_steps=4, commits=False):
+                made.append(float(model(ones(level + 0.01 * index))[0, 0, 0]))
+        return made
+
+    policy = holdover.policy("fbcache", threshold=0.2)
+    with holdover.attach(model, policy) as cache:
+        expected = video(cache, 1.15)
+    with holdover.attach(model, policy) as cache:
+        video(cache, 1.0)
+        with pytest.raises(ValueError, match="ran already"):
+            video(cache, 1.15)
+        cache.reset()
+        assert video(cache, 1.15) == expected
+
+
+# Copies.
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    copied: nn.Module = pickle.loads(pickle.dumps(model))
+    return copied
+
+
+def through_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copied: nn.Module = torch.load(file, weights_only=False)
+    return copied
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch])
+@pytest.mark.parametrize("view_groups", [None, lambda model, *args, **kwargs: ()])
+def test_a_copy_of_an_attached_model_is_a_plain_model(copied: Any, view_groups: Any) -> None:
+    model = ToyModel()
+    attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    told = {"sigma": 0.5, "action": torch.zeros(1, 2)}
+    x = torch.randn(1, 4 * PER_FRAME, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), holdover.attach(model, holdover.xcache(), view_groups=view_groups) as cache:
+        twin = copied(model)
+        plain = ToyModel(seed=1)
+        twin.load_state_dict(plain.state_dict())
+        assert torch.equal(twin(x, **told), plain(x, **told))  # outside of any step, and by its own weights
+        assert len(cache.trace) == 0
+        with holdover.attach(twin, holdover.xcache()) as other, other.step(chunk=0):
+            assert torch.equal(twin(x, **told), plain(x, **told))
+        with cache.step(chunk=0):
+            assert torch.equal(model(x, **told), ToyModel()(x, **told))
+        assert model.state_dict().keys() == plain.state_dict().keys()
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == attributes
+
+
+def test_a_copy_of_a_compiled_block_is_as_without_a_cache() -> None:
+    model = Stack(Scale(), Scale())
+    model.blocks[0].compile(backend="eager")
+    expected = copy.copy(model.blocks[0]).__dict__
+    with holdover.attach(model, hungry):
+        assert copy.copy(model.blocks[0]).__dict__ == expected
+
+
+# Blocks that the model leaves out.
+
+
+class Skipping(nn.Module):
+    """Runs the blocks that it is not told to leave out; each adds a power of ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Add(10.0**n) for n in range(4))
+
+    def forward(self, x: Tensor, skip: tuple[int, ...] = ()) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            if number not in skip:
+                x = block(x)
+        return x
+
+    def holdover_slots(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+
+class Add(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.value
+
+
+@pytest.mark.parametrize("skip", [2, 3])
+def test_a_reused_span_stands_for_the_blocks_that_ran(skip: int) -> None:
+    model = Skipping()
+    with holdover.attach(model, hungry) as cache:
+
+        def run(index: int, *skipped: int, branch: str = "") -> float:
+            with cache.step(chunk=0, index=index, num_steps=6, commits=False, branch=branch):
+                return float(model(ones(0), skipped)[0, 0, 0])
+
+        assert run(0) == 1111
+        with pytest.raises(ValueError, match=rf"left out .*'blocks\.{skip}'.*step\(branch="):
+            run(1, skip)
+        assert run(1) == 1111  # nothing was spoiled
+        right = 1111 - 10**skip
+        assert [run(index, skip, branch="skips") for index in range(3)] == [right] * 3
+        if skip < 3:  # the last block was never run, so nothing is held
+            assert "reuse" in [d.reason for d in cache.trace if d.branch == "skips"]
+            with pytest.raises(ValueError, match=rf"ran block 'blocks\.{skip}', unlike when its span was computed"):
+                run(3, branch="skips")
+
+
+def test_leaving_out_the_first_block_of_a_span_says_so() -> None:
+    model = Skipping()
+    with (
+        holdover.attach(model, holdover.policy("teacache", threshold=1e9), slots=["blocks.1", "blocks.2"]) as cache,
+        pytest.raises(ValueError, match=r"'blocks\.2' ran before the first of its span, 'blocks\.1'"),
+        cache.step(chunk=0),
+    ):
+        model(ones(0), (1,))
+
+
+# Gradients.
+
+
+def test_nothing_is_reused_while_gradients_are_recorded() -> None:
+    model = Stack(*(nn.Linear(2, 2) for _ in range(3)))
+
+    def gradients(cache: holdover.Cache | None) -> list[Tensor]:
+        model.zero_grad()
+        total = torch.zeros(())
+        for index in range(3):
+            if cache is None:
+                total = total + model(ones(1 + index / 10)).square().mean()
+                continue
+            with cache.step(chunk=0, index=index, num_steps=3, commits=False):
+                total = total + model(ones(1 + index / 10)).square().mean()
+        total.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients(None)
+    with holdover.attach(model, hungry) as cache:
+        with pytest.warns(UserWarning, match=r"gradients are being recorded.*torch\.no_grad"):
+            found = gradients(cache)
+        assert cache.stats().reused == 0
+        assert cache.stats().reasons["gradients"] == 6
+        cache.reset()
+        for index in range(2):
+            with torch.no_grad(), cache.step(chunk=0, index=index, num_steps=2, commits=False):
+                model(ones())
+        assert cache.stats().reused == 2  # without gradients it reuses again
+    assert all(map(torch.equal, found, expected))
+
+
+def test_an_input_that_records_gradients_is_computed() -> None:
+    model = Stack(Scale(), Scale())
+    with holdover.attach(model, EAGER) as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for chunk in range(2):
+            x = ones().requires_grad_()
+            with cache.step(chunk=chunk, commits=False):
+                model(x).sum().backward()
+            assert torch.equal(x.grad, ones(4))  # type: ignore[arg-type]
+    assert reasons(cache) == ["gradients"] * 4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_runs_blocks_again(reentrant: bool) -> None:
+    model = Stack(*(nn.Linear(2, 2) for _ in range(2)))
+
+    def backward() -> list[Tensor]:
+        model.zero_grad()
+        x = ones().requires_grad_()
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=reentrant)
+        x.sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = backward()
+    with holdover.attach(model, hungry) as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x, y = ones().requires_grad_(), ones()
+        model.zero_grad()
+        with cache.step(chunk=0):
+            for block in model.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+        x.sum().backward()  # outside of the step
+        found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        with torch.no_grad(), cache.step(chunk=1):
+            model(y)
+    assert all(map(torch.equal, found, expected))
+
+
+# Lifetimes.
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in DEFAULTS if case.policy().lifetime == "chunk"], ids=lambda case: case.id
+)
+def test_what_serves_one_chunk_is_freed_when_the_chunk_is_over(case: Case) -> None:
+    model, loop = ToyModel(), ToyLoop(sigmas=case.sigmas, branches=case.branches)
+    with holdover.attach(model, case.policy()) as cache:
+        most = 0
+
+        def runner(fields: dict[str, Any], run: Any) -> Tensor:
+            nonlocal most
+            output = cached(cache)(fields, run)
+            most = max(most, cache.nbytes)
+            return output
+
+        for action in drive(2):
+            loop.step(model, action, runner)
+            assert cache.nbytes == 0
+        assert (most > 0) == (case.name != "never")
+
+
+def test_the_trace_is_a_ring_and_counts_go_on() -> None:
+    model = Stack(*(Scale() for _ in range(10)))
+    with holdover.attach(model, EAGER, trace=100) as cache:
+        for chunk in range(1000):
+            with cache.step(chunk=chunk, commits=False):
+                model(ones())
+            assert len(cache.trace) <= 125
+        stats = cache.stats()
+        assert stats.computed + stats.reused == 10_000 == len(cache.trace) + cache.trace.dropped
+        assert [d.chunk for d in cache.trace][-10:] == [999] * 10
+        assert cache.trace[0] == next(iter(cache.trace))
+        assert cache.trace[-1].block == 9
+        cache.trace.clear()
+        assert len(cache.trace) == cache.trace.dropped == 0
+    with pytest.raises(ValueError, match="trace=0: give how many decisions to keep"):
+        holdover.attach(model, EAGER, trace=0)
+
+
+# Threads.
+
+
+def test_two_threads_on_one_model_are_told_once_and_leave_nothing_open() -> None:
+    model, errors = Stack(Scale(), Scale()), list[str]()
+    inside, leave = threading.Event(), threading.Event()
+    with holdover.attach(model, EAGER) as cache:
+
+        def first() -> None:
+            with cache.step(chunk=0):
+                model(ones())
+                inside.set()
+                leave.wait(10)
+
+        def second() -> None:
+            inside.wait(10)
+            for attempt in (lambda: cache.step(chunk=1, stream="b").__enter__(), lambda: model(ones())):
+                try:
+                    attempt()
+                except ValueError as error:
+                    errors.append(str(error))
+            leave.set()
+
+        threads = [threading.Thread(target=target) for target in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(errors) == 2
+        assert all(error.startswith("two threads use one attached model; give each thread") for error in errors)
+        assert len(cache.trace) == 2
+        with cache.step(chunk=1):  # from a third, in turn
+            model(ones())
+
+
+# Writes that nobody announced.
+
+
+class Appending(nn.Module):
+    """Appends what it is given to a list or a dictionary, as some KV caches grow."""
+
+    def forward(self, x: Tensor, *, cache: Any = None) -> Tensor:
+        if isinstance(cache, list):
+            cache.append(x)
+        elif isinstance(cache, dict):
+            cache.setdefault("k", []).append(x)
+        return x * 2
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_a_block_that_appends_in_a_denoising_pass_is_refused(kind: Any) -> None:
+    model = Stack(Appending(), Appending())
+    with holdover.attach(model, EAGER) as cache:
+        with cache.step(chunk=0, role="kv_update"):
+            model(ones(), cache=kind())
+        message = r"'blocks\.0' wrote into cache.*role='kv_update'.*writes_kv=True"
+        with pytest.raises(ValueError, match=message), cache.step(chunk=1):
+            model(ones(), cache=kind())
+        with cache.step(chunk=1):
+            model(ones())
+    slots = [holdover.Slot(block, writes_kv=True) for block in model.blocks]
+    with holdover.attach(model, EAGER, slots=slots) as cache, cache.step(chunk=0):
+        model(ones(), cache=kind())
+
+
+def test_a_tensor_in_a_dictionary_that_changes_in_place_is_a_write() -> None:
+    class Writing(nn.Module):
+        def forward(self, x: Tensor, *, cache: dict[str, Tensor]) -> Tensor:
+            cache["k"][:] = x
+            return x * 2
+
+    model = Stack(Writing())
+    with (
+        holdover.attach(model, EAGER) as cache,
+        pytest.raises(ValueError, match="wrote into cache in a denoising pass"),
+        cache.step(chunk=0),
+    ):
+        model(ones(), cache={"k": ones()})
