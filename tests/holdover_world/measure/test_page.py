@@ -1,4 +1,4 @@
-"""The demo's table, and what its page is made of."""
+"""The demo's table and the parts of its page."""
 
 from __future__ import annotations
 
