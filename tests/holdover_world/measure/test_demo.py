@@ -77,9 +77,7 @@ def frames_alone(
     return video, cache.stats() if cache else None
 
 
-def test_the_figures_equal_those_of_runs_of_their_own(
-    report: dict[str, Any], model: WorldModel, clips: Path
-) -> None:
+def test_the_figures_equal_those_of_runs_of_their_own(report: dict[str, Any], model: WorldModel, clips: Path) -> None:
     full, _ = frames_alone(model, clips, None)
     cached, stats = frames_alone(model, clips, holdover.xcache())
     figures = policy_of(report, "urban", "xcache")
