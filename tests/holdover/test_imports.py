@@ -16,14 +16,20 @@ import holdover
 
 SOURCE = Path(holdover.__file__).parent
 
+#: What everybody may speak of: the words of a caching method.
+CONCEPTS = {"step", "slot", "decision", "method"}
 #: What the files of each room, and each file outside of one, may import of other rooms and files.
 ALLOWED = {
-    "engine": set(),
-    "methods": {"engine"},
-    "models": {"engine", "factories"},
-    "diffusers": {"engine", "models"},
-    "report": {"engine", "lazy"},
-    "tune": {"engine", "factories", "methods", "models"},
+    "step": set(),
+    "slot": set(),
+    "decision": {"step"},
+    "method": {"step", "slot"},
+    "engine": CONCEPTS,
+    "methods": CONCEPTS | {"engine"},
+    "models": CONCEPTS | {"engine", "factories"},
+    "diffusers": CONCEPTS | {"engine", "models"},
+    "report": CONCEPTS | {"engine", "lazy"},
+    "tune": CONCEPTS | {"engine", "factories", "methods", "models"},
     "cli": {"extras", "methods", "models", "report", "tune"},
     "extras": set(),
     "factories": set(),
@@ -36,6 +42,9 @@ MORE = {"report/methods": {"methods"}, "cli/__init__": {"version"}}
 
 #: The packages that a room may import; they are the core's.
 PACKAGES = {
+    "step": {"torch", "numpy"},
+    "slot": {"torch"},
+    "method": {"torch"},
     "engine": {"torch", "numpy", "safetensors"},
     "methods": {"torch"},
     "models": {"torch"},

@@ -24,7 +24,7 @@ def world_model(seed: int = 0) -> WorldModel:
 
 
 def write_clips(folder: Path, frames: int, *, depth: bool = True, cameras: tuple[Camera, ...] = CAMERAS) -> Path:
-    """A clip of moving stripes over flat ground for each scenario; the car drives at 8 m/s or more and turns a little."""
+    """A clip of moving stripes over flat ground for each scenario. The car drives at 8 m/s or more and turns."""
     open_dataset(folder, cameras)
     for scenario in ("urban", "highway", "uturn"):
         with ClipWriter(folder, scenario, 0, cameras=cameras, depth=depth) as writer:

@@ -1,4 +1,4 @@
-"""The fleet on a Ray cluster of this machine: what is driven elsewhere is what is driven here."""
+"""The fleet on a Ray cluster of this machine: workers give the same results as this process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_lane_keeper_comes_back_to_the_middle() -> None:
     assert DRIVERS["brake"]({"offset": 0.0, "heading_error": 0.0}, 10.0, 8)[0] == 0
 
 
-def test_a_collision_is_not_a_lane_that_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collision_does_not_count_as_leaving_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     step = WorldSession.step
     wall = {"front_wide": np.full((2, 32, 48), 0.5, np.float32)}  # half a metre before the camera, inside the car
     monkeypatch.setattr(WorldSession, "step", lambda session, action: replace(step(session, action), depth=wall))
@@ -73,7 +73,7 @@ def test_a_fleet_survives_its_workers_and_repeats_nothing(tmp_path: Path, monkey
     torch.set_num_threads(1)
     here = [drive_episode(small_course(), episode) for episode in episodes]
     assert [row["steps"] for row in here] == [4] * 4
-    # What an earlier run had finished, marked so that driving it again would show.
+    # The result of an earlier run, with a reward that shows whether the episode is driven again.
     parts = tmp_path / "out" / "parts"
     parts.mkdir(parents=True)
     (parts / f"{episodes[1].key}.json").write_text(json.dumps({**here[1], "reward": 77.0}))
@@ -86,13 +86,13 @@ def test_a_fleet_survives_its_workers_and_repeats_nothing(tmp_path: Path, monkey
     assert [row["reward"] for row in rows] == [here[0]["reward"], 77.0, here[2]["reward"], here[3]["reward"]]
     assert [row["skip"] for row in rows] == [row["skip"] for row in here]
     assert len({row["video"] for row in rows}) == 4
-    done = run_fleet(episodes, tmp_path / "out", course=fatal_course)  # nothing is left: no cluster is started
+    done = run_fleet(episodes, tmp_path / "out", course=fatal_course)  # nothing is left to do, so no cluster starts
     assert pyarrow.parquet.read_table(done).to_pylist() == rows
 
 
 @pytest.fixture
 def head() -> Iterator[str]:
-    """The address of a cluster that somebody else started: a head in processes of its own."""
+    """The address of a cluster that runs in processes of its own."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [
@@ -115,7 +115,7 @@ def head() -> Iterator[str]:
         process.communicate(timeout=60)
 
 
-def test_a_cluster_elsewhere_gives_the_same(tmp_path: Path, head: str) -> None:
+def test_a_running_cluster_gives_the_same_results(tmp_path: Path, head: str) -> None:
     episodes = read_plan(write(tmp_path, PLAN.replace("[0, 1]", "[3]")), ["eager"])
     torch.set_num_threads(1)
     here = [drive_episode(small_course(), episode) for episode in episodes]
@@ -123,7 +123,7 @@ def test_a_cluster_elsewhere_gives_the_same(tmp_path: Path, head: str) -> None:
     assert [(row["video"], row["reward"]) for row in rows] == [(row["video"], row["reward"]) for row in here]
 
 
-def test_where_no_cluster_is_is_said_at_once(tmp_path: Path) -> None:
+def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path) -> None:
     episodes = read_plan(write(tmp_path, PLAN), ["eager"])
     with socket.create_server(("127.0.0.1", 0)) as probe:
         nobody = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -77,12 +77,13 @@ def attached() -> Any:
 
 
 def test_a_recording_is_what_the_loop_did(tmp_path: Path, attached: holdover.Cache) -> None:
-    with record(tmp_path, "kitchen", "full", fps=10, seed=4) as full:
+    with record(tmp_path, "kitchen", "full", fps=10, rows=[["tail"], ["nose"]], seed=4) as full:
         truth = drive(full, seconds=1.0)
     with record(tmp_path, "kitchen", "xcache", fps=10, cache=attached, reference=full, block_share=0.8) as run:
         shown = drive(run, attached)
     (first, cached), problems = read_run(tmp_path)
     assert problems == []
+    assert first.canvas.rects["tail"][1] < first.canvas.rects["nose"][1]
     assert (first.about.name, first.about.seed, first.decisions, first.errors) == ("full", 4, None, None)
     stats, figures = attached.stats(), cached.about.figures
     assert cached.decisions == tuple(attached.trace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -99,6 +100,30 @@ def test_only_rollouts_are_removed(copy: Path) -> None:
     (copy / "first" / "notes.txt").write_text("mine")
     remove_rollouts(copy, "first")
     assert [path.name for path in (copy / "first").iterdir()] == ["notes.txt"]
+
+
+def test_the_record_has_the_rows_of_cameras(tmp_path: Path) -> None:
+    """The page needs no rig: it finds the cameras where they were put."""
+    videos = {name: np.zeros((2, 16, 16, 3), np.uint8) for name in ("a", "b", "c")}
+    rollout = Rollout(scenario="s", name="full", fps=12, rows=[["c"], ["a", "b"]])
+    write_rollout(tmp_path, rollout, videos, chunks=[ChunkRecord(chunk=0, frames=2, seconds=1.0)])
+    (read,) = read_run(tmp_path)[0]
+    assert read.about.rows == [["c"], ["a", "b"]]
+    assert read.canvas.rects == {"c": (8, 0, 16, 16), "a": (0, 16, 16, 16), "b": (16, 16, 16, 16)}
+
+
+def test_published_figures_stand_below_those_of_their_scenario(tmp_path: Path) -> None:
+    video = {"front": np.zeros((2, 16, 16, 3), np.uint8)}
+    chunks = [ChunkRecord(chunk=0, frames=2, seconds=1.0)]
+    published = {"PSNR": "51.37", "source": "a paper"}
+    for name, more in (("full", {"published": published}), ("xcache", {"policy": "xcache()"})):
+        figures = {key: value for key, value in runs.figures(name).items() if key != "reaction"}
+        write_rollout(tmp_path, Rollout(scenario="s", name=name, fps=12, figures=figures, **more), video, chunks=chunks)
+    page = build_page(tmp_path)[0].read_text()
+    assert re.findall(r'<tr class="(\w+)">', page) == ["full", "cached", "published"]
+    assert "51.37" in page
+    assert "<strong>Published</strong>: a paper." in page
+    assert "<strong>Brake</strong>" not in page
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:

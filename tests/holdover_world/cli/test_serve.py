@@ -1,4 +1,4 @@
-"""`holdover serve` and `holdover fleet`: what the options become, and mistakes in one line."""
+"""`holdover serve`: its options arrive, and mistakes are one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`holdover world`: what the options become, a model trained from clips of one's own, and mistakes in one line."""
+"""`holdover world`: its options arrive, a model is trained on one's own clips, and mistakes are one line."""
 
 from __future__ import annotations
 

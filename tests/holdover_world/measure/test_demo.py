@@ -77,7 +77,7 @@ def frames_alone(
     return video, cache.stats() if cache else None
 
 
-def test_the_figures_are_those_of_runs_without_the_demo(report: dict[str, Any], model: WorldModel, clips: Path) -> None:
+def test_the_figures_equal_those_of_runs_of_their_own(report: dict[str, Any], model: WorldModel, clips: Path) -> None:
     full, _ = frames_alone(model, clips, None)
     cached, stats = frames_alone(model, clips, holdover.xcache())
     figures = policy_of(report, "urban", "xcache")
@@ -125,7 +125,7 @@ def test_the_page_shows_every_scenario_and_its_files_exist(out: Path) -> None:
     assert "51.37" in html  # the published figure beside one's own
 
 
-def test_what_is_recorded_is_what_was_driven(out: Path, report: dict[str, Any], model: WorldModel, clips: Path) -> None:
+def test_the_recorded_run_is_the_driven_one(out: Path, report: dict[str, Any], model: WorldModel, clips: Path) -> None:
     rollouts, problems = read_run(out)
     assert problems == []
     of = {(r.about.scenario, r.about.name): r for r in rollouts}
@@ -158,7 +158,7 @@ def test_in_the_plain_cadence_there_is_nothing_to_skip(model: WorldModel, clips:
     assert cached["reasons"].keys() == {"warm-up", "kv cycle", "kv update"}
 
 
-def test_it_drives_as_far_as_ten_minutes_take_it(
+def test_by_default_it_drives_what_ten_minutes_allow(
     model: WorldModel, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A chunk of half a second: 12 steps of 6.3 and two scenarios of 22 are 120 chunks, one minute.

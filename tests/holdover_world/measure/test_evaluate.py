@@ -107,14 +107,14 @@ def test_the_reader_learns_to_read_motion() -> None:
     true = np.concatenate([true_motion(clip) for clip in unseen])
     assert read.shape == true.shape
     assert agreement(read[:, 1], true[:, 1])["correlation"] > 0.8
-    # It reads pictures that are darker and less sharp than those it has seen, too.
+    # It also reads pictures that are darker and less sharp than those it was trained on.
     dim = [0.4 * clip.frames["front"] + 0.4 * np.roll(clip.frames["front"], 1, 2) for clip in unseen]
     read = np.concatenate([reader.motion({"front": video.astype(np.uint8)}) for video in dim])
     assert agreement(read[:, 1], true[:, 1])["correlation"] > 0.8
 
 
-def test_a_reader_is_calibrated_by_what_it_did_not_learn_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that reads too little and beside the truth, and a yaw rate that never varies, which it cannot know about."""
+def test_a_reader_is_calibrated_with_other_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader with a wrong slope and offset, and a yaw rate that never varies and so cannot be calibrated."""
     clips = [replace(clip, poses=0 * clip.poses) for clip in map(toy_clip, range(5))]
     truth = {id(clip.frames["front"]): true_motion(clip) for clip in clips}
     reader = MotionReader("front")
@@ -122,7 +122,7 @@ def test_a_reader_is_calibrated_by_what_it_did_not_learn_from(monkeypatch: pytes
     monkeypatch.setattr(
         reader, "forward", lambda true: (true * torch.tensor([0.8, 1.0]) + 0.5) / torch.from_numpy(SCALE)
     )
-    for _ in range(2):  # the second finds nothing left to do
+    for _ in range(2):  # the second time changes nothing
         reader.calibrate(clips[:3])
         np.testing.assert_allclose(reader.slope, [0.8, 1.0], atol=1e-5)
         np.testing.assert_allclose(reader.offset, [0.5, 0.0], atol=1e-4)
@@ -163,7 +163,7 @@ def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path) -> None:
     assert "](world-crops.png)" in text
     with Image.open(tmp_path / "world-crops.png") as crops:  # three scenarios, three pictures each
         assert crops.width / crops.height == pytest.approx(2.6 / 2.1, rel=0.02)
-    # Reconstruction once more: what comes after the first eight latent frames.
+    # Reconstruction, computed again from the frames after the first eight latent frames.
     squares = []
     for path in list_clips(clips):
         clip = read_clip(path, depth=True, start=32)
@@ -171,7 +171,7 @@ def test_the_evaluation_is_complete(model: WorldModel, tmp_path: Path) -> None:
         squares += [(videos[name][0].astype(float) - clip.frames[name]).ravel() ** 2 for name in videos]
     expected = 10 * np.log10(255**2 / np.concatenate(squares).mean())
     assert figures["reconstruction_psnr_db"] == pytest.approx(expected)
-    # The errors of depth once more: what the driver made of each clip, decoded as one video.
+    # The errors of depth, computed again from a loop over each clip, decoded as one video.
     relative = []
     for path in list_clips(clips):
         clip = read_clip(path, depth=True)

@@ -1,4 +1,4 @@
-"""Metrics against closed forms, against formulas written out, and against numbers of the package itself."""
+"""Metrics against closed forms, against formulas written out, and against values of the original package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_equal_videos() -> None:
     assert comparison.fidelity().to_json() == {"psnr_db": None, "ssim": 1.0, "lpips": 0.0}
 
 
-def test_stitched_psnr_weighs_cameras_by_pixels_and_leaves_the_canvas_out() -> None:
+def test_stitched_psnr_weights_cameras_by_pixels_without_the_canvas() -> None:
     video = {name: np.zeros_like(frames) for name, frames in rig().items()}
     other = {"front_wide": video["front_wide"] + np.uint8(3), "rear": video["rear"] + np.uint8(7)}
     wide, rear = 24 * 32, 16 * 24
@@ -54,7 +54,7 @@ def test_psnr_pools_errors_over_frames_and_ranges() -> None:
 
 
 def test_ends_hold_whole_windows() -> None:
-    """Three of four frames are off, in every window alike: both ends are, which five frames at either end are not."""
+    """Three of four frames of each window differ. Both ends show this ratio; five frames at either end would not."""
     video = {"rear": np.zeros((19, 16, 24, 3), np.uint8)}
     other = {"rear": video["rear"].copy()}
     other["rear"][np.arange(19) % 4 > 0] = 8
@@ -78,7 +78,7 @@ def test_every_changes_the_sampled_frames_but_not_psnr() -> None:
 def test_stitched_ssim_counts_covered_pixels_only() -> None:
     video = {name: np.full_like(frames, 128) for name, frames in rig(frames=1).items()}
     other = rig(frames=1)
-    assert compare(other, video).ssim[STITCHED] < 0.1  # with the black canvas it would be a third at least
+    assert compare(other, video).ssim[STITCHED] < 0.1  # with the black canvas it would be at least a third
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_missing_weights_name_the_line_that_installs_them(monkeypatch: pytest.Mo
         StLpips()
 
 
-def test_what_does_not_match_is_refused() -> None:
+def test_videos_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in cameras"):
         compare(rig(frames=3), rig(frames=4))
     with pytest.raises(ValueError, match="every=0"):

@@ -1,4 +1,4 @@
-"""Plots of training and of methods."""
+"""The plot of training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from holdover_world.measure.plots import plot_training
         ),
     ],
 )
-def test_a_learning_curve_shows_what_held_out_clips_say(
+def test_a_learning_curve_shows_the_values_of_held_out_clips(
     held: dict[int, dict[str, Any]],
     axis: str,
     curves: dict[str, list[float]],

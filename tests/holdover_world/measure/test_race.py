@@ -1,4 +1,4 @@
-"""Races: references that are what they say, forks that leave their loop alone."""
+"""Races: references against runs alone, and forks that do not change their loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scenario(model: WorldModel, clips: Path) -> Scenario:
 
 
 def alone(model: WorldModel, scenario: Scenario, **changes: str) -> Tensor:
-    """Full compute, by the driver alone."""
+    """Full compute without a race."""
     loop = ClosedLoop(model, scenario.start, scenario.start_actions, config=LoopConfig(**changes), seed=0)  # type: ignore[arg-type]
     return torch.cat([piece.latents for piece in loop.run(scenario.actions)], 1)
 
@@ -65,11 +65,11 @@ def test_a_race_gives_what_each_run_gives_alone(model: WorldModel, scenario: Sce
     frames = race.runs["emitted"].video()
     decoded = model.codec.decode(shown["emitted"], scenario.start[:, -1])
     assert all((frames[name] == decoded[name][0]).all() for name in decoded)
-    assert not any(module.__dict__.get("forward") for module in model.modules())  # the model itself was left alone
+    assert not any(module.__dict__.get("forward") for module in model.modules())  # the model itself is unchanged
 
 
 def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: Scenario) -> None:
-    """A cache that computes everything commits its cycle's last window, so its reference must as well."""
+    """A cache that computes everything commits the last window of a cycle, so its reference must do the same."""
     closed = holdover.xcache_reactive(tau_floor=2.0)
     with Race(model, scenario, [Arm(name="closed", policy=closed, loop=LoopConfig(commit="last_full"))]) as race:
         shown = Shown(race)
@@ -82,7 +82,7 @@ def test_a_reference_commits_what_its_arm_commits(model: WorldModel, scenario: S
     assert not torch.equal(shown["base of closed"], expected)
 
 
-def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_window(
+def test_a_reference_costs_nothing_until_its_arm_commits_another_window_than_the_first(
     model: WorldModel, clips: Path
 ) -> None:
     steady = load_scenario("urban-steady", model, clips=clips, chunks=9)
@@ -92,13 +92,13 @@ def test_a_reference_costs_nothing_until_its_arm_parts_from_the_cycle_s_first_wi
             race.step(action)
         assert race.reference("eager").loop is race.base("eager").loop
         jump = steady.actions[0] + torch.tensor([0.3, 0.0])
-        race.step(jump)  # chunk 9, in mid-cycle: the gate makes it a full one
+        race.step(jump)  # chunk 9, in mid-cycle: the gate has it computed in full
         assert race.reference("eager").loop is not race.base("eager").loop
         assert race.runs["eager"].exact[-1]
 
 
-def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldModel, clips: Path) -> None:
-    """A chunk in full may follow others from cache: arm and reference still write the same, bit for bit."""
+def test_last_full_commits_nothing_that_came_from_cache(model: WorldModel, clips: Path) -> None:
+    """A full chunk may follow cached ones. Arm and reference still commit the same windows, bit for bit."""
     steady = load_scenario("urban-steady", model, clips=clips, chunks=9)
     eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     with Race(model, steady, [Arm(name="eager", policy=eager, loop=LoopConfig(commit="last_full"))]) as race:
@@ -114,8 +114,8 @@ def test_nothing_shown_from_cache_gets_into_what_last_full_commits(model: WorldM
     assert same == run.exact
 
 
-def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldModel, clips: Path) -> None:
-    """Against a loop that computes every chunk itself and is told which ones its leader computed in full."""
+def test_a_reference_that_adopts_chunks_equals_full_compute(model: WorldModel, clips: Path) -> None:
+    """Against a loop that computes every chunk and is told which ones its leader computed in full."""
     steady = load_scenario("urban-steady", model, clips=clips, chunks=9)
     eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
     actions = [steady.actions[0] + torch.tensor([0.3, 0.0]) * sum(n >= at for at in (1, 6, 7, 11)) for n in range(12)]
@@ -148,10 +148,10 @@ def test_a_reference_is_full_compute_though_some_of_it_is_adopted(model: WorldMo
     decoded = [model.codec.decode(piece.latents, piece.before) for piece in pieces]
     assert all((np.concatenate([each[name][0] for each in decoded]) == video).all() for name, video in frames.items())
     assert exact == [n in (0, 1, 4, 6, 7, 8, 11) for n in range(12)]
-    assert computed == [1, 2, 3, 5, 9, 10]  # at 1 it parts from the base; from then on what its leader took from cache
+    assert computed == [1, 2, 3, 5, 9, 10]  # it splits at 1, and then computes those that its leader took from cache
 
 
-def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
+def test_a_fork_is_independent(model: WorldModel, scenario: Scenario) -> None:
     run = ArmRun.start(Arm(name="x", policy=holdover.xcache()), model, scenario, seed=0)
     for action in scenario.actions[:5]:
         run.step(action)
@@ -166,7 +166,7 @@ def test_a_fork_goes_its_own_way(model: WorldModel, scenario: Scenario) -> None:
     run.close()
 
 
-def test_commit_errors_compare_what_was_committed_with_what_was_shown(model: WorldModel, scenario: Scenario) -> None:
+def test_commit_errors_compare_committed_with_shown_frames(model: WorldModel, scenario: Scenario) -> None:
     arms = [
         Arm(name="first", policy=holdover.never()),
         Arm(name="emitted", policy=holdover.never(), loop=LoopConfig(commit="emitted")),

@@ -1,4 +1,4 @@
-"""Reactions of loops whose response is known, and of a real cache that cannot react."""
+"""Reactions of loops with a known response, and of a real cache that cannot react."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def test_a_known_response_gives_its_ratio(gain: float) -> None:
         assert reaction.late == (0 if gain >= 0.9 else None)
 
 
-def test_a_late_response_is_as_late_as_it_is() -> None:
+def test_the_delay_of_a_response_is_measured() -> None:
     for reaction in measure(fake(1.0, delay=2), fake(1.0), DRIVING, horizon=4):
-        if reaction.event == "lane_change":  # other actions follow each other: only a held one shows how late
+        if reaction.event == "lane_change":  # its actions change, and the delay shows only under a constant one
             continue
         assert reaction.ratios == (0.0, 0.0, pytest.approx(1.0), pytest.approx(1.0))
         assert reaction.late == 2
 
 
-def test_measuring_moves_neither_loop() -> None:
+def test_measuring_advances_neither_loop() -> None:
     cached, full = fake(0.5), fake(1.0)
     measure(cached, full, DRIVING, horizon=3)
     assert cached.chunk == full.chunk == 5
@@ -101,7 +101,7 @@ def test_response_ratio_is_a_projection() -> None:
     assert response_ratio(full, torch.zeros(2)) is None
 
 
-def test_events_mean_what_they_say() -> None:
+def test_events_have_their_speeds_and_accelerations() -> None:
     actions = {event.name: [denormalise_action(a.numpy()) for a in event.actions(DRIVING)] for event in EVENTS}
     ((speed, curvature),) = actions["brake"]
     assert (speed, curvature) == (pytest.approx(2.0), pytest.approx(0.0))
@@ -129,15 +129,15 @@ def test_moments_are_in_mid_cycle_and_in_motion() -> None:
     assert moments(actions[:20], 4, 2) == []
 
 
-def test_moments_wait_for_the_script_to_hold_still() -> None:
+def test_moments_are_where_the_action_is_constant() -> None:
     actions = DRIVING.expand(40, -1).clone()
     actions[:, 0] += torch.linspace(0, 0.8, 40)  # speeding up all the time: 0.02 a chunk
     actions[24:32, 0] = actions[24, 0]
     assert moments(actions, 4, 2) == [25, 30]
-    assert [g for g in moments(actions, 4, 6) if not 24 <= g < 32] == [5, 9]  # the least unrest, where there is no calm
+    assert [g for g in moments(actions, 4, 6) if not 24 <= g < 32] == [5, 9]  # the least change, if none is constant
 
 
-def test_means_leave_out_what_could_not_be_measured() -> None:
+def test_means_leave_out_missing_ratios() -> None:
     def brake(*ratios: float | None) -> Reaction:
         return Reaction(event="brake", position=1, ratios=ratios, response=1.0, error=0.0)
 
@@ -149,16 +149,16 @@ def test_means_leave_out_what_could_not_be_measured() -> None:
 def test_a_cache_that_computes_everything_reacts_as_full_compute_does(
     model: WorldModel, clips: Any, commit: Commit
 ) -> None:
-    """Past the end of the cycle too, where the window that was committed begins to show."""
+    """Also after the end of the cycle, where the committed window begins to matter."""
     scenario = load_scenario("urban-steady", model, clips=clips, chunks=8)
     arms = [
         Arm(name="closed", policy=holdover.xcache_reactive(tau_floor=2.0), loop=LoopConfig(commit=commit)),
-        Arm(name="other", policy=holdover.never()),  # with a rule, and so a reference, of its own
+        Arm(name="other", policy=holdover.never()),  # with a commit rule and a reference of its own
     ]
     with Race(model, scenario, arms) as race:
         found = run_race(race, scenario.actions, at=[6], horizon=4, advance=lambda: None)
     for reaction in found["closed"] + found["other"]:
-        # None: a lane change that is over, under a rule that commits what came before it
+        # None: a lane change that is over, under a rule that committed an earlier window
         assert all(ratio is None or ratio == pytest.approx(1.0) for ratio in reaction.ratios)
         assert reaction.error == 0
 

@@ -38,10 +38,10 @@ def test_a_stream_of_fragments_is_a_video_that_can_be_joined_anywhere(tmp_path: 
     for camera, track in video.items():
         numbers, shown = decoded(track["init"], [fragment for each in made for fragment in each["frames"][camera]])
         assert numbers == list(range(20))
-        # Colour has half the resolution, and what is shown here is noise: compare the brightness.
+        # Colour has half the resolution, and these frames are noise: compare the brightness.
         truth = np.concatenate([each[camera] for each in expected]) @ LUMA
         assert np.abs(shown @ LUMA - truth).mean() < 4
-        # Nearest to its own frame, each of them, and three times as far from the one before.
+        # Each frame is nearest to its own original, and three times as far from the one before.
         distances = np.stack([np.abs(frame @ LUMA - truth).mean((1, 2)) for frame in shown])
         assert (distances.argmin(1) == np.arange(20)).all()
         assert distances.diagonal(-1).mean() > 3 * distances.diagonal().mean()

@@ -1,4 +1,4 @@
-"""Whatever is sent: no 5xx, no traceback, no hang, and the session drives on."""
+"""Random requests and messages: no 5xx, no traceback, no hang, and the session continues."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ MESSAGES = st.one_of(
 
 
 def answers(stream: Stream) -> None:
-    """The connection still answers a mistake of which the answer is known."""
+    """The connection still answers: send a mistake whose answer is known."""
     stream.send(type="ack", chunk=10**9)
     for _ in range(40):
         if "chunk 1000000000 was not sent" in stream.receive().get("detail", ""):
             return
-    raise AssertionError("the known mistake was not answered")
+    raise AssertionError("there is no answer to the known mistake")
 
 
 def test_stream_messages(live: Live) -> None:
@@ -88,11 +88,11 @@ def test_stream_messages(live: Live) -> None:
             answers(stream)
 
     fuzz()
-    with live.stream(id) as stream:  # mistakes without end are not listened to
+    with live.stream(id) as stream:  # too many mistakes close the connection
         for _ in range(32):
             stream.ws.send(b"\xc1")
         with pytest.raises(ConnectionClosed) as closed:
-            [stream.receive() for _ in range(64)]  # 33, and what the messages before had set going
+            [stream.receive() for _ in range(64)]  # 33, and answers to the messages before
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == MISBEHAVED
     info = live.info(id)

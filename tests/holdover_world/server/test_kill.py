@@ -47,7 +47,7 @@ def start(port: int, folder: Path) -> subprocess.Popen[str]:
     raise AssertionError(f"the server did not start: {process.communicate()[1]}")
 
 
-def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_sessions_of_a_killed_server_continue(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     first = start(port, tmp_path)
@@ -62,7 +62,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
     second = start(port, tmp_path)
     live = Live(None, port, None)  # type: ignore[arg-type]
     with live.http, live.stream(id, "?after=2") as stream:
-        if stream.hello["seq"] == 3:  # it had been made, and waits
+        if stream.hello["seq"] == 3:  # the chunk was done and waits
             made.append(stream.receive())
             stream.send(type="ack", chunk=3)
         made += drive(stream, 8, len(made), 6 - len(made))

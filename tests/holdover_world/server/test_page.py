@@ -1,4 +1,4 @@
-"""The page in a real browser, driven with the keyboard. Skipped where there is none: `make browser` installs it."""
+"""The page in a real browser, driven with the keyboard. Skipped without one: `make browser` installs it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def page(live: Live) -> Iterator[Page]:
-    """The page, watched: at the end nothing was wrong on the console, and nothing was fetched from elsewhere."""
+    """The page. At the end, its console must be empty, and it must have requested nothing from other hosts."""
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
@@ -83,7 +83,7 @@ def test_driving_with_the_keyboard(page: Page, live: Live) -> None:
     page.wait_for_function(f"() => [...document.querySelectorAll('#rig canvas')].every({lit})")
     assert page.eval_on_selector("#ribbon", lit)
     assert "ms" in page.inner_text("#latency")
-    # Faster, and to the left: what is shown is what the server was told.
+    # Faster and to the left: the page shows the commands that the server received.
     speed, told = number(page, "speed"), list(seat.action)
     page.keyboard.down("ArrowUp")
     page.keyboard.down("ArrowLeft")

@@ -43,7 +43,7 @@ def pixels(made: dict[str, Any]) -> dict[str, NDArray[np.uint8]]:
 
 
 def near(made: dict[str, Any], expected: dict[str, NDArray[np.uint8]]) -> bool:
-    """Equal but for rounding; another session's frames are 25 and more apart."""
+    """Equal up to rounding. The frames of other sessions differ by 25 or more."""
     shown = pixels(made)
     return all(np.abs(shown[camera].astype(int) - expected[camera]).mean() < 0.05 for camera in expected)
 
@@ -80,10 +80,10 @@ def test_late_and_duplicate_actions_are_ignored(live: Live) -> None:
         assert stream.step(6, [0.5, 0.0])["index"] == 1
 
 
-def test_a_slow_reader_piles_nothing_up_and_the_newest_action_wins(live: Live) -> None:
+def test_a_session_waits_for_a_slow_reader_and_then_uses_the_newest_action(live: Live) -> None:
     with live.stream(live.create()) as stream:
         made = [stream.step(n, [0.1, 0.0], ack=False) for n in range(4)]
-        for seq in range(4, 12):  # nothing was acknowledged: these wait, and each replaces the one before
+        for seq in range(4, 12):  # these wait, because nothing was acknowledged, and each replaces the one before
             stream.send(type="action", seq=seq, action=[0.2, 0.0])
         with pytest.raises(TimeoutError):
             stream.receive(timeout=0.5)
@@ -126,7 +126,7 @@ def test_a_deleted_session_ends_its_connection(live: Live) -> None:
         assert closed.value.rcvd.code == 4404
 
 
-def test_a_session_whose_file_is_gone_harms_nobody(tmp_path: Path) -> None:
+def test_a_session_whose_file_is_gone_fails_alone(tmp_path: Path) -> None:
     with running(tmp_path, park_after=0.1) as live:
         lost, other = live.create(), live.create(seed=3)
         deadline = time.monotonic() + 30
@@ -164,7 +164,7 @@ def test_many_sessions_share_passes_and_nothing_else(live: Live) -> None:
     assert max(each["batch"] for made in results.values() for each in made) > 1
 
 
-def test_forks_and_snapshots_go_on_from_where_they_were_made(live: Live) -> None:
+def test_forks_and_snapshots_continue_from_their_session(live: Live) -> None:
     id = live.create(seed=3)
     with live.stream(id) as stream:
         drive(stream, 3, 0, 3)
@@ -195,7 +195,7 @@ def test_the_policy_is_switched_live(live: Live) -> None:
         assert "'turbo' is not one of eager, never" in stream.receive()["detail"]
 
 
-def test_real_time_goes_on_under_the_newest_action(live: Live) -> None:
+def test_real_time_continues_under_the_newest_action(live: Live) -> None:
     with live.stream(live.create(mode="realtime")) as stream:
         made = [stream.step(7, [0.5, 0.0])]
         for _ in range(3):
@@ -221,7 +221,7 @@ def test_a_chunk_that_fails_is_reported_and_leaves_the_session_unchanged(live: L
         assert all(near(each, dict(session.step(action(n, 1)).frames)) for n, each in enumerate(made))
 
 
-def test_hostile_messages_get_an_error_and_harm_nobody(live: Live) -> None:
+def test_hostile_messages_get_an_error_and_affect_no_other_session(live: Live) -> None:
     hostile = [
         b"", b"\xc1", b"\x93", msgpack.packb([1, 2]), msgpack.packb({1: 2}), b"\x81" * 3000, b"\xdf\xff\xff\xff\xff",
         msgpack.packb({"type": "action", "seq": 0, "action": [float("nan"), 0.0]}),
@@ -306,7 +306,7 @@ def test_everyone_sees_only_their_own(tmp_path: Path) -> None:
             live.token = token
             with pytest.raises(InvalidStatus, match=status), live.stream(id):
                 pass
-        # Limits: of one, and of all.
+        # The limits of one user, then those of the server.
         assert live.http.post(f"/v1/sessions/{id}/snapshots").status_code == 429
         live.create()
         full = live.http.post("/v1/sessions", json={})
@@ -344,7 +344,7 @@ def test_idle_sessions_expire_and_leave_nothing(tmp_path: Path) -> None:
 
 def test_memory_has_a_limit(tmp_path: Path) -> None:
     with running(tmp_path, max_bytes=1) as live:
-        with live.stream(live.create()) as watched:  # the first is let in: what a session takes is not known yet
+        with live.stream(live.create()) as watched:  # admitted: the size of a session is not known yet
             watched.step(0, [0.0, 0.0])
             refused = live.http.post("/v1/sessions", json={})
             assert (refused.status_code, "memory is full" in refused.text) == (503, True)
@@ -356,7 +356,7 @@ def test_memory_has_a_limit(tmp_path: Path) -> None:
         assert [session["parked"] for session in live.sessions()] == [True]  # nobody read it, so it went to disk
 
 
-def test_a_drained_server_goes_on_after_a_restart(tmp_path: Path) -> None:
+def test_sessions_continue_after_a_restart(tmp_path: Path) -> None:
     with running(tmp_path) as live:
         id = live.create(seed=6)
         with live.stream(id) as stream:

@@ -43,7 +43,7 @@ def tensors(session: WorldSession) -> dict[str, bytes]:
     return {name: t.numpy().tobytes() for name, t in session.snapshot().tensors.items()}
 
 
-def test_a_session_makes_video_and_forgets_on_reset(world: World) -> None:
+def test_a_session_generates_video_and_starts_anew_on_reset(world: World) -> None:
     session = begun(world, 3)
     first = drive(session, 5)
     assert [made.index for made in first] == list(range(5))
@@ -67,7 +67,7 @@ def test_an_action_takes_effect_in_the_very_next_chunk(world: World) -> None:
     assert (calm.exact, abrupt.exact) == (False, True)  # the reactive gate
 
 
-def test_a_fork_goes_its_own_way_and_shares_memory_until_then(world: World) -> None:
+def test_a_fork_is_independent_and_shares_memory_until_it_diverges(world: World) -> None:
     session = begun(world)
     drive(session, 3)
     before = tensors(session)
@@ -96,7 +96,7 @@ for _ in range(4):
 """
 
 
-def test_a_snapshot_goes_on_bit_by_bit_in_another_process(world: World, tmp_path: Path) -> None:
+def test_a_snapshot_continues_bit_for_bit_in_another_process(world: World, tmp_path: Path) -> None:
     session = begun(world, 1)
     drive(session, 5)
     session.snapshot().save(tmp_path / "a.safetensors")
@@ -111,7 +111,7 @@ def test_a_snapshot_goes_on_bit_by_bit_in_another_process(world: World, tmp_path
     assert done.stdout.split("\n")[:-1] == expected
 
 
-def test_a_chunk_that_fails_leaves_the_session_as_it_was(world: World) -> None:
+def test_a_chunk_that_fails_leaves_the_session_unchanged(world: World) -> None:
     session, other = begun(world), begun(world, 7)
     drive(session, 3), drive(other, 3)
     before, block = tensors(session), world.attached(session.policy).model.blocks[0]
@@ -131,7 +131,7 @@ def test_a_chunk_that_fails_leaves_the_session_as_it_was(world: World) -> None:
         with pytest.raises(RuntimeError, match="out of memory"):
             session.step(action(3))
         assert tensors(session) == before
-    # In a batch: once together, and then alone, where only the first fails again.
+    # In a batch the forward pass fails first for both, then for the first session alone.
     fail.calls, fail.at = 0, {1, 2}  # type: ignore[attr-defined]
     results = advance([session, other], [action(3), action(3)])
     assert isinstance(results[0], RuntimeError)
@@ -191,7 +191,7 @@ def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
         session.restore(SessionSnapshot(plain={**snapshot.plain, "model": "x"}, tensors=snapshot.tensors))
 
 
-def test_depth_comes_where_it_is_asked_for() -> None:
+def test_depth_is_decoded_on_request() -> None:
     world = small_world()
     deep = World(world.model, world.starts, policies=world.policies, depth=True)
     for each in (world, deep):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -32,18 +32,43 @@ def method(name: str) -> Callable[..., Policy]:
     return function
 
 
-def policy(name: str, **options: Any) -> Policy:
-    """A policy by its name: ``policy("xcache", tau_floor=0.95)`` is ``xcache(tau_floor=0.95)``.
+def presets(name: str) -> Mapping[str, Mapping[str, Any]]:
+    """A method's presets: by name, options under which it equals code that its authors released.
+
+    They stand beside the method's function, as ``PRESETS``.
 
     Raises:
-        ValueError: there is no such policy or option, or an option is out of range.
+        ValueError: there is no such policy.
     """
-    known = _options(method(name))
+    found: Mapping[str, Mapping[str, Any]] = getattr(inspect.getmodule(method(name)), "PRESETS", {})
+    return found
+
+
+def policy(name: str, *, preset: str | None = None, **options: Any) -> Policy:
+    """A policy by its name: ``policy("xcache", tau_floor=0.95)`` is ``xcache(tau_floor=0.95)``.
+
+    Args:
+        name: of the method.
+        preset: one of the method's `presets`. Options that are given take the place of the preset's.
+        options: of the method.
+
+    Raises:
+        ValueError: there is no such policy, preset or option, or an option is out of range.
+    """
+    function = method(name)
+    known = _options(function)
+    if preset is not None:
+        if preset not in presets(name):
+            listed = ", ".join(presets(name)) or "none"
+            raise ValueError(
+                f"{name} has no preset {preset!r}{_meant(preset, presets(name))}; its presets are: {listed}"
+            )
+        options = {**presets(name)[preset], **options}
     for option in options:
         if option not in known:
             listed = ", ".join(known) or "none"
             raise ValueError(f"{name} has no option {option!r}{_meant(option, known)}; its options are: {listed}")
-    return method(name)(**options)
+    return function(**options)
 
 
 def _is(name: str) -> bool:

@@ -20,6 +20,7 @@ from holdover.method import Call, Entry, Policy, Predictor, Trigger, Verdict
 from holdover.methods.parts.guards import Protection, at_least_zero, for_steps, one_of
 from holdover.methods.parts.predictors import before
 from holdover.methods.parts.spans import ProbeAndTail
+from holdover.methods.parts.tokens import TokenLayout
 
 EPSILON = 1e-8
 
@@ -38,6 +39,9 @@ def worldcache_htc(
     relative_epsilon: float = 0.0,
     pinned: int | Sequence[int] = 0,
     modalities: Sequence[int] = (),
+    channels: int | None = None,
+    patch: Sequence[int] = (),
+    modality_channels: Sequence[int] = (),
     protection: Protection = "pass",
 ) -> Policy:
     """Predict the output of the whole model, each token by the curvature of its path over the last three outputs.
@@ -45,15 +49,17 @@ def worldcache_htc(
     Tokens whose path hardly bends stay where they are, the next go straight on, the rest go on with damping. Computed
     are the first steps, the last, those before three outputs are known, and those where what the chaotic tokens have
     moved, weighted by their curvature, adds up to ``eta``, or where ``n_max`` steps in a row were predicted. Guidance
-    branches keep histories of their own and follow the decision of the first. The last axis of the output is channels.
+    branches keep histories of their own and follow the decision of the first.
 
-    The defaults are those for Aether. Voyager: ``chaotic=0.70, n_max=6, eta=3.33, retain=5``.
+    The defaults are the paper's for Aether. Voyager: ``chaotic=0.70, n_max=6, eta=3.33, retain=5``. The presets are the
+    settings of the released README for both models and, where it differs, those that the released code defaults to.
 
     Args:
         stable: p_s, share of the tokens, the least curved, that are held.
         chaotic: p_c, share of the tokens that are not chaotic.
         n_max: steps in a row that may be predicted.
-        eta: η, of the summed drift. None is 0.5, or 0.2 where ``drift_reduction="all"``; for Voyager 3.33, or 1.0.
+        eta: η, of the summed drift. None is 0.2 where ``drift_reduction="all"``, which is ``0.2 / (1 - chaotic)`` of the
+            chaotic tokens alone; for Voyager 1.0, or 3.33.
         drift_reduction: average the drift over the ``"chaotic"`` tokens, as in the paper, or, as in the released code,
             over ``"all"``, which makes it smaller by the share of chaotic ones.
         retain: warm-up, first steps that are computed, by number or as a share.
@@ -61,32 +67,52 @@ def worldcache_htc(
             share of the mean squared velocity.
         pinned: tokens of a given condition, which no statistics are taken of: how many first ones, or which.
         modalities: how many tokens each modality has, for quantiles of its own; by default they are pooled.
+        channels: the axis of the output that holds channels, such as 1 for ``[B, C, F, H, W]``. It must be given where
+            the output has more axes than ``[B, L, C]``.
+        patch: the size of a token along each axis but batch and channels, such as ``(1, 2, 2)``; by default 1.
+        modality_channels: how many of the channels each modality has, such as ``(16, 16, 24)``, for tokens of its own;
+            those of one modality come before those of the next.
         protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
     """
+    predictor = TokenCurvature(
+        stable=stable,
+        chaotic=chaotic,
+        n_max=n_max,
+        drift_reduction=drift_reduction,
+        relative_epsilon=relative_epsilon,
+        pinned=pinned if isinstance(pinned, int) else tuple(pinned),
+        modalities=tuple(modalities),
+        layout=TokenLayout(channels, tuple(patch), tuple(modality_channels)),
+    )
     if eta is None:
-        eta = 0.5 if drift_reduction == "chaotic" else 0.2
+        eta = 0.2 if drift_reduction == "all" else 0.2 / (1 - chaotic) if chaotic < 1 else math.inf
     return Policy(
         name="worldcache_htc",
         spans=ProbeAndTail(0),
         trigger=CurvatureDrift(
             guard=for_steps(retain=retain, last=True, protection=protection) | ThreeOutputs(), eta=eta, n_max=n_max
         ),
-        predictor=TokenCurvature(
-            stable=stable,
-            chaotic=chaotic,
-            n_max=n_max,
-            drift_reduction=drift_reduction,
-            relative_epsilon=relative_epsilon,
-            pinned=pinned if isinstance(pinned, int) else tuple(pinned),
-            modalities=tuple(modalities),
-        ),
+        predictor=predictor,
         lifetime="chunk",
         level="model",
         one_for_all_branches=True,
     )
+
+
+_RELEASED = {"n_max": 2, "eta": 0.2, "retain": 10, "drift_reduction": "all"}
+_AETHER = {**_RELEASED, "channels": 2, "modality_channels": (16, 16, 24)}
+_VOYAGER = {**_RELEASED, "n_max": 6, "eta": 1.0, "retain": 5, "channels": 1, "patch": (1, 2, 2)}
+
+#: The settings of the released README, and those that its code has where none are given.
+PRESETS = {
+    "aether": {**_AETHER, "stable": 0.20, "chaotic": 0.80},
+    "aether-code": {**_AETHER, "stable": 0.30, "chaotic": 0.60},
+    "voyager": {**_VOYAGER, "stable": 0.30, "chaotic": 0.70},
+    "voyager-code": {**_VOYAGER, "stable": 0.30, "chaotic": 0.60},
+}
 
 
 @dataclass(frozen=True)
@@ -141,6 +167,7 @@ class TokenCurvature(Predictor):
         relative_epsilon: ε is 1e-8 and this share of the mean of ``‖v0‖²``.
         pinned: tokens left out of statistics and held: the first so many, or these.
         modalities: how many tokens each has, for quantiles of its own; pooled over all tokens if empty.
+        layout: what the tokens of an output are.
     """
 
     stable: float
@@ -150,6 +177,7 @@ class TokenCurvature(Predictor):
     relative_epsilon: float
     pinned: int | tuple[int, ...]
     modalities: tuple[int, ...]
+    layout: TokenLayout = TokenLayout()
     adds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -165,6 +193,7 @@ class TokenCurvature(Predictor):
             raise ValueError(f"modalities={self.modalities}: give how many tokens each modality has, 1 or more")
 
     def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.layout.check(y.shape)
         held, kept = _earlier(call, y), {"y0": y.clone()}
         if held is not None:
             kept |= {f"y{n + 1}": held.tensors[f"y{n}"] for n in (0, 1) if f"y{n}" in held.tensors}
@@ -174,12 +203,12 @@ class TokenCurvature(Predictor):
         return kept
 
     def predict(self, call: Call) -> Tensor:
-        return self._at(call.known, call.step.index)
+        return self.layout.join(self._at(call.known, call.step.index), call.known.tensors["y0"].shape)
 
     def reused(self, call: Call, y: Tensor) -> Mapping[str, Tensor | float]:
         held, index = call.known, call.step.index
         group_BL = held.tensors["group"]
-        now, shown = (self._at(held, at).reshape(*group_BL.shape, -1) for at in (index, held.numbers["shown"]))
+        now, shown = (self._at(held, at) for at in (index, held.numbers["shown"]))
         chosen_BL = group_BL == CHAOTIC
         counted_BL = chosen_BL if self.drift_reduction == "chaotic" else group_BL != PINNED
         # A product, so that what is not a number anywhere shows in the sum.
@@ -197,10 +226,9 @@ class TokenCurvature(Predictor):
         Raises:
             ValueError: ``pinned`` or ``modalities`` do not fit the model's tokens.
         """
-        _, v0, v1 = _velocities(outputs, times)
+        _, v0, v1 = self._velocities(outputs, times)
         a = (v0 - v1) / (times[0] - times[1])
-        rows = a.shape[0] if a.dim() > 2 else 1
-        speed_BL, bend_BL = (torch.linalg.vector_norm(value, dim=-1).reshape(rows, -1) for value in (v0, a))
+        speed_BL, bend_BL = (torch.linalg.vector_norm(value, dim=-1) for value in (v0, a))
         free_L = self._free(speed_BL)
         energy_BL = speed_BL.square()
         kappa_BL = bend_BL / (energy_BL + EPSILON + self.relative_epsilon * energy_BL[:, free_L].mean())
@@ -229,21 +257,22 @@ class TokenCurvature(Predictor):
         return free_L
 
     def _at(self, held: Entry, index: float) -> Tensor:
-        """What is predicted for a step, float32."""
+        """The tokens that are predicted for a step, ``[B, L, C]`` in float32."""
         s0, s1, s2 = (held.numbers[name] for name in ("s0", "s1", "s2"))
-        y0, v0, v1 = _velocities(held.tensors, (s0, s1, s2))
+        y0, v0, v1 = self._velocities(held.tensors, (s0, s1, s2))
         k = index - s0
         x = min(k / self.n_max, 1.0)
         alpha = 3 * x**2 - 2 * x**3
-        group = held.tensors["group"].reshape(y0.shape[:-1])[..., None]
+        group = held.tensors["group"][..., None]
         damped = y0 + k * ((1 - alpha) * v0 + alpha * v1)
         return torch.where(group == LINEAR, y0 + k * v0, torch.where(group == CHAOTIC, damped, y0))
 
-
-def _velocities(outputs: Mapping[str, Tensor], times: tuple[float, float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """y0, v0 and v1, float32."""
-    y0, y1, y2 = (outputs[name].float() for name in ("y0", "y1", "y2"))
-    return y0, (y0 - y1) / (times[0] - times[1]), (y1 - y2) / (times[1] - times[2])
+    def _velocities(
+        self, outputs: Mapping[str, Tensor], times: tuple[float, float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens of y0, v0 and v1, float32."""
+        y0, y1, y2 = (self.layout.split(outputs[name]).float() for name in ("y0", "y1", "y2"))
+        return y0, (y0 - y1) / (times[0] - times[1]), (y1 - y2) / (times[1] - times[2])
 
 
 def _quantiles(values: Tensor, shares: tuple[float, float]) -> list[Tensor]:

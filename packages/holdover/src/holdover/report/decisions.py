@@ -1,4 +1,4 @@
-"""A cache's trace, condensed."""
+"""The decisions of a cache, counted and arranged."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from holdover.decision import WARM_UP, Decision
 
-#: What a block's call counts as, for its colour; "computed" for every reason that is not here.
+#: The category of a decision, for its colour. Reasons that `_OF_REASON` does not name are "computed".
 REUSED, ANCHOR, PROTECTED, WARMING, COMPUTED = "reused", "anchor", "protected", "warm-up", "computed"
 CATEGORIES = (COMPUTED, REUSED, ANCHOR, PROTECTED, WARMING)
-#: What stands for them where colour does not tell.
+#: The letter of each category, where there is no colour.
 LETTERS = {COMPUTED: "C", REUSED: "·", ANCHOR: "A", PROTECTED: "K", WARMING: "W"}
 _OF_REASON = {
     "anchor": ANCHOR,
@@ -36,8 +36,8 @@ class Ribbon:
     """Decisions by chunk, pass and block.
 
     Attributes:
-        passes: what the passes of a chunk are called, such as "step 0" or "KV update".
-        blocks: how many.
+        passes: the names of the passes of a chunk, such as "step 0" or "KV update".
+        blocks: the number of blocks.
         cells: per chunk, ``(pass, block) -> decision``.
     """
 
@@ -47,7 +47,7 @@ class Ribbon:
 
 
 def ribbon(decisions: Sequence[Decision]) -> Ribbon:
-    """Lay decisions out as steps x blocks of each chunk; passes that are no steps come last."""
+    """Arrange decisions by chunk, pass and block. Passes that do not denoise come last."""
     order = sorted({(d.role != "denoise", d.role, d.branch, d.index) for d in decisions})
     place = {key[1:]: row for row, key in enumerate(order)}
     cells: dict[int, dict[tuple[int, int], Decision]] = {}
@@ -63,7 +63,7 @@ def ribbon(decisions: Sequence[Decision]) -> Ribbon:
 
 
 def skip_rate(decisions: Iterable[Decision]) -> float | None:
-    """The share of denoising block calls after warm-up that was reused; None without any."""
+    """The share of denoising block calls after warm-up that was reused; None if there is no such call."""
     counted = [d.computed for d in decisions if d.role == "denoise" and d.reason != WARM_UP]
     return counted.count(False) / len(counted) if counted else None
 
@@ -79,7 +79,7 @@ def skip_by_block(decisions: Iterable[Decision], blocks: int) -> NDArray[np.floa
 
 
 def cosine_by_step_and_block(decisions: Iterable[Decision], steps: int, blocks: int) -> NDArray[np.float64]:
-    """The mean cosine that the gate saw ``[steps, blocks]``; NaN where a guard always decided before it."""
+    """The mean cosine that the gate saw ``[steps, blocks]``; NaN where a guard decided every time."""
     total, count = np.zeros((steps, blocks)), np.zeros((steps, blocks))
     for decision in decisions:
         if "cosine" in decision.scores:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files so that they are either complete or absent."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once the block ends without an error.
+    """A temporary path beside ``path``. It is renamed to ``path`` when the block ends without an error.
 
-    The folder is created. The suffix is kept, because writers tell the format by it.
+    Creates the folder. The temporary path has the same suffix, by which writers tell the format.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
@@ -30,5 +30,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that any parser reads: infinities and NaN are errors."""
+    """Write JSON that any parser reads. Infinities and NaN are errors."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

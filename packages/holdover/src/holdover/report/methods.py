@@ -1,4 +1,4 @@
-"""The registered methods as tables, read off the policies themselves."""
+"""The registered methods as tables, made from the policies themselves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from holdover.method import Trigger
 from holdover.methods.parts.guards import AnyOf
 from holdover.methods.registry import method, policies
 
-#: Options without which a method cannot be made, here of no meaning.
+#: Options without which a method cannot be made. Their values do not matter here.
 CALIBRATED = {"magcache": {"ratios": (1.0,)}}
 COLUMNS = ("method", "axis", "span", "signal", "trigger", "predictor", "guards", "source")
 
 
 def method_rows() -> Iterator[tuple[str, ...]]:
-    """Per method, with its default options, the parts that it is composed of, under `COLUMNS`."""
+    """The parts of each method with its default options, in the order of `COLUMNS`."""
     for name in policies():
         policy = method(name)(**CALIBRATED.get(name, {}))
         trigger = policy.trigger
@@ -61,7 +61,7 @@ def method_markdown() -> str:
 
 
 def method_help(name: str) -> str:
-    """A method's options, as its docstring tells them.
+    """The options of a method, from its docstring.
 
     Raises:
         ValueError: there is no such method.

@@ -1,4 +1,4 @@
-"""The page of a run: ``index.html`` and ``plots/`` beside its videos, which open from disk."""
+"""The page of a run: ``index.html`` and ``plots/`` beside its videos. It opens from disk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from holdover.report.run_read import Recorded, read_run
 
 #: What the categories of a decision mean.
 LEGEND = {
-    "computed": "computed, because the gate or a guard asked for it",
+    "computed": "computed: the gate or a guard asked for it",
     "reused": "reused, not computed",
     "anchor": "anchor: a block that is always computed",
     "protected": "KV-protected: what enters the KV cache is computed",
-    "warm-up": "warm-up: nothing is held yet",
+    "warm-up": "warm-up: there is nothing to reuse yet",
 }
 _DIGITS = 6  # significant ones of a score
 
@@ -33,7 +33,7 @@ def build_page(run_dir: Path) -> tuple[Path, list[str]]:
     """Write ``index.html`` and ``plots/`` of a run's folder.
 
     Returns:
-        The page, and a line on each file of the run that is missing or damaged; the page shows the rest.
+        The path of the page, and a line on each file of the run that is missing or damaged. The page shows the rest.
 
     Raises:
         FileNotFoundError: the folder holds no rollout.
@@ -54,6 +54,8 @@ def build_page(run_dir: Path) -> tuple[Path, list[str]]:
             rows=[row for scenario in by_scenario.values() for row in _rows(scenario)],
             plots=overall,
             scenarios=scenarios,
+            reacted=any(rollout.about.figures.get("reaction") for rollout in rollouts),
+            sources=list(dict.fromkeys(r.about.published["source"] for r in rollouts if "source" in r.about.published)),
             legend=[(LETTERS[name], LEGEND[name]) for name in CATEGORIES],
             made_by=_made_by(rollouts),
             data=_script_json({"gain": GAIN, "scenarios": [scenario["player"] for scenario in scenarios]}),
@@ -83,7 +85,7 @@ def _check_report(run_dir: Path, problems: list[str]) -> None:
         if path.is_file():
             json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        problems.append("report.json is damaged: it is no JSON; the page does not need it")
+        problems.append("report.json is damaged: it is not JSON; the page does not need it")
 
 
 def _environment() -> Environment:
@@ -166,7 +168,7 @@ def _chunks(r: Recorded) -> list[dict[str, Any]]:
 
 
 def _ribbon(r: Recorded) -> dict[str, Any] | None:
-    """The decisions as columns, per chunk one entry for each cell, row by row; -1 where nothing was decided."""
+    """The decisions of each chunk, cell by cell, row by row; -1 for a cell without a decision."""
     if not r.decisions or not r.chunks:
         return None
     laid = ribbon(r.decisions)
@@ -194,7 +196,7 @@ def _short(value: float | None) -> float | None:
 
 
 def _made_by(rollouts: Sequence[Recorded]) -> list[dict[str, Any]]:
-    """Commands, seeds and environments, each once, with the rollouts that share them."""
+    """Every command, seed and environment once, with the rollouts that share it."""
     found: list[dict[str, Any]] = []
     for r in rollouts:
         made = {"command": r.about.command, "seed": r.about.seed, "environment": r.about.environment}

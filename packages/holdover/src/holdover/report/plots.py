@@ -14,7 +14,7 @@ from holdover.report.style import INK, colours_for, dress, finish, new_figure, s
 
 
 def plot_block_skip(path: Path, curves: Mapping[str, NDArray[np.float64]]) -> None:
-    """Draw the share of skipped calls per block; per run one value a block ``[blocks]``."""
+    """Draw the share of skipped calls per block ``[blocks]``, one line per run."""
     figure, axes = new_figure(6.4, 3.0)
     for colour, (name, skip) in zip(colours_for(len(curves)), curves.items(), strict=True):
         axes.plot(skip, "o-", color=colour, markersize=4, label=name)
@@ -24,9 +24,9 @@ def plot_block_skip(path: Path, curves: Mapping[str, NDArray[np.float64]]) -> No
 
 
 def plot_cosine_maps(path: Path, maps: Mapping[str, NDArray[np.float64]]) -> None:
-    """Draw the cosines that a gate saw, one map ``[steps, blocks]`` per run; grey where it was never asked.
+    """Draw the cosines that a gate saw, one map ``[steps, blocks]`` per run; grey where it never decided.
 
-    Each map has its own scale: where the action's cosine is the least, it hides how little the blocks differ.
+    Each map has its own scale, because the cosine of the action can hide how little the blocks differ.
     """
     figure = Figure(figsize=(6.4, 0.6 + 1.5 * len(maps)), layout="constrained")
     panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
@@ -87,7 +87,7 @@ def plot_chunks(
 
 
 def plot_reactions(path: Path, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
-    """Draw response ratios: per run and event one value for each chunk from the event on; 1 is right."""
+    """Draw response ratios, per run and event one value for each chunk from the event on. 1 is right."""
     events = list(dict.fromkeys(event for by_event in curves.values() for event in by_event))
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     panels = figure.subplots(1, len(events), squeeze=False, sharey=True)[0]
@@ -108,7 +108,7 @@ def plot_reactions(path: Path, curves: Mapping[str, Mapping[str, Sequence[float 
 
 
 def plot_front(path: Path, points: Mapping[str, Sequence[tuple[str, float, float]]]) -> None:
-    """Draw speed against fidelity: per run ``(scenario, speed-up, PSNR in dB)``, up and to the right is better."""
+    """Draw speed against fidelity, per run ``(scenario, speed-up, PSNR in dB)``. Up and to the right is better."""
     figure, axes = new_figure(6.4, 3.6)
     for colour, (name, found) in zip(colours_for(len(points)), points.items(), strict=True):
         axes.plot([p[1] for p in found], [p[2] for p in found], "o", color=colour, markersize=6, label=name)

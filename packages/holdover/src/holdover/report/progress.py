@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def bar() -> Progress:
-    """A progress bar that shows what is under way, how much is done, and how long the rest will take."""
+    """A progress bar with the current task, the amount done and the time left."""
     return Progress(
         TextColumn("{task.description:<32}"),
         BarColumn(),

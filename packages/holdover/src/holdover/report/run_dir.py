@@ -57,7 +57,8 @@ class Rollout:
         reference: the rollout of the same scenario that it is compared with; None for a reference itself.
         block_share: the share of the reference's time that the skippable blocks take; None if not measured.
         figures: what the table shows, keys as those of a policy in ``report.json``; empty to leave it out of the table.
-        published: figures that others published for this scenario, as text per column of the table; a row of their own.
+        published: figures that others published for this scenario, as text per column of the table, and their
+            ``source``; they are a row of their own.
         rows: the names of the cameras in each row of the canvas, from the top; None for a square grid.
         command, seed, environment: how to run it again, and what it ran on.
         recorded: seconds since the epoch; rollouts are shown in this order.

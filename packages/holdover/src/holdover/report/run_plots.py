@@ -1,4 +1,4 @@
-"""The plots of a run: each a picture, its numbers as CSV beside it, and words for those who do not see it."""
+"""The plots of a run. Each has a picture, its numbers as CSV, and a caption for those who do not see it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Curve = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A plot as the page shows it; ``png`` and ``csv`` are relative to the run's folder."""
+    """A plot as the page shows it. ``png`` and ``csv`` are relative to the folder of the run."""
 
     title: str
     caption: str
@@ -34,14 +34,14 @@ class Plot:
 
 
 class Sketchbook:
-    """Draws into ``run_dir/plots`` and keeps what it drew."""
+    """The plots in ``run_dir/plots``."""
 
     def __init__(self, run_dir: Path, prefix: str) -> None:
         self._run_dir, self._prefix = run_dir, prefix
         self.plots: list[Plot] = []
 
     def add(self, name: str, title: str, caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
-        """Note a plot and write its CSV; returns where to draw it."""
+        """Add a plot and write its CSV. Returns the path for its picture."""
         png, table = (f"plots/{self._prefix}{name}.{suffix}" for suffix in ("png", "csv"))
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
@@ -77,15 +77,15 @@ def draw_scenario(run_dir: Path, scenario: str, rollouts: Sequence[Recorded]) ->
         _reactions(
             book,
             {name: {event: [ratio] for event, ratio in of.items()} for name, of in reactions.items()},
-            "How much of an abrupt action shows in its own chunk: 1 is right, 0 drives on as if nothing was said.",
+            "How much of an abrupt action shows in its own chunk: 1 is right, 0 drives on unchanged.",
         )
     return book.plots
 
 
 def draw_run(run_dir: Path, rollouts: Sequence[Recorded], problems: list[str]) -> list[Plot]:
-    """Draw what concerns all scenarios: speed against fidelity, and the curves of ``reaction.json`` if there is one.
+    """Draw the plots of all scenarios together: speed against fidelity, and the curves of ``reaction.json``, if any.
 
-    A line is added to ``problems`` where ``reaction.json`` is damaged.
+    Adds a line to ``problems`` if ``reaction.json`` is damaged.
     """
     book = Sketchbook(run_dir, "run-")
     points: dict[str, list[tuple[str, float, float]]] = {}
@@ -97,7 +97,7 @@ def draw_run(run_dir: Path, rollouts: Sequence[Recorded], problems: list[str]) -
         path = book.add(
             "front",
             "Speed against fidelity",
-            "Each point is one policy in one scenario: further up is nearer to its reference, further right is faster.",
+            "Each point is one policy in one scenario. Further up is closer to the reference, further right is faster.",
             ("rollout", "scenario", "speedup", "psnr_db"),
             [(name, *point) for name, of in points.items() for point in of],
         )
@@ -133,7 +133,7 @@ def _psnr(book: Sketchbook, compared: Mapping[str, Recorded]) -> None:
     path = book.add(
         "psnr",
         "PSNR per camera",
-        f"PSNR of each frame against the reference, per camera; in grey, {STITCHED}. Equal frames leave a gap.",
+        f"PSNR of each frame against the reference, per camera and, in grey, {STITCHED}. Equal frames leave a gap.",
         ("rollout", "frame", *views),
         [
             (name, t, *(f"{of[view][t]:.6g}" if view in of else "" for view in views))
@@ -165,7 +165,7 @@ def _decisions(book: Sketchbook, decided: Mapping[str, Recorded]) -> None:
         path = book.add(
             "cosine",
             "Cosine per step and block",
-            "The mean cosine that the gate saw. Grey: a guard always decided before it.",
+            "The mean cosine that the gate saw. Grey: a guard decided every time.",
             ("rollout", "step", "block", "cosine"),
             [(name, *at, value) for name, cosines in maps.items() for at, value in np.ndenumerate(cosines)],
         )
@@ -173,7 +173,7 @@ def _decisions(book: Sketchbook, decided: Mapping[str, Recorded]) -> None:
 
 
 def _times(book: Sketchbook, rollouts: Sequence[Recorded], made: Mapping[str, tuple[ChunkRecord, ...]]) -> None:
-    """Time per chunk; where the share of block time was measured, also what its skip allows at most."""
+    """The time of each chunk, and the least that its skip allows where the share of block time was measured."""
     curves = {name: np.array([1e3 * _seconds(g) for g in chunks]) for name, chunks in made.items()}
     bounds = {}
     for r in rollouts:
@@ -187,8 +187,8 @@ def _times(book: Sketchbook, rollouts: Sequence[Recorded], made: Mapping[str, tu
     path = book.add(
         "time",
         "Time per chunk",
-        "Milliseconds in the transformer, where measured, else in all. Dotted: what the skip of each chunk allows "
-        "at best, from the median of the reference.",
+        "Milliseconds in the transformer if measured, else in all. Dotted: the least time that the skip of each chunk "
+        "allows, from the median of the reference.",
         ("rollout", "chunk", "milliseconds", "bound_milliseconds"),
         [(n, i, v, bounds[n][i] if n in bounds else "") for n, values in curves.items() for i, v in enumerate(values)],
     )
@@ -210,6 +210,6 @@ def _holds(chunks: Sequence[ChunkRecord]) -> bool:
 
 
 def _reacts(r: Recorded) -> bool:
-    """Whether any reaction of a cached rollout was measured."""
+    """Whether a reaction of this cached rollout was measured."""
     found = r.about.figures.get("reaction", {}) if r.about.policy else {}
     return any(ratio is not None for ratio in found.values())

@@ -1,4 +1,4 @@
-"""The decisions of a run: in the terminal, as a table, and as a trace for Perfetto or chrome://tracing."""
+"""The decisions of a run in the terminal, as a table, and as a trace for Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _csv: Any = pyarrow.csv
 
 SUFFIXES = (".parquet", ".csv", ".json")
 STYLES = {"computed": "dark_orange3", "reused": "green", "anchor": "grey50", "protected": "blue", "warm-up": "magenta"}
-#: Names of chrome://tracing's palette; Perfetto colours a slice by its name, which is its reason.
+#: Colour names of chrome://tracing. Perfetto colours a slice by its name, which is its reason.
 _CHROME = {
     "computed": "bad",
     "reused": "good",
@@ -32,7 +32,7 @@ _CHROME = {
     "protected": "vsync_highlight_color",
     "warm-up": "yellow",
 }
-#: On the trace's clock a reused block takes this share of a computed one: enough to be seen.
+#: In the trace a reused block is drawn this long, as a share of a computed one, so that it can be seen.
 _REUSED_WIDTH = 0.1
 
 
@@ -63,7 +63,7 @@ def print_chunk(rollouts: Sequence[Recorded], chunk: int, console: Console) -> N
     """
     found = [(r, [d for d in r.decisions or () if d.chunk == chunk]) for r in _decided(rollouts)]
     if not any(decisions for _, decisions in found):
-        raise ValueError(f"chunk={chunk}: no decision was recorded for it; leave it out to see those there are")
+        raise ValueError(f"chunk={chunk}: no decision was recorded for it; leave it out to see all chunks")
     for rollout, decisions in found:
         scores = sorted({name for d in decisions for name in d.scores})
         table = Table("role", "branch", "step", "block", "reason", *scores, title_justify="left")
@@ -82,7 +82,7 @@ def export(rollouts: Sequence[Recorded], path: Path) -> None:
         ValueError: the suffix is another.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} ends in none of {', '.join(SUFFIXES)}; name the format by the suffix")
+        raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}; name the format by the suffix")
     decided = list(_decided(rollouts))
     if path.suffix == ".json":
         write_json(path, {"traceEvents": list(_events(decided)), "displayTimeUnit": "ms"})
@@ -109,15 +109,15 @@ def _decided(rollouts: Sequence[Recorded]) -> Iterator[Recorded]:
     """
     found = [rollout for rollout in rollouts if rollout.decisions]
     if not found:
-        raise ValueError("no rollout with decisions; full compute takes none")
+        raise ValueError("no rollout has decisions; record one with a cache")
     yield from found
 
 
 def _events(rollouts: Sequence[Recorded]) -> Iterator[dict[str, Any]]:
-    """Chrome trace events: each rollout a process; a chunk holds its passes, a pass its blocks.
+    """Chrome trace events. A rollout is a process; a chunk holds its passes, a pass its blocks.
 
-    Chunks begin and end when they did. Within one, nobody measured single blocks: computed ones share its time
-    equally, reused ones are drawn a tenth as long.
+    The times of chunks are measured. The times of single blocks are not: computed blocks share the time of their chunk
+    equally, and a reused block is drawn a tenth as long.
     """
     for pid, rollout in enumerate(rollouts):
         name = f"{rollout.about.scenario} / {rollout.about.name}"

@@ -1,4 +1,4 @@
-"""Videos that browsers play, and seek to any frame."""
+"""Videos that browsers can play, and in which they can seek to any frame."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from holdover.report.files import whole
 
-#: A key frame every so many frames: seeking decodes no more than these.
+#: Frames from one key frame to the next. Seeking decodes no more than these.
 GROUP = 6
 _OPTIONS = {"preset": "veryfast", "g": str(GROUP), "bf": "0"}
 _BT709 = 1
@@ -34,7 +34,7 @@ def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], *, fps: float
     """Write pictures ``[height, width, 3]`` of one even size as H.264 in MP4 (yuv420p, BT.709, constant frame rate).
 
     Args:
-        crf: how much is lost, in steps of the encoder's quantiser.
+        crf: the quality of the encoder; lower is better.
 
     Raises:
         ValueError: there is no picture.
@@ -46,7 +46,7 @@ def write_video(path: Path, pictures: Iterable[NDArray[np.uint8]], *, fps: float
                 stream = container.add_stream("libx264", rate=frame_rate(fps), options={**_OPTIONS, "crf": str(crf)})
                 stream.height, stream.width = picture.shape[:2]
                 stream.pix_fmt = "yuv420p"
-                # Told, so that no browser has to guess which matrix turns it back into RGB.
+                # Written down, so that no browser has to guess the matrix back to RGB.
                 context = stream.codec_context
                 context.colorspace = context.color_primaries = context.color_trc = _BT709
                 context.color_range = ColorRange.MPEG

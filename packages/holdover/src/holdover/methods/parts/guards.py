@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from holdover.decision import WARM_UP
 from holdover.method import Call, Guard
+from holdover.step import Step
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,45 @@ class Anchors:
         return "anchor" if anchored else None
 
 
+#: First steps: how many, a share of the steps, rounded down, or a share and a number more.
+First = int | float | tuple[float, int]
+
+
 @dataclass(frozen=True)
 class FirstSteps:
     """Computes the first passes of a chunk, by number or as a share of them, rounded down."""
 
-    first: int | float
+    first: First
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.first, int) and self.first >= 0
-        if not whole and not (isinstance(self.first, float) and 0 <= self.first <= 1):
+        share, more = self.first if isinstance(self.first, tuple) else (self.first, 0)
+        whole = isinstance(share, int) and share >= 0
+        if (not whole and not (isinstance(share, float) and 0 <= share <= 1)) or not isinstance(more, int) or more < 0:
             raise ValueError(
                 f"retain={self.first!r}: give a whole number of first steps, or a share of the steps from 0.0 to 1.0"
             )
 
     def __call__(self, call: Call) -> str | None:
-        steps = call.step.num_steps
-        first = self.first if isinstance(self.first, int) else math.floor(self.first * steps + 1e-9)
-        return "retained" if call.step.index < first else None
+        return "retained" if call.step.index < self.steps(call.step.num_steps) else None
+
+    def steps(self, steps: int, each: int = 1) -> int:
+        """How many of so many steps come first; a number counts ``each`` as many times."""
+        share, more = self.first if isinstance(self.first, tuple) else (self.first, 0)
+        return each * more + (each * share if isinstance(share, int) else rounded_down(share, steps))
+
+
+@dataclass(frozen=True)
+class FirstPasses(FirstSteps):
+    """Computes the first passes of a chunk, where each step has a pass for each of these guidance branches.
+
+    A share is of all passes, so that it may end between two branches of one step. A number is of steps.
+    """
+
+    branches: tuple[str, ...]
+
+    def __call__(self, call: Call) -> str | None:
+        number, passes = counted(call.step, self.branches)
+        return "retained" if number < self.steps(passes, len(self.branches)) else None
 
 
 @dataclass(frozen=True)
@@ -117,16 +140,47 @@ class Interval:
         return "interval" if due else None
 
 
-def for_steps(*, retain: int | float, last: bool, protection: Protection) -> AnyOf:
-    """The guards of a method that looks from step to step: protection, first steps, last step."""
+def for_steps(*, retain: First, last: bool, protection: Protection, branches: Sequence[str] = ()) -> AnyOf:
+    """The guards of a method that looks from step to step: protection, first steps, last step.
+
+    With ``branches``, first steps are counted in passes: see `FirstPasses`.
+    """
     one_of("protection", protection, ("chunk", "pass"))
     guards: list[Guard] = [KVProtection()] if protection == "chunk" else []
-    first = FirstSteps(retain)  # refuses what is no number of steps
+    first = FirstPasses(retain, named(branches)) if branches else FirstSteps(retain)  # refuses what is no number
     if retain:
         guards.append(first)
     if last:
         guards.append(LastStep())
     return AnyOf(tuple(guards))
+
+
+def named(branches: Sequence[str]) -> tuple[str, ...]:
+    """Guidance branches, in the order in which they run.
+
+    Raises:
+        ValueError: they are not names, or two are the same.
+    """
+    names = (branches,) if isinstance(branches, str) else tuple(branches)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"branches={branches!r}: give different names, in the order in which the branches run")
+    return names
+
+
+def counted(step: Step, branches: tuple[str, ...]) -> tuple[int, int]:
+    """Which of the chunk's passes a step is, and how many there are, counted over these guidance branches if any.
+
+    Raises:
+        ValueError: the step is of another branch.
+    """
+    if not branches:
+        return step.index, step.num_steps
+    if step.branch not in branches:
+        raise ValueError(
+            f"branch={step.branch!r} is not one of branches={branches}; give the names of the guidance branches in "
+            f"the order in which they run, or branches=() to count steps"
+        )
+    return step.index * len(branches) + branches.index(step.branch), step.num_steps * len(branches)
 
 
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
