@@ -1,7 +1,7 @@
 """A copy of an attached module is a plain module: it takes nothing of the cache along.
 
-`copy.deepcopy`, `copy.copy`, `pickle` and `torch.save` all ask an object for its ``__getstate__``. An attached module has
-one of its own, which leaves out what attaching has put into the module.
+`copy.deepcopy`, `copy.copy`, `pickle` and `torch.save` all ask an object for its ``__getstate__``. An attached module
+has one of its own, which leaves out what attaching has put into the module.
 """
 
 from __future__ import annotations
