@@ -116,6 +116,7 @@ class Pass:
                 runtime.tallies[note.place.stream].count(note)
         runtime.trace.extend(self._notes)
         if not self._notes:
+            self.roll_back()
             return
         for row in self._transactions:
             row.commit()

@@ -22,7 +22,8 @@ class Transaction:
 
     def __init__(self, streams: dict[str, Stream], policy: Policy, max_bytes: int | None, step: Step) -> None:
         self.step, self.place = step, place(step)
-        if step.stream not in streams:
+        self._streams, self._is_new = streams, step.stream not in streams
+        if self._is_new:
             streams[step.stream] = Stream()
         self.stream = streams[step.stream]
         self.asked = self.reused = self.warm_up = False  # what happened in the pass
@@ -167,8 +168,10 @@ class Transaction:
             stream.end(chunk)
 
     def roll_back(self) -> None:
-        """The pass failed."""
+        """The pass failed, or the model did not run."""
         stream = self.stream
+        if self._is_new and self._streams.get(self.step.stream) is stream:
+            del self._streams[self.step.stream]
         for key in self._overwritten:
             old = stream.entries.get(key)
             if old is not None and old.tensors:
