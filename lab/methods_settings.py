@@ -98,7 +98,9 @@ class Setting:
         """
         measured = calibration[self.method] if self.calibrated else {}
         protected = {} if self.method == "never" else {"protection": "chunk" if cadence == "window" else "pass"}
-        made = policy(self.method, **self.options, **measured, **protected)
+        # The model's output is [B, F, N, P]; this method must be told where its channels are.
+        layout: dict[str, Any] = {"channels": -1} if self.method == "worldcache_htc" else {}
+        made = policy(self.method, **self.options, **measured, **protected, **layout)
         return with_trigger(made, self.trigger) if self.trigger else made
 
 

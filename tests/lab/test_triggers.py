@@ -30,7 +30,7 @@ def drift(part: TokenCurvature, *, shown: float) -> float:
         "numbers": {**NUMBERS, "drift": 10.0, "shown": shown},
     }
     told = call(index=5, num_steps=9, held=held)
-    return part.reused(told, part.predict(told)).numbers["drift"] - 10.0
+    return part.reused(told, part.predict(told))["drift"] - 10.0
 
 
 @pytest.mark.parametrize(

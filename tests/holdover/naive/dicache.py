@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tests.holdover.case import Case
@@ -10,9 +11,20 @@ from tests.holdover.toy import BLOCKS, MANY
 
 
 class DiCache(TailTwin):
-    def __init__(self, *, threshold: float = 0.08, probe: int = 1, retain: Any = 0.2, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.08,
+        probe: int = 1,
+        gamma: Any = (1.0, 2.0),
+        retain: Any = 0.2,
+        last: bool = False,
+        branches: Any = (),
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
-        self.threshold, self.probe, self.retain = threshold, probe, retain
+        self.threshold, self.probe, self.retain, self.clamp = threshold, probe, retain, gamma
+        self.computes_last, self.order = last, branches
 
     def decide(self, x: Any, compute: Any) -> tuple[str, dict[str, float]]:
         memory, z = self.now["memory"], x.clone()
@@ -35,11 +47,11 @@ class DiCache(TailTwin):
         if len(history) == 1:
             return entry + R1
         P2, R2 = history[-2]
-        return entry + (R2 + self.gamma(x - entry, P1, P2) * (R1 - R2))
+        return entry + (R2 + self.factor(x - entry, P1, P2) * (R1 - R2))
 
-    def gamma(self, P: Any, P1: Any, P2: Any) -> float:
+    def factor(self, P: Any, P1: Any, P2: Any) -> float:
         ratio = float((P - P2).abs().mean() / (P1 - P2).abs().mean())
-        return min(max(ratio, 1.0), 2.0)
+        return min(max(ratio, self.clamp[0]), self.clamp[1])
 
     def learn(self, y: Any) -> None:
         entry = self.now["entry"]
@@ -56,4 +68,6 @@ CLOSED = case(threshold=0.0)
 #: Every option away from its default.
 VARIED: list[Case] = [
     case(threshold=0.3, probe=2, retain=1, protection="chunk"),
+    case(threshold=0.2, gamma=(1.0, 1.5), retain=(0.1, 1), last=True),
+    replace(case(threshold=0.2, retain=0.3, branches=("cond", "uncond")), branches=("cond", "uncond")),
 ]

@@ -16,8 +16,10 @@ class StepTwin(ABC):
     A pass is answered block by block: ``block(number, x, compute)`` returns what the block gives.
     """
 
-    retain: float = 0
+    retain: Any = 0
     computes_last = False
+    #: Guidance branches, in order, over which passes are counted, if any.
+    order: Any = ()
 
     def __init__(self, *, blocks: int, protection: str = "pass") -> None:
         self.blocks, self.protection = blocks, protection
@@ -51,17 +53,26 @@ class StepTwin(ABC):
     def forced(self) -> str | None:
         """Why this pass is computed whatever the method thinks."""
         fields, memory = self.now["fields"], self.now["memory"]
-        index, steps = fields["index"], fields["num_steps"]
-        first = int(self.retain * steps + 1e-9) if isinstance(self.retain, float) else self.retain
+        number, passes = self.counted()
+        share, more = self.retain if isinstance(self.retain, tuple) else (self.retain, 0)
+        each = passes // fields["num_steps"]
+        first = each * more + (int(share * passes + 1e-9) if isinstance(share, float) else each * share)
         if self.protection == "chunk" and fields["commits"]:
             return "kv cycle"
-        if index < first:
+        if number < first:
             return "retained"
-        if self.computes_last and index == steps - 1:
+        if self.computes_last and fields["index"] == fields["num_steps"] - 1:
             return "last step"
         if self.now["renewed"]:
             return "condition"
         return None if memory else "first"
+
+    def counted(self) -> tuple[int, int]:
+        """Which of the chunk's passes this is, and how many there are."""
+        index, steps, branch = (self.now["fields"][name] for name in ("index", "num_steps", "branch"))
+        if not self.order:
+            return index, steps
+        return index * len(self.order) + self.order.index(branch), steps * len(self.order)
 
     def note(self, number: int, reason: str, y: Any, scores: dict[str, float] | None = None) -> Any:
         decision = {"block": number, "computed": reason != "reuse", "reason": reason, "scores": scores or {}}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 
 from tests.holdover.case import Case
 from tests.holdover.naive.steps import StepTwin
@@ -28,11 +28,15 @@ class WorldCacheHTC(StepTwin):
         relative_epsilon: float = 0.0,
         pinned: Any = 0,
         modalities: Any = (),
+        channels: int = -1,
+        patch: Any = (),
+        modality_channels: Any = (),
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.p_s, self.p_c, self.n_max, self.retain = stable, chaotic, n_max, retain
-        self.eta = {"chaotic": 0.5, "all": 0.2}[drift_reduction] if eta is None else eta
+        self.eta = {"chaotic": 0.2 / (1 - chaotic), "all": 0.2}[drift_reduction] if eta is None else eta
+        self.channels, self.patch, self.widths = channels, patch, modality_channels
         self.reduction, self.relative, self.modalities = drift_reduction, relative_epsilon, modalities
         self.pinned = range(pinned) if isinstance(pinned, int) else pinned
         self.first_branch: dict[Any, bool] = {}
@@ -73,7 +77,19 @@ class WorldCacheHTC(StepTwin):
         return "stale" if step - memory["outputs"][-1][0] > self.n_max else "reuse"
 
     def tokens(self, y: Any) -> list[Any]:
-        return list(y.reshape(-1, y.shape[-1]))
+        """Views into an output, one per token."""
+        last = y.movedim(self.channels, -1)
+        patch = self.patch or (1,) * (last.dim() - 2)
+        corners = list(product(*(range(0, n, p) for n, p in zip(last.shape[1:-1], patch, strict=True))))
+        views = []
+        for row in last:
+            first = 0
+            for width in self.widths or (last.shape[-1],):
+                for corner in corners:
+                    place = tuple(slice(at, at + p) for at, p in zip(corner, patch, strict=True))
+                    views.append(row[place][..., first : first + width])
+                first += width
+        return views
 
     def regroup(self) -> None:
         """Curvature and group of every token, from the last three outputs."""
@@ -105,16 +121,15 @@ class WorldCacheHTC(StepTwin):
         k = step - s0
         x = min(k / self.n_max, 1)
         alpha = 3 * x**2 - 2 * x**3
-        predicted = []
-        for a, b, c, group in zip(self.tokens(y0), self.tokens(y1), self.tokens(y2), memory["group"], strict=True):
+        y = y0.clone()
+        tokens = zip(*map(self.tokens, (y, y0, y1, y2)), memory["group"], strict=True)
+        for token, a, b, c, group in tokens:
             v0, v1 = (a - b) / (s0 - s1), (b - c) / (s1 - s2)
             if group == "linear":
-                predicted.append(a + k * v0)
+                token.copy_(a + k * v0)
             elif group == "chaotic":
-                predicted.append(a + k * ((1 - alpha) * v0 + alpha * v1))
-            else:
-                predicted.append(a)
-        return torch.stack(predicted).reshape(y0.shape)
+                token.copy_(a + k * ((1 - alpha) * v0 + alpha * v1))
+        return y
 
     def drift(self, now: Any, before: Any) -> float:
         memory = self.now["memory"]
@@ -137,4 +152,6 @@ VARIED: list[Case] = [
     case(drift_reduction="all", retain=0, stable=0.2, protection="chunk"),
     case(n_max=5, retain=0.2, relative_epsilon=0.1, pinned=48, modalities=(96, 96)),
     case(eta=0.02, pinned=(0, 7, 100)),
+    case(chaotic=0.8, patch=(2,), modality_channels=(2, 4), modalities=(96, 96)),
+    case(channels=1, patch=(2,), n_max=4),
 ]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,23 +24,22 @@ class WorldCachePCD(DiCache):
         probe: int = 2,
         swd: bool = True,
         beta_s: float = 0.12,
+        saliency: str = "variance",
         cfc: bool = True,
         alpha: float = 2.0,
         ats: bool = True,
         beta_d: Any = 4.0,
         ofa: bool = True,
         gamma: tuple[float, float] = (0.0, 2.0),
-        last: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(probe=probe, **options)
+        super().__init__(probe=probe, gamma=gamma if ofa else (1.0, 2.0), **options)
         self.per_frame = sum(v * h * w for v, h, w in groups)
-        self.swd, self.beta_s, self.cfc, self.alpha = swd, beta_s, cfc, alpha
-        self.ats, self.beta_d, self.ofa, self.clamp = ats, beta_d, ofa, gamma
-        self.computes_last = last
+        self.swd, self.beta_s, self.saliency, self.cfc, self.alpha = swd, beta_s, saliency, cfc, alpha
+        self.ats, self.beta_d, self.ofa = ats, beta_d, ofa
 
     def scores(self, z: Any, entry: Any) -> dict[str, float]:
-        memory, fields = self.now["memory"], self.now["fields"]
+        memory = self.now["memory"]
         moved = self.weighted(z, memory["z"]) if self.swd else change(z, memory["z"])
         threshold, scores = self.threshold, {"change": moved}
         if self.swd or self.cfc:
@@ -47,27 +47,32 @@ class WorldCachePCD(DiCache):
         if self.cfc:
             threshold /= 1 + self.alpha * scores["motion"]
         if self.ats:
-            u = fields["num_steps"] / 35
+            number, passes = self.counted()
+            u = passes / 35
             beta = u**2 / 6 + u / 2 + 10 / 3 if self.beta_d == "code" else self.beta_d
-            threshold *= 1 + beta * fields["index"] / fields["num_steps"]
+            threshold *= 1 + beta * number / passes
         return {**scores, "drift": memory["drift"] + moved, "threshold": threshold}
 
     def weighted(self, z: Any, z_prev: Any) -> float:
         """One place of the grid at a time."""
-        now, then = (value.double().numpy().reshape(-1, self.per_frame, value.shape[-1]) for value in (z, z_prev))
-        saliency = [np.mean([np.var(token) for token in now[:, place]]) for place in range(self.per_frame)]
+        places = z.shape[1] if self.saliency == "token deviation" else self.per_frame
+        now, then = (value.double().numpy().reshape(-1, places, value.shape[-1]) for value in (z, z_prev))
+        if self.saliency == "variance":
+            saliency = [np.mean([np.var(token) for token in now[:, place]]) for place in range(places)]
+        else:
+            saliency = [np.std(then[:, place], ddof=1) for place in range(places)]
         low, high = min(saliency), max(saliency)
         drift = [
             np.mean([np.abs(a - b).mean() for a, b in zip(now[:, place], then[:, place], strict=True)])
             * (1 + self.beta_s * (saliency[place] - low) / (high - low))
-            for place in range(self.per_frame)
+            for place in range(places)
         ]
         return float(np.mean(drift) / np.abs(then).mean())
 
-    def gamma(self, P: Any, P1: Any, P2: Any) -> float:
+    def factor(self, P: Any, P1: Any, P2: Any) -> float:
         if not self.ofa:
-            return super().gamma(P, P1, P2)
-        fitted = float(((P - P2) * (P1 - P2)).sum() / (((P1 - P2) ** 2).sum() + 1e-8))
+            return super().factor(P, P1, P2)
+        fitted = float(((P - P2) * (P1 - P2)).sum() / (((P1 - P2) ** 2).sum() + 1e-6))
         return min(max(fitted, self.clamp[0]), self.clamp[1])
 
 
@@ -128,4 +133,9 @@ VARIED: list[Case] = [
     case(threshold=0.3, swd=False, ats=False, retain=0.1, protection="chunk"),
     case(probe=1, swd=False, cfc=False, ats=False, ofa=False),
     case(cfc=False, ofa=False),
+    case(threshold=0.2, beta_s=5.0, saliency="token deviation"),
+    replace(
+        case(beta_s=1.0, saliency="deviation", beta_d="code", retain=0.3, branches=("cond", "uncond")),
+        branches=("cond", "uncond"),
+    ),
 ]

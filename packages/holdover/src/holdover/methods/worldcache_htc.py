@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -58,8 +58,8 @@ def worldcache_htc(
         stable: p_s, share of the tokens, the least curved, that are held.
         chaotic: p_c, share of the tokens that are not chaotic.
         n_max: steps in a row that may be predicted.
-        eta: η, of the summed drift. None is 0.2 where ``drift_reduction="all"``, which is ``0.2 / (1 - chaotic)`` of the
-            chaotic tokens alone; for Voyager 1.0, or 3.33.
+        eta: η, of the summed drift. None is 0.2 over ``"all"`` tokens, which is ``0.2 / (1 - chaotic)`` over the
+            ``"chaotic"`` ones; for Voyager 1.0, or 3.33.
         drift_reduction: average the drift over the ``"chaotic"`` tokens, as in the paper, or, as in the released code,
             over ``"all"``, which makes it smaller by the share of chaotic ones.
         retain: warm-up, first steps that are computed, by number or as a share.
@@ -177,7 +177,7 @@ class TokenCurvature(Predictor):
     relative_epsilon: float
     pinned: int | tuple[int, ...]
     modalities: tuple[int, ...]
-    layout: TokenLayout = TokenLayout()
+    layout: TokenLayout = field(default_factory=TokenLayout)
     adds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

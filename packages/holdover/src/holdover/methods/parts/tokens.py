@@ -61,7 +61,7 @@ class TokenLayout:
             part[..., : volume * width].reshape(shape[0], *grid, *patch, width)
             for part, width in zip(tokens_BLC.split(math.prod(grid), 1), widths, strict=True)
         ]
-        order = [n for pair in zip(range(1, len(grid) + 1), range(len(grid) + 1, 2 * len(grid) + 1)) for n in pair]
+        order = [n for axis in range(1, len(grid) + 1) for n in (axis, axis + len(grid))]
         last = torch.cat(parts, -1).permute(0, *order, -1).reshape(shape[0], *others, shape[axis])
         return last.movedim(-1, axis).reshape(like)
 
