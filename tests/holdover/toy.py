@@ -1,4 +1,4 @@
-"""A tiny seeded world model with a KV cache, and the window cadence of METHODS.md around it."""
+"""A tiny seeded world model with a KV cache, and the window cadence of docs/methods.md around it."""
 
 from __future__ import annotations
 

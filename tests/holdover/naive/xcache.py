@@ -1,4 +1,4 @@
-"""METHODS.md section 1 once more, slowly and without an engine: one slot at a time, in float64 and Python loops.
+"""X-Cache (arXiv 2604.20289) once more, slowly and without an engine: one slot at a time, in float64 and Python loops.
 
 ``groups`` are (views, height, width); tokens are ordered frame, group, view, row, column.
 """

@@ -1,4 +1,4 @@
-"""X-Cache with the reactive gate of METHODS.md section 1: a new action recomputes the whole chunk."""
+"""X-Cache with the reactive gate of docs/methods.md: a new action recomputes the whole chunk."""
 
 from __future__ import annotations
 
