@@ -57,12 +57,12 @@ class Stages(nn.Module):
         return [holdover.Slot(f"blocks.{index}") for index in range(len(self.blocks))]
 
 
-def replay_branches(
-    policy: holdover.Policy, probe: int, recorded: dict[str, Tensor], **options: Any
+def replay(
+    policy: holdover.Policy, probe: int, recorded: dict[str, Tensor], branches: Sequence[str] = ("",), **options: Any
 ) -> tuple[holdover.Cache, list[Tensor]]:
-    """Run a policy on a record's passes, of two guidance branches in turn."""
+    """Run a policy on a record's passes."""
     passes = list(zip(recorded["input"], recorded["probe"], recorded["output"], strict=True))
-    return run(policy, probe, passes, BRANCHES, **options)
+    return run(policy, probe, passes, branches, **options)
 
 
 def run(
