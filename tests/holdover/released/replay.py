@@ -65,6 +65,19 @@ def replay(
     return run(policy, probe, passes, branches, **options)
 
 
+def replay_model(
+    policy: holdover.Policy, recorded: dict[str, Tensor], branches: Sequence[str] = ("",)
+) -> tuple[holdover.Cache, list[Tensor]]:
+    """Run a policy that reuses the output of the whole model on a record's passes."""
+    model, outputs, passes = Given(), [], len(recorded["output"])
+    with holdover.attach(model, policy) as cache:
+        for number, model.given in enumerate(recorded["output"]):
+            index, branch = number // len(branches), branches[number % len(branches)]
+            with cache.step(chunk=0, index=index, num_steps=passes // len(branches), branch=branch):
+                outputs.append(model(recorded.get("input", recorded["output"])[number]))
+    return cache, outputs
+
+
 def run(
     policy: holdover.Policy,
     probe: int,
