@@ -7,6 +7,8 @@ are six steps and a half. What enters the blocks and what leaves them was prescr
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import holdover
@@ -35,7 +37,7 @@ def test_one_set_for_both_branches_decides_otherwise() -> None:
         ({"ratios": {"cond": [1.0, -0.1]}}, r"ratios=\(1.0, -0.1\) are not all positive numbers"),
     ],
 )
-def test_ratios_are_checked(options: dict[str, object], message: str) -> None:
+def test_ratios_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         holdover.policy("magcache", preset="released-wan", **options)
 
