@@ -34,6 +34,7 @@ def test_the_presets() -> None:
     assert {name: list(presets(name)) for name in holdover.policies() if presets(name)} == {
         "dicache": ["wan", "hunyuan", "flux"],
         "easycache": ["released", "released-wan"],
+        "flowcache": ["released"],
         "magcache": ["released-wan"],
         "taylorseer": ["released-wan"],
         "teacache": [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from holdover.method import Policy
-from holdover.methods.parts.guards import Protection, for_steps
+from holdover.methods.parts.guards import First, Protection, for_steps
 from holdover.methods.parts.predictors import Residual
 from holdover.methods.parts.signals import RelativeChange
 from holdover.methods.parts.spans import ProbeAndTail
 from holdover.methods.parts.triggers import Accumulate
 
 
-def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: Protection = "pass") -> Policy:
+def flowcache(*, threshold: float = 0.01, retain: First = 0, protection: Protection = "pass") -> Policy:
     """Reuse a chunk's residual of all blocks while what enters them has changed little since it was computed.
 
     For loops in which a chunk begins before the one before it is done, so that chunks at staggered noise levels take
@@ -18,11 +18,12 @@ def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: P
     input is summed; the blocks are computed once the sum reaches the threshold, which resets it.
 
     Left open and chosen here: the chunk's own last step is not forced, as it is not in the released code; the paper's
-    compression of the KV cache is no part of this.
+    compression of the KV cache is no part of this. The preset has the released code's decisions; that code repeats the
+    sampler's last change of the latents, which lies outside of the model, in place of the blocks' residual.
 
     Args:
         threshold: ε, of the sum.
-        retain: first steps of a chunk that are computed, by number or, as a float, as a share of the steps.
+        retain: first steps of a chunk that are computed: how many, a share of the steps, or a share and a number more.
         protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
@@ -40,3 +41,7 @@ def flowcache(*, threshold: float = 0.01, retain: int | float = 0, protection: P
         predictor=Residual(),
         lifetime="chunk",
     )
+
+
+#: The released code's settings.
+PRESETS = {"released": {"threshold": 0.01, "retain": 5}}
