@@ -57,12 +57,25 @@ class Stages(nn.Module):
         return [holdover.Slot(f"blocks.{index}") for index in range(len(self.blocks))]
 
 
-def replay_branches(
-    policy: holdover.Policy, probe: int, recorded: dict[str, Tensor], **options: Any
+def replay(
+    policy: holdover.Policy, probe: int, recorded: dict[str, Tensor], branches: Sequence[str] = ("",), **options: Any
 ) -> tuple[holdover.Cache, list[Tensor]]:
-    """Run a policy on a record's passes, of two guidance branches in turn."""
+    """Run a policy on a record's passes."""
     passes = list(zip(recorded["input"], recorded["probe"], recorded["output"], strict=True))
-    return run(policy, probe, passes, BRANCHES, **options)
+    return run(policy, probe, passes, branches, **options)
+
+
+def replay_model(
+    policy: holdover.Policy, recorded: dict[str, Tensor], branches: Sequence[str] = ("",)
+) -> tuple[holdover.Cache, list[Tensor]]:
+    """Run a policy that reuses the output of the whole model on a record's passes."""
+    model, outputs, passes = Given(), [], len(recorded["output"])
+    with holdover.attach(model, policy) as cache:
+        for number, model.given in enumerate(recorded["output"]):
+            index, branch = number // len(branches), branches[number % len(branches)]
+            with cache.step(chunk=0, index=index, num_steps=passes // len(branches), branch=branch):
+                outputs.append(model(recorded.get("input", recorded["output"])[number]))
+    return cache, outputs
 
 
 def run(

@@ -8,22 +8,10 @@ backbone's output was prescribed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from torch import Tensor
 
 import holdover
-from tests.holdover.released.replay import Given, assert_replayed, record
-
-
-def replay(recorded: dict[str, Tensor], **options: Any) -> tuple[holdover.Cache, list[Tensor]]:
-    model, outputs, steps = Given(), [], len(recorded["output"])
-    with holdover.attach(model, holdover.policy("worldcache_htc", **options)) as cache:
-        for index, model.given in enumerate(recorded["output"]):
-            with cache.step(chunk=0, index=index, num_steps=steps):
-                outputs.append(model(model.given))
-    return cache, outputs
+from tests.holdover.released.replay import assert_replayed, record, replay_model
 
 
 @pytest.mark.parametrize(
@@ -38,12 +26,12 @@ def replay(recorded: dict[str, Tensor], **options: Any) -> tuple[holdover.Cache,
 )
 def test_the_preset_is_the_released_code(name: str, preset: str) -> None:
     recorded = record(name)
-    cache, outputs = replay(recorded, preset=preset)
+    cache, outputs = replay_model(holdover.policy("worldcache_htc", preset=preset), recorded)
     assert_replayed(cache, 0, outputs, recorded)
 
 
 def test_the_axes_matter() -> None:
     """With another axis taken for channels, the schedule is another."""
-    recorded = record("htc_voyager")
-    cache, _ = replay(recorded, preset="voyager", channels=-1, patch=())
+    policy, recorded = holdover.policy("worldcache_htc", preset="voyager", channels=-1, patch=()), record("htc_voyager")
+    cache, _ = replay_model(policy, recorded)
     assert [decision.computed for decision in cache.trace] != recorded["computed"].bool().tolist()

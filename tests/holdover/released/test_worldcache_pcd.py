@@ -13,7 +13,7 @@ import torch
 
 import holdover
 from holdover import ViewGroup
-from tests.holdover.released.replay import assert_replayed, record, replay_branches, run
+from tests.holdover.released.replay import BRANCHES, assert_replayed, record, replay, run
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from tests.holdover.released.replay import assert_replayed, record, replay_branc
 )
 def test_the_preset_is_the_released_code(name: str, preset: str, probe: int) -> None:
     recorded = record(name)
-    cache, outputs = replay_branches(holdover.policy("worldcache_pcd", preset=preset), probe, recorded)
+    cache, outputs = replay(holdover.policy("worldcache_pcd", preset=preset), probe, recorded, BRANCHES)
     assert_replayed(cache, probe, outputs, recorded)
 
 
@@ -37,7 +37,7 @@ def test_frames_may_be_those_of_the_view_groups() -> None:
         name: value.flatten(2, -2) if value.dim() > 3 else value for name, value in record("pcd_released").items()
     }
     policy = holdover.policy("worldcache_pcd", preset="released")
-    cache, outputs = replay_branches(policy, 2, recorded, view_groups=[ViewGroup("video", 1, 3, 3)])
+    cache, outputs = replay(policy, 2, recorded, BRANCHES, view_groups=[ViewGroup("video", 1, 3, 3)])
     assert_replayed(cache, 2, outputs, recorded)
 
 

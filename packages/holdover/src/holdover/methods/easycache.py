@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from holdover.method import Call, Policy, Predictor, Signal, Trigger, Verdict
-from holdover.methods.parts.guards import Protection, at_least_zero, for_steps
+from holdover.methods.parts.guards import First, Protection, at_least_zero, for_steps, one_of
 from holdover.methods.parts.predictors import before
 from holdover.methods.parts.signals import relative
 from holdover.methods.parts.spans import ProbeAndTail
 
 
-def easycache(*, threshold: float = 0.025, retain: int | float = 5, protection: Protection = "pass") -> Policy:
+def easycache(
+    *,
+    threshold: float = 0.025,
+    size_of: Literal["latest", "computed"] = "latest",
+    level: Literal["block", "model"] = "block",
+    one_decision: bool = False,
+    retain: First = 5,
+    protection: Protection = "pass",
+) -> Policy:
     """Reuse the residual of all blocks while the output, as far as its input tells, has moved little since computed.
 
     With ``x`` and ``y`` what enters and leaves the blocks, each step adds ``K·mean|x_t - x_{t-1}| / mean|y_{t-1}|`` to
@@ -23,25 +32,43 @@ def easycache(*, threshold: float = 0.025, retain: int | float = 5, protection: 
     are computed.
 
     Left open and chosen here: ``K = mean|Δy| / mean|Δx|`` is taken between the last two computed steps, however far
-    apart; ``x_{t-1}`` and ``y_{t-1}`` are those of the step before, computed or not.
+    apart; ``x_{t-1}`` and ``y_{t-1}`` are those of the step before, computed or not. In the released code ``y_{t-1}``
+    is the latest computed one; x and y are the latents that enter the model and what it returns. The presets are that
+    code's settings for HunyuanVideo and for Wan.
 
     Args:
         threshold: of the sum.
-        retain: first steps that are computed, by number or, as a float, as a share of the steps.
+        size_of: ``mean|y|`` is that of the ``"latest"`` step, or of the latest ``"computed"`` one.
+        level: x and y enter and leave the ``"block"``s together, or the ``"model"``. The model must return the shape
+            that enters; else every step is computed.
+        one_decision: guidance branches follow the decision of the first.
+        retain: first steps that are computed: how many, a share of the steps, or a share and a number more.
         protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
     """
+    one_of("level", level, ("block", "model"))
     return Policy(
         name="easycache",
         spans=ProbeAndTail(0),
         trigger=ExpectedChange(
             guard=for_steps(retain=retain, last=True, protection=protection), signal=InputStep(), threshold=threshold
         ),
-        predictor=LastPair(),
+        predictor=LastPair(size_of),
         lifetime="chunk",
+        level=level,
+        one_for_all_branches=one_decision,
     )
+
+
+_RELEASED = {"size_of": "computed", "level": "model"}
+
+#: The released code's settings for HunyuanVideo and for Wan.
+PRESETS = {
+    "released": {**_RELEASED, "threshold": 0.025, "retain": 5},
+    "released-wan": {**_RELEASED, "threshold": 0.05, "retain": 10, "one_decision": True},
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,7 @@ class ExpectedChange(Trigger):
     """Reuses while the output's expected relative change, summed since the span was computed, is below a threshold.
 
     The change expected of a step is ``rate * moved / size``: ``moved`` is how far the input went, ``size`` is
-    ``mean|y|`` of the latest pass, ``rate`` is ``mean|y - y'| / mean|x - x'|`` between the last two computed passes.
+    ``mean|y|`` as `LastPair` has it, ``rate`` is ``mean|y - y'| / mean|x - x'|`` between the last two computed passes.
     """
 
     threshold: float
@@ -97,7 +124,15 @@ class ExpectedChange(Trigger):
 
 @dataclass(frozen=True)
 class LastPair(Predictor):
-    """Adds what the span added when last computed, keeping its input and output apart; notes the output's size."""
+    """Adds what the span added when last computed, keeping its input and output apart.
+
+    With ``size_of="latest"`` it notes the size of what it gives.
+    """
+
+    size_of: Literal["latest", "computed"] = "latest"
+
+    def __post_init__(self) -> None:
+        one_of("size_of", self.size_of, ("latest", "computed"))
 
     def remember(self, call: Call, y: Tensor, spare: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"input": call.x.detach().clone(), "output": y.clone()}
@@ -106,4 +141,4 @@ class LastPair(Predictor):
         return call.x + (call.known.tensors["output"] - call.known.tensors["input"])
 
     def reused(self, call: Call, y: Tensor) -> Mapping[str, Tensor | float]:
-        return {"size": y.detach().float().abs().mean().item()}
+        return {"size": y.detach().float().abs().mean().item()} if self.size_of == "latest" else {}

@@ -69,6 +69,7 @@ def fastercache(
         predictor=FromGuide(guide=guide, low=low, high=high, switch=switch, grids=tuple(grids)),
         lifetime="chunk",
         level="model",
+        guided=(guide, branch),
     )
 
 

@@ -90,7 +90,8 @@ class FirstSteps:
             )
 
     def __call__(self, call: Call) -> str | None:
-        return "retained" if call.step.index < self.steps(call.step.num_steps) else None
+        step = call.step
+        return "retained" if step.index - step.first < self.steps(step.num_steps - step.first) else None
 
     def steps(self, steps: int, each: int = 1) -> int:
         """How many of so many steps come first; a number counts ``each`` as many times."""
