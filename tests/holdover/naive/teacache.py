@@ -12,11 +12,11 @@ from tests.holdover.toy import BLOCKS, MANY
 
 
 class TeaCache(TailTwin):
-    retain, computes_last = 1, True
-
-    def __init__(self, *, threshold: float = 0.1, polynomial: Any = (), **options: Any) -> None:
+    def __init__(
+        self, *, threshold: float = 0.1, polynomial: Any = (), retain: Any = 1, last: bool = True, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.threshold, self.polynomial = threshold, polynomial
+        self.threshold, self.polynomial, self.retain, self.computes_last = threshold, polynomial, retain, last
 
     def decide(self, x: Any, compute: Any) -> tuple[str, dict[str, float]]:
         memory, modulated = self.now["memory"], compute.modulated(x).clone()
@@ -39,7 +39,8 @@ def case(**options: Any) -> Case:
 DEFAULT = case()
 #: Options under which the trigger always computes.
 CLOSED = case(threshold=0.0)
-#: Every option away from its default.
+#: Every option away from its default, but for the tap: the toy declares one alone.
 VARIED: list[Case] = [
     case(threshold=0.3, protection="chunk", polynomial=(2.0, 0.5, 0.001)),
+    case(retain=(0.1, 1), last=False),
 ]

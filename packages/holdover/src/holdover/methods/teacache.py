@@ -5,20 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from holdover.engine.snapshot import Snapshot
 from holdover.method import Call, Policy
-from holdover.methods.parts.guards import Protection, for_steps
+from holdover.methods.parts.guards import First, Protection, for_steps, one_of
 from holdover.methods.parts.predictors import Repeat, Residual, before
 from holdover.methods.parts.signals import RelativeChange, mean_change, relative
 from holdover.methods.parts.spans import ProbeAndTail
 from holdover.methods.parts.triggers import Accumulate, Measure
 
+#: The tensors that a polynomial may be fitted to, as slots declare them: the first block's timestep-modulated input,
+#: the embedding of the timestep, or the projection of that embedding which modulates the blocks.
+Tap = Literal["modulated", "time embedding", "time projection"]
 
-def teacache(*, threshold: float = 0.1, polynomial: Sequence[float] = (), protection: Protection = "pass") -> Policy:
+
+def teacache(
+    *,
+    threshold: float = 0.1,
+    polynomial: Sequence[float] = (),
+    of: Tap = "modulated",
+    retain: First = 1,
+    last: bool = True,
+    protection: Protection = "pass",
+) -> Policy:
     """Reuse the residual of all blocks while the first one's modulated input has changed little since it was computed.
 
     From step to step the relative change (L1) of the timestep-modulated input is mapped by a polynomial fitted to the
@@ -29,20 +42,33 @@ def teacache(*, threshold: float = 0.1, polynomial: Sequence[float] = (), protec
             ...                                                # some chunks
             moved, output_moved = zip(*changes(cache.snapshot()))
 
+    The presets have the polynomials and thresholds of the released code. Those for Wan and CogVideoX are fitted to the
+    embedding of the timestep, or to its projection, and take a model that declares that tap.
+
     Args:
         threshold: of the sum.
         polynomial: its coefficients, highest power first; identity if there are none.
+        of: the tap that is looked at, and that the polynomial was fitted to.
+        retain: first steps that are computed: how many, a share of the steps, or a share and a number more.
+        last: compute the last step.
         protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or a preset's polynomial was fitted to another tap.
     """
+    one_of("of", of, get_args(Tap))
+    for name, preset in PRESETS.items():
+        if tuple(polynomial) == preset["polynomial"] and of != preset["of"]:
+            raise ValueError(
+                f"of={of!r}, but the polynomial of preset {name!r} was fitted to {preset['of']!r}; give that, or a "
+                f"polynomial that was fitted to {of!r}"
+            )
     return Policy(
         name="teacache",
         spans=ProbeAndTail(0),
         trigger=Accumulate(
-            guard=for_steps(retain=1, last=True, protection=protection),
-            signal=RelativeChange("modulated", follows=True),
+            guard=for_steps(retain=retain, last=last, protection=protection),
+            signal=RelativeChange(of, follows=True),
             metric="change",
             threshold=threshold,
             polynomial=tuple(polynomial),
@@ -52,18 +78,49 @@ def teacache(*, threshold: float = 0.1, polynomial: Sequence[float] = (), protec
     )
 
 
-def measure_changes() -> Policy:
-    """Compute everything and note what `changes` reads."""
+def _preset(of: Tap, threshold: float, *polynomial: float) -> dict[str, Any]:
+    ends = {"retain": 5, "last": False} if of == "time projection" else {"retain": 1, "last": True}
+    return {"of": of, "threshold": threshold, "polynomial": polynomial, **ends}
+
+
+#: The released code's, at its faster setting: for Wan by size and resolution, "retained" with five first steps.
+PRESETS = {
+    "hunyuan": _preset("modulated", 0.15, 733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
+    "cogvideox-2b": _preset("time embedding", 0.2, -31.0658903, 25.4732368, -5.92380459, 1.75769064, -0.00361568434),
+    "cogvideox-5b": _preset("time embedding", 0.2, -1538.80483, 843.202495, -134.363087, 7.97131516, -0.0523162339),
+    "wan-t2v-1.3b": _preset("time embedding", 0.08, 2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774),
+    "wan-t2v-14b": _preset(
+        "time embedding", 0.2, -5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404
+    ),
+    "wan-i2v-480p": _preset("time embedding", 0.26, -302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289),
+    "wan-i2v-720p": _preset("time embedding", 0.3, -114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+    "wan-t2v-1.3b-retained": _preset(
+        "time projection", 0.1, -52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664
+    ),
+    "wan-t2v-14b-retained": _preset(
+        "time projection", 0.2, -303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525
+    ),
+    "wan-i2v-480p-retained": _preset(
+        "time projection", 0.3, 257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977
+    ),
+    "wan-i2v-720p-retained": _preset(
+        "time projection", 0.3, 8107.0546, 2133.93892, -372.934672, 16.6203073, -0.0417769401
+    ),
+}
+
+
+def measure_changes(of: Tap = "modulated") -> Policy:
+    """Compute everything and note what `changes` reads of a tap and of the output."""
     return Policy(
         name="measure_changes",
         spans=ProbeAndTail(0),
-        trigger=MeasureChanges(signal=RelativeChange("modulated")),
+        trigger=MeasureChanges(signal=RelativeChange(of)),
         predictor=Repeat(),
     )
 
 
 def changes(snapshot: Snapshot, branch: str = "") -> list[tuple[float, float]]:
-    """Per pair of successive steps the relative changes (L1) of the modulated input and of what all blocks gave.
+    """Per pair of successive steps the relative changes (L1) of the tap and of what all blocks gave.
 
     Of all the stream's chunks, measured under `measure_changes`; a pair of which one is not finite is left out.
 

@@ -110,7 +110,8 @@ class FirstPasses(FirstSteps):
 
     def __call__(self, call: Call) -> str | None:
         number, passes = counted(call.step, self.branches)
-        return "retained" if number < self.steps(passes, len(self.branches)) else None
+        skipped = call.step.first * len(self.branches)
+        return "retained" if number - skipped < self.steps(passes - skipped, len(self.branches)) else None
 
 
 @dataclass(frozen=True)
