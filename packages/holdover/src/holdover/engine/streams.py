@@ -51,8 +51,9 @@ class BranchRun:
 class ChunkState:
     """All passes that make one chunk.
 
-    ``ordinal`` counts the stream's chunks. ``asked``: a guard let something pass, so it could have been reused. ``shared``: where guidance branches share decisions, per pass index and first block which branch decided,
-    and whether it reused.
+    ``ordinal`` counts the stream's chunks. ``asked``: a guard let something pass, so it could have been reused.
+    ``shared``: where guidance branches share decisions, per pass index and first block which branch decided, and
+    whether it reused.
     """
 
     ordinal: int
