@@ -24,7 +24,7 @@ class DiCache(TailTwin):
     ) -> None:
         super().__init__(**options)
         self.threshold, self.probe, self.retain, self.clamp = threshold, probe, retain, gamma
-        self.computes_last, self.order = last, branches
+        self.computes_last, self.branches = last, branches
 
     def decide(self, x: Any, compute: Any) -> tuple[str, dict[str, float]]:
         memory, z = self.now["memory"], x.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -17,13 +18,15 @@ class MagCache(TailTwin):
     ) -> None:
         super().__init__(**options)
         self.ratios, self.threshold, self.max_skips, self.retain = ratios, threshold, max_skips, retain
+        self.branches = list(ratios) if isinstance(ratios, dict) else ()
 
     def decide(self, x: Any, compute: Any) -> tuple[str, dict[str, float]]:
         step, reason = self.now["fields"]["index"], self.forced()
+        ratios = self.ratios[self.now["fields"]["branch"]] if isinstance(self.ratios, dict) else self.ratios
         if reason is not None:
             return reason, {}
         since = self.now["memory"]["step"]
-        error = sum(abs(1 - prod(self.ratios[since + 1 : later + 1])) for later in range(since + 1, step + 1))
+        error = sum(abs(1 - prod(ratios[since + 1 : later + 1])) for later in range(since + 1, step + 1))
         scores = {"drift": error, "threshold": self.threshold}
         if error >= self.threshold:
             return "drift", scores
@@ -59,4 +62,5 @@ CLOSED = case(ratios=RATIOS, threshold=0.0)
 VARIED: list[Case] = [
     case(ratios=RATIOS, threshold=0.2, max_skips=2, retain=1, protection="chunk"),
     case(ratios=(1.02,) * 24, max_skips=9),
+    replace(case(ratios={"cond": RATIOS, "uncond": (0.98,) * 24}, retain=0.3), branches=("cond", "uncond")),
 ]

@@ -19,7 +19,7 @@ class StepTwin(ABC):
     retain: Any = 0
     computes_last = False
     #: Guidance branches, in order, over which passes are counted, if any.
-    order: Any = ()
+    branches: Any = ()
 
     def __init__(self, *, blocks: int, protection: str = "pass") -> None:
         self.blocks, self.protection = blocks, protection
@@ -70,9 +70,9 @@ class StepTwin(ABC):
     def counted(self) -> tuple[int, int]:
         """Which of the chunk's passes this is, and how many there are."""
         index, steps, branch = (self.now["fields"][name] for name in ("index", "num_steps", "branch"))
-        if not self.order:
+        if not self.branches:
             return index, steps
-        return index * len(self.order) + self.order.index(branch), steps * len(self.order)
+        return index * len(self.branches) + self.branches.index(branch), steps * len(self.branches)
 
     def note(self, number: int, reason: str, y: Any, scores: dict[str, float] | None = None) -> Any:
         decision = {"block": number, "computed": reason != "reuse", "reason": reason, "scores": scores or {}}

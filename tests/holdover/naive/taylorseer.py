@@ -5,19 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from tests.holdover.case import Case
-from tests.holdover.naive.steps import StepTwin
+from tests.holdover.naive.steps import SublayerTwin
 from tests.holdover.toy import BLOCKS, MANY
 
 
-class TaylorSeer(StepTwin):
-    """``memory[group]`` lists the computed steps of a group of blocks and what left its last block."""
+class TaylorSeer(SublayerTwin):
+    """``memory[first]`` lists the computed steps of a group of slots, by its first, and what left its last slot."""
 
     def __init__(self, *, every: int = 5, order: int = 1, span: str = "all", retain: Any = 0, **options: Any) -> None:
         super().__init__(**options)
         self.every, self.order, self.span, self.retain = every, order, span, retain
 
+    def runner(self, fields: dict[str, Any], run: Any) -> Any:
+        """The whole model may be one block, number 0."""
+        if self.span != "model":
+            return super().runner(fields, run)
+        return super().runner(fields, lambda apply: apply(0, None, lambda _: run()))
+
+    def update(self, number: int, x: Any, compute: Any) -> Any:
+        if self.span == "sublayer":
+            return super().update(number, x, compute)
+        return self.note(number, "kv update", compute(x))
+
     def block(self, number: int, x: Any, compute: Any) -> Any:
+        if self.span == "sublayer":
+            return super().block(number, x, compute)
         first, last = (0, self.blocks - 1) if self.span == "all" else (number, number)
+        return self.slot(number, first, last, x, compute)
+
+    def part(self, slot: int, kind: str, x: Any, compute: Any) -> Any:
+        return self.slot(slot, slot, slot, x, compute)
+
+    def slot(self, number: int, first: int, last: int, x: Any, compute: Any) -> Any:
         if number == first:
             self.now["reason"] = self.due(first)
         reason = self.now["reason"]
@@ -69,4 +88,6 @@ VARIED: list[Case] = [
     case(every=3, order=2, span="block", retain=0.15, protection="chunk"),
     case(every=4, order=0, retain=2),
     case(every=4, order=2),
+    case(every=3, order=2, span="sublayer", protection="chunk"),
+    case(every=4, span="model", retain=(0.1, 1)),
 ]

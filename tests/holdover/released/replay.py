@@ -35,6 +35,9 @@ class Given(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.given.clone()
 
+    def holdover_slots(self) -> list[holdover.Slot]:
+        return [holdover.Slot(self)]
+
 
 class Stages(nn.Module):
     """Blocks one after the other."""
@@ -68,7 +71,7 @@ def replay(
 def replay_model(
     policy: holdover.Policy, recorded: dict[str, Tensor], branches: Sequence[str] = ("",)
 ) -> tuple[holdover.Cache, list[Tensor]]:
-    """Run a policy that reuses the output of the whole model on a record's passes."""
+    """Run a policy on a record's passes, in a model of one block, which may be the whole model to the policy."""
     model, outputs, passes = Given(), [], len(recorded["output"])
     with holdover.attach(model, policy) as cache:
         for number, model.given in enumerate(recorded["output"]):

@@ -59,11 +59,7 @@ def test_a_polynomial_that_was_fitted_to_another_tap_is_refused() -> None:
 
 
 def test_a_model_without_the_tap_says_so() -> None:
-    class Plain(Given):
-        def holdover_slots(self) -> list[holdover.Slot]:
-            return [holdover.Slot(self)]
-
-    model = Plain()
+    model = Given()
     model.given = record("teacache_wan")["output"][0]
     with (
         holdover.attach(model, holdover.policy("teacache", preset="wan-t2v-14b")) as cache,

@@ -43,5 +43,5 @@ def test_frames_may_be_those_of_the_view_groups() -> None:
 
 def test_a_branch_of_another_name_is_refused() -> None:
     passes = [tuple(torch.zeros(3, 1, 4, 2))]
-    with pytest.raises(ValueError, match=r"branch='cfg' is not one of branches=\('cond', 'uncond'\); give the names"):
+    with pytest.raises(ValueError, match=r"branch='cfg' is not one of branches=\('cond', 'uncond'\); give"):
         run(holdover.policy("worldcache_pcd", preset="released"), 2, passes, ["cfg"])

@@ -273,6 +273,7 @@ class Policy:
         reads_pass_input: trigger or predictor read `Call.pass_input`.
         one_for_all_branches: guidance branches keep entries of their own and share the first one's decision.
         parts: the kinds of slots of which the trigger may compute a part. Each such slot declares `Slot.part`.
+        guided: the guidance branches that it tells from each other, each with a pass or a row of its own.
         look_ahead: how many spans are decided at once, from the input of the first. It takes a linear signal.
     """
 
@@ -287,6 +288,7 @@ class Policy:
     one_for_all_branches: bool = False
     parts: tuple[Kind, ...] = ()
     look_ahead: int = 1
+    guided: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         signal = self.trigger.signal

@@ -26,6 +26,8 @@ class Step:
         chunk: number of the chunk; every chunk of a stream has its own.
         index: which of the chunk's ``num_steps`` denoising passes this is, from 0.
         num_steps: denoising passes of this chunk.
+        first: the index of the first pass that this model runs, above 0 where another model runs the earlier ones, or
+            where denoising begins part-way.
         sigma: noise level, for the trace and for policies that read it.
         action: the newest commanded control, normalised per dimension, before any embedding; any shape, flattened.
         condition: whatever else steers the video (prompt, map, agents): a tensor, a mapping or sequence of tensors, or
@@ -42,6 +44,7 @@ class Step:
     chunk: int
     index: int = 0
     num_steps: int = 1
+    first: int = 0
     sigma: float | Tensor | None = None
     action: ActionLike = None
     condition: Any = None
@@ -64,6 +67,8 @@ class Step:
                 f"index={self.index} is not one of num_steps={self.num_steps} passes; "
                 f"pass num_steps=len(sigmas) and index counted from 0"
             )
+        if not 0 <= self.first <= self.index:
+            raise ValueError(f"first={self.first!r} lies after index={self.index}; it is the first index that runs")
         if not (isinstance(self.stream, str) and isinstance(self.branch, str)):
             name, given = ("branch", self.branch) if isinstance(self.stream, str) else ("stream", self.stream)
             raise ValueError(f"{name}={given!r} is not a name; pass a str")

@@ -32,6 +32,7 @@ class Cache:
 
     def __init__(self, model: nn.Module, runtimes: Sequence[Runtime]) -> None:
         self._runtimes = runtimes  # outermost policy first
+        self._policies = tuple(repr(runtime.policy) for runtime in runtimes)
         self._passes: list[Pass] = []  # of the open step, one per policy
         self._steps: Sequence[Step] = ()  # of the open step, one per row
         self._thread: int | None = None  # the one that opened it
@@ -50,12 +51,9 @@ class Cache:
         self.detach()
 
     def __repr__(self) -> str:
-        state = (
-            "detached"
-            if self._bytes_at_detach is not None
-            else f"{sum(len(each.blocks) for each in self._runtimes)} blocks"
-        )
-        return f"<Cache of {', '.join(repr(runtime.policy) for runtime in self._runtimes)}, {state}>"
+        blocks = sum(len(runtime.blocks) for runtime in self._runtimes)
+        state = "detached" if self._bytes_at_detach is not None else f"{blocks} blocks"
+        return f"<Cache of {', '.join(self._policies)}, {state}>"
 
     def detach(self) -> None:
         """Restore the model exactly and free what is held; stats and trace stay. Detaching again does nothing."""
@@ -77,6 +75,7 @@ class Cache:
         chunk: int,
         index: int = 0,
         num_steps: int = 1,
+        first: int = 0,
         sigma: Any = None,
         action: ActionLike = None,
         condition: Any = None,
@@ -149,7 +148,12 @@ class Cache:
 
     def exact(self, stream: str = "default", branch: str = "") -> bool:
         """Whether every block call of the stream's latest chunk was computed so far; False before the first."""
-        return all(_exact(runtime.streams.get(stream), branch) for runtime in self._runtimes)
+        return all(runtime.streams.get(stream, Stream()).exact(branch) for runtime in self._runtimes)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that ran since they were reset."""
+        return tuple(self._runtimes[0].streams)
 
     @property
     def in_step(self) -> bool:
@@ -166,10 +170,17 @@ class Cache:
         self._require_no_pass("reset")
         self._written.forget(stream)
         for runtime in self._runtimes:
-            if stream is None:
-                runtime.streams.clear()
-            else:
-                runtime.streams.pop(stream, None)
+            for name in list(runtime.streams) if stream is None else [stream]:
+                runtime.streams.pop(name, None)
+            runtime.fold_tallies()
+
+    def restart(self, stream: str) -> None:
+        """Another video begins in a stream: it starts anew, and only counts on how long nothing could be reused."""
+        self._require_no_pass("restart")
+        self._written.forget(stream)
+        for runtime in self._runtimes:
+            if stream in runtime.streams:
+                runtime.streams[stream] = runtime.streams[stream].restarted()
 
     def give_up(self, chunk: int, stream: str = "default") -> None:
         """Free what a chunk holds for itself: it ends before its last pass, or another model runs the rest."""
@@ -230,10 +241,6 @@ class Cache:
                 state.nbytes = 0
             runtime.streams[stream] = state
 
-    @property
-    def _policies(self) -> tuple[str, ...]:
-        return tuple(repr(runtime.policy) for runtime in self._runtimes)
-
     def _digest(self) -> str:
         return model_digest([block for runtime in self._runtimes for block in runtime.blocks])
 
@@ -278,9 +285,3 @@ class Cache:
         if self._passes:
             self._require_this_thread()
             raise ValueError(f"{what} within a step; do it between passes")
-
-
-def _exact(stream: Stream | None, branch: str) -> bool:
-    chunk = stream.chunks.get(stream.latest) if stream and stream.latest is not None else None
-    run = chunk.runs.get(branch) if chunk else None
-    return run is not None and run.exact

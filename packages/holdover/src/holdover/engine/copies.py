@@ -9,22 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 #: Instance attribute by which an attached module is known: what removes the cache from a copied state.
 MARK = "_holdover"
 
 Cleaner = Callable[[dict[str, Any]], None]
 
 
-def mark(module: nn.Module, cleaner: Cleaner) -> None:
+def mark(module: Any, cleaner: Cleaner) -> None:
     """From now on, copies of the module's ``__dict__`` go through the cleaner."""
     cleaners: list[Cleaner] = module.__dict__.setdefault(MARK, [])
     cleaners.append(cleaner)
     module.__dict__["__getstate__"] = lambda: _plain_state(module)
 
 
-def unmark(module: nn.Module, cleaner: Cleaner) -> None:
+def unmark(module: Any, cleaner: Cleaner) -> None:
     """The reverse of `mark`."""
     cleaners: list[Cleaner] = module.__dict__[MARK]
     cleaners.remove(cleaner)
@@ -32,8 +30,9 @@ def unmark(module: nn.Module, cleaner: Cleaner) -> None:
         del module.__dict__[MARK], module.__dict__["__getstate__"]
 
 
-def _plain_state(module: nn.Module) -> Any:
-    state = type(module).__getstate__(module)
+def _plain_state(module: Any) -> Any:
+    kind: Any = type(module)
+    state = kind.__getstate__(module)
     if isinstance(state, dict):
         state = dict(state)
         for cleaner in reversed(state.pop(MARK, [])):

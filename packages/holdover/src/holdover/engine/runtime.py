@@ -18,6 +18,9 @@ from holdover.engine.trace import Tally, Trace
 from holdover.method import Policy, Signal, Span
 from holdover.slot import ViewGroup, by_token
 
+#: Of how many streams that were reset the counts are kept apart.
+TALLIES = 1000
+
 
 @dataclass(kw_only=True)
 class Runtime:
@@ -58,6 +61,12 @@ class Runtime:
                         f"{self.policy.name} computes parts of blocks, and block {block.name!r} does not say how; "
                         f"give holdover.Slot({block.name!r}, part=...)"
                     )
+
+    def fold_tallies(self) -> None:
+        """Bound the counts of streams that were reset: the oldest are counted together, without a name."""
+        gone = [name for name in self.tallies if name and name not in self.streams]
+        for name in gone[: -TALLIES or None]:
+            self.tallies[""].add(self.tallies.pop(name))
 
     def lay_out(self, view_groups: tuple[ViewGroup, ...]) -> None:
         """Take tokens to lie so from now on."""

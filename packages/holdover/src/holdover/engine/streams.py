@@ -166,6 +166,12 @@ class Stream:
         self.latest = step.chunk
         return chunk
 
+    def exact(self, branch: str) -> bool:
+        """Whether every block call of the branch's latest chunk was computed so far; False before the first."""
+        chunk = self.chunks.get(self.latest) if self.latest is not None else None
+        run = chunk.runs.get(branch) if chunk else None
+        return run is not None and run.exact
+
     def free(self, branch: str) -> None:
         """Drop the entries that serve a chunk of this branch which is over."""
         runs = ((chunk.ordinal, chunk.runs.get(branch)) for chunk in self.chunks.values())
@@ -182,11 +188,18 @@ class Stream:
                 self.entries[key] = entry.voided("over")
 
     def give_up(self, chunk: int) -> None:
-        """Drop the entries that serve one chunk, though not all its passes ran."""
+        """Drop the entries that serve one chunk, if not all its passes ran."""
         state = self.chunks.get(chunk)
-        for branch, run in state.runs.items() if state else ():
+        if state is None or all(run.over for run in state.runs.values()):
+            return
+        for branch, run in state.runs.items():
             run.idle = run.num_steps
             self.free(branch)
+
+    def restarted(self) -> Stream:
+        """A new stream, which goes on counting the chunks in which no trigger was asked."""
+        self._close_latest()
+        return Stream(barren=self.barren)
 
     def keep(self, keys: Sequence[Key]) -> None:
         """Keep these entries alone."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from holdover.engine.snapshot import Snapshot
 from holdover.method import Call, Policy, Trigger, Verdict
-from holdover.methods.parts.guards import Protection, at_least_zero, for_steps
+from holdover.methods.parts.guards import First, Protection, at_least_zero, for_steps
 from holdover.methods.parts.predictors import Residual, before
 from holdover.methods.parts.spans import ProbeAndTail
 from holdover.methods.parts.triggers import Measure
@@ -22,10 +22,10 @@ EPSILON = 1e-8
 
 def magcache(
     *,
-    ratios: Sequence[float] = (),
+    ratios: Sequence[float] | Mapping[str, Sequence[float]] = (),
     threshold: float = 0.06,
     max_skips: int = 3,
-    retain: int | float = 0.2,
+    retain: First = 0.2,
     protection: Protection = "pass",
 ) -> Policy:
     """Reuse the residual of all blocks while, by the calibrated ratios, its magnitude has changed little.
@@ -39,30 +39,38 @@ def magcache(
             ...                                                # one chunk
             ratios = magnitude_ratios(cache.snapshot())
 
-    Left open and chosen here: one set of ratios serves all guidance branches.
+    One set of ratios serves all guidance branches, or, as in the released code for Wan, each has its own. The preset
+    has that code's other settings.
 
     Args:
-        ratios: γ, one per step; there is no default. The first is not used.
+        ratios: γ, one per step; there is no default. The first is not used. Or the ratios of each guidance branch by
+            name, in the order in which the branches run: a share of first steps is then one of all passes.
         threshold: of the summed error.
         max_skips: K, steps in a row for which the residual may stand in.
-        retain: first steps that are computed, by number or, as a float, as a share of the steps.
+        retain: first steps that are computed: how many, a share of the steps, or a share and a number more.
         protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range, or there are no ratios. Also in a pass, if they are not one per step.
     """
+    by_branch = ratios if isinstance(ratios, Mapping) else {}
     return Policy(
         name="magcache",
         spans=ProbeAndTail(0),
         trigger=MagnitudeError(
-            guard=for_steps(retain=retain, last=False, protection=protection),
-            ratios=tuple(ratios),
+            guard=for_steps(retain=retain, last=False, protection=protection, branches=tuple(by_branch)),
+            ratios=() if isinstance(ratios, Mapping) else tuple(ratios),
+            by_branch=tuple((branch, tuple(own)) for branch, own in by_branch.items()),
             threshold=threshold,
             max_skips=max_skips,
         ),
         predictor=Residual(),
         lifetime="chunk",
     )
+
+
+#: The released code's settings for Wan, whose ratios are given as ``{"cond": ..., "uncond": ...}``.
+PRESETS = {"released-wan": {"threshold": 0.12, "max_skips": 2, "retain": 0.2}}
 
 
 def measure_magnitudes() -> Policy:
@@ -100,39 +108,54 @@ class MagnitudeError(Trigger):
 
     ``k`` steps after step ``t``, the magnitude has changed by the product of the ratios of ``t+1`` to ``t+k``; its
     distance from 1 is that step's error.
+
+    Attributes:
+        ratios: one per step, for all guidance branches.
+        by_branch: where there are any, the ratios of each branch.
     """
 
     ratios: tuple[float, ...]
     threshold: float
     max_skips: int
+    by_branch: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         at_least_zero("threshold", self.threshold)
         if not isinstance(self.max_skips, int) or self.max_skips < 1:
             raise ValueError(f"max_skips={self.max_skips!r}: give a whole number, 1 or more")
-        if not self.ratios:
+        if not self.ratios and not self.by_branch:
             raise ValueError(
                 "ratios is empty; give one magnitude ratio per step: attach measure_magnitudes() for one chunk, "
                 "then magnitude_ratios(cache.snapshot()), both of holdover.methods.magcache"
             )
-        if not all(math.isfinite(ratio) and ratio > 0 for ratio in self.ratios):
-            raise ValueError(f"ratios={self.ratios} are not all positive numbers; measure them again")
+        for ratios in (self.ratios, *dict(self.by_branch).values()):
+            if not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):
+                raise ValueError(f"ratios={ratios} are not all positive numbers; measure them again")
 
     def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
         numbers = call.known.numbers
-        ratio = numbers["ratio"] * self.ratios[call.step.index]
+        ratio = numbers["ratio"] * self._ratios(call)[call.step.index]
         drift, skips = numbers["drift"] + abs(1 - ratio), numbers["skips"] + 1
         reason = "drift" if not drift < self.threshold else "stale" if skips > self.max_skips else None
         kept = {"ratio": ratio, "drift": drift, "skips": skips}
         return Verdict(reason, {"drift": drift, "threshold": self.threshold}, kept)
 
     def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
-        if len(self.ratios) != call.step.num_steps:
+        if len(self._ratios(call)) != call.step.num_steps:
             raise ValueError(
-                f"magcache has {len(self.ratios)} ratios and the chunk {call.step.num_steps} steps; measure the "
+                f"magcache has {len(self._ratios(call))} ratios and the chunk {call.step.num_steps} steps; measure the "
                 f"ratios with measure_magnitudes() at {call.step.num_steps} steps"
             )
         return {"ratio": 1.0, "drift": 0.0, "skips": 0.0}
+
+    def _ratios(self, call: Call) -> tuple[float, ...]:
+        """Those of the call's branch."""
+        if not self.by_branch:
+            return self.ratios
+        own = dict(self.by_branch)
+        if call.step.branch not in own:
+            raise ValueError(f"magcache has no ratios of branch {call.step.branch!r}, only of {', '.join(own)}")
+        return own[call.step.branch]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from holdover.method import Call, Policy, Predictor
-from holdover.methods.parts.guards import Interval, Protection, for_steps, one_of
+from holdover.methods.parts.guards import First, Interval, Protection, for_steps, one_of
 from holdover.methods.parts.predictors import before
 from holdover.methods.parts.spans import EachBlock, ProbeAndTail
 from holdover.methods.parts.triggers import Open
@@ -19,8 +19,8 @@ def taylorseer(
     *,
     every: int = 5,
     order: Literal[0, 1, 2] = 1,
-    span: Literal["all", "block"] = "all",
-    retain: int | float = 0,
+    span: Literal["all", "block", "sublayer", "model"] = "all",
+    retain: First = 0,
     protection: Protection = "pass",
 ) -> Policy:
     """Compute every N-th step of a chunk; in between, forecast the output from the backward differences.
@@ -29,26 +29,33 @@ def taylorseer(
     on parabolas, because the second backward difference belongs to a point one interval back.
 
     Left open and chosen here: the steps 0, N, 2N, ... are computed; until enough of them are known, the order is lower;
-    where a step is computed out of turn, the differences are divided by the true distance.
+    where a step is computed out of turn, the differences are divided by the true distance. The released code for Wan
+    forecasts self-attention, cross-attention and MLP of each block separately, which is the preset.
 
     Args:
         every: N, how many steps apart the computed ones are.
         order: how many differences are used; 0 repeats the output.
-        span: forecast what ``"all"`` blocks together give, or each ``"block"`` by itself.
-        retain: first steps that are computed, by number or, as a float, as a share of the steps.
+        span: forecast what ``"all"`` blocks together give, each ``"block"`` by itself, each attention module and MLP in
+            the blocks (``"sublayer"``), which the model declares as slots of these kinds, or the whole ``"model"``.
+        retain: first steps that are computed: how many, a share of the steps, or a share and a number more.
         protection: ``"chunk"`` computes chunks whose latents are committed; ``"pass"`` the clean pass alone.
 
     Raises:
         ValueError: an option is out of range.
     """
-    one_of("span", span, ("all", "block"))
+    one_of("span", span, ("all", "block", "sublayer", "model"))
     return Policy(
         name="taylorseer",
-        spans=ProbeAndTail(0) if span == "all" else EachBlock(),
+        spans=EachBlock() if span in ("block", "sublayer") else ProbeAndTail(0),
         trigger=Dated(guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps")),
         predictor=Taylor(order),
         lifetime="chunk",
+        level="block" if span == "all" else span,
     )
+
+
+#: The released code's settings for Wan.
+PRESETS = {"released-wan": {"every": 5, "order": 1, "span": "sublayer"}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,10 @@ class Adapter:
         autoregressive: a chunk attends to earlier chunks through a KV cache.
         grid: a function of the model: the rows and columns of tokens in a latent frame. None: tokens are a plain
             sequence.
-        condition: the arguments of the model that steer the video, except for the action.
+        condition: the arguments of the model that steer the video, except for the action. What it generated before, its
+            history, is none of them.
+        given: a function of the model: what else steers the video, by name, such as an image beside the noise. None:
+            nothing.
         action: the argument of the model that carries the action. None: it has none.
         refused: why its blocks cannot be reused; empty if they can.
         tells: whether a model of this class name is the one that is meant.
@@ -66,6 +69,7 @@ class Adapter:
     autoregressive: bool = False
     grid: Callable[..., tuple[int, int]] | None = None
     condition: tuple[str, ...] = ("encoder_hidden_states",)
+    given: Callable[..., dict[str, Any]] | None = None
     action: str | None = None
     refused: str = ""
     tells: Callable[[nn.Module], bool] = any_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,6 +72,42 @@ def refiner_writes(module: nn.Module, *args: Any, kv_cache_mode: str | None = No
     return kv_cache_mode in ("capture_pre_rope", "inject_and_capture_post_rope")
 
 
+def beside(axis: int) -> Callable[..., dict[str, Any]]:
+    """The channels beside the noisy ones: an image or a mask. They are the last ones on an axis of the latents."""
+
+    def given(model: Any, hidden_states: Tensor, **told: Any) -> dict[str, Any]:
+        noisy, channels = model.config.out_channels, hidden_states.shape[axis]
+        return {"beside": hidden_states.narrow(axis, noisy, channels - noisy)} if channels > noisy else {}
+
+    return given
+
+
+def without_noise(model: Any, hidden_states: Tensor, timestep: Tensor, **told: Any) -> dict[str, Any]:
+    """The frames ``[B, C, F, H, W]`` or tokens ``[B, L, C]`` that are given, with timesteps of 0: an image."""
+    if not isinstance(timestep, Tensor) or timestep.dim() < 2:
+        return {}
+    axis = 2 if hidden_states.dim() == 5 else 1
+    still = timestep.reshape(-1, hidden_states.shape[axis], timestep[0].numel() // hidden_states.shape[axis]) == 0
+    places = still.all(-1).all(0).nonzero().flatten()
+    return {"without noise": hidden_states.index_select(axis, places)} if len(places) else {}
+
+
+def image(model: Any, **told: Any) -> dict[str, Any]:
+    """An image as channels beside the noisy ones, or as frames without noise."""
+    return beside(1)(model, **told) | without_noise(model, **told)
+
+
+def commanded(model: Any, action_tokens: Any = None, action_noisy_frame_indexes: Any = None, **told: Any) -> Any:
+    """Actions, unless they are denoised as well."""
+    noisy = any(len(indexes) for indexes in action_noisy_frame_indexes or ())
+    return {} if action_tokens is None or noisy else {"action_tokens": action_tokens}
+
+
+#: What steers a model of Wan's family: text, and tokens of an image.
+WAN = ("encoder_hidden_states", "encoder_hidden_states_image")
+TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+
+
 def _wan(model: str, family: str, **more: Any) -> Adapter:
     """A model of Wan's blocks: ``block(hidden_states, encoder_hidden_states, temb, ...)``."""
     fields = {
@@ -79,24 +115,30 @@ def _wan(model: str, family: str, **more: Any) -> Adapter:
         "taps": {"modulated": modulated},
         "rows": first_three,
         "grid": patches,
-        "condition": ("encoder_hidden_states", "encoder_hidden_states_image"),
+        "condition": WAN,
+        "given": beside(1),
     }
     return Adapter(model=model, family=family, **{**fields, **more})
 
 
 DIFFUSERS = (
-    _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", tested="pipeline"),
-    _wan("WanVACETransformer3DModel", "Wan VACE"),
+    _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", given=image, tested="pipeline"),
+    _wan(
+        "WanVACETransformer3DModel",
+        "Wan VACE",
+        condition=(*WAN, "control_hidden_states", "control_hidden_states_scale"),
+    ),
     # The features of the face enter between blocks.
-    _wan("WanAnimateTransformer3DModel", "Wan Animate"),
+    _wan("WanAnimateTransformer3DModel", "Wan Animate", condition=(*WAN, "pose_hidden_states", "face_pixel_values")),
     _wan("ChronoEditTransformer3DModel", "ChronoEdit"),
-    _wan("SkyReelsV2Transformer3DModel", "SkyReels-V2, diffusion forcing too"),
+    _wan("SkyReelsV2Transformer3DModel", "SkyReels-V2, diffusion forcing too", condition=(*WAN, "fps")),
     # Its tokens begin with a history of other sizes. Each video has its own rotary embedding.
-    _wan("HeliosTransformer3DModel", "Helios", grid=None, rows=None),
-    _wan("AnyFlowTransformer3DModel", "AnyFlow"),
+    _wan("HeliosTransformer3DModel", "Helios", grid=None, rows=None, given=None),
+    _wan("AnyFlowTransformer3DModel", "AnyFlow", given=None),
     _wan(
         "AnyFlowFARTransformer3DModel",
         "AnyFlow FAR, chunk-causal with a KV cache",
+        given=None,
         rows=None,  # the KV cache counts its batch on another axis
         block_kv_update=far_block_writes,
         kv_update=far_writes,
@@ -108,6 +150,8 @@ DIFFUSERS = (
         family="Cosmos 1, 2 and 2.5",
         taps={"modulated": modulated_cosmos},
         grid=patches,
+        # What a control network adds is made of the noisy latents anew in every pass.
+        condition=("encoder_hidden_states", "attention_mask", "fps", "condition_mask", "padding_mask"),
     ),
     Adapter(
         model="Cosmos3OmniTransformer",
@@ -115,7 +159,8 @@ DIFFUSERS = (
         blocks=("layers",),
         hidden="gen_seq",
         returns=1,
-        condition=("input_ids",),
+        condition=("input_ids", "action_domain_ids"),
+        given=commanded,
         action="action_tokens",
     ),
     Adapter(
@@ -124,14 +169,16 @@ DIFFUSERS = (
         blocks=("transformer_blocks", "single_transformer_blocks"),
         taps={"modulated": modulated_hunyuan},
         grid=patches,
-        condition=("encoder_hidden_states", "pooled_projections"),
+        condition=(*TEXT, "pooled_projections", "guidance"),
+        given=beside(1),
     ),
     Adapter(
         model="HunyuanVideo15Transformer3DModel",
         family="HunyuanVideo 1.5",
         taps={"modulated": modulated_hunyuan},
         grid=patches,
-        condition=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
+        condition=(*TEXT, "encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds"),
+        given=beside(1),
     ),
     # Its tokens begin with a history of other sizes.
     Adapter(
@@ -139,24 +186,46 @@ DIFFUSERS = (
         family="FramePack",
         blocks=("transformer_blocks", "single_transformer_blocks"),
         taps={"modulated": modulated_hunyuan},
-        condition=("encoder_hidden_states", "pooled_projections", "image_embeds"),
+        condition=(*TEXT, "pooled_projections", "image_embeds", "guidance"),
     ),
-    Adapter(model="LTXVideoTransformer3DModel", family="LTX-Video", taps={"modulated": modulated_ltx}, grid=packed),
+    Adapter(
+        model="LTXVideoTransformer3DModel",
+        family="LTX-Video",
+        taps={"modulated": modulated_ltx},
+        grid=packed,
+        condition=TEXT,
+        given=without_noise,
+    ),
     Adapter(
         model="LTX2VideoTransformer3DModel",
         family="LTX-2, video with sound",
         grid=packed,
-        condition=("encoder_hidden_states", "audio_encoder_hidden_states"),
+        condition=(*TEXT, "audio_encoder_hidden_states", "audio_encoder_attention_mask", "fps", "video_keyframes_mask"),
+        given=without_noise,
     ),
-    Adapter(model="CogVideoXTransformer3DModel", family="CogVideoX", grid=patches, tested="pipeline"),
-    Adapter(model="MochiTransformer3DModel", family="Mochi", grid=patches),
-    Adapter(model="AllegroTransformer3DModel", family="Allegro", grid=patches),
-    Adapter(model="SanaVideoTransformer3DModel", family="SANA-Video", grid=patches),
+    Adapter(
+        model="CogVideoXTransformer3DModel",
+        family="CogVideoX",
+        grid=patches,
+        condition=("encoder_hidden_states", "ofs"),
+        given=beside(2),
+        tested="pipeline",
+    ),
+    Adapter(model="MochiTransformer3DModel", family="Mochi", grid=patches, condition=TEXT),
+    Adapter(model="AllegroTransformer3DModel", family="Allegro", grid=patches, condition=(*TEXT, "attention_mask")),
+    Adapter(
+        model="SanaVideoTransformer3DModel",
+        family="SANA-Video",
+        grid=patches,
+        condition=(*TEXT, "attention_mask", "guidance"),
+    ),
     Adapter(
         model="SanaWMTransformer3DModel",
         family="SANA-WM, camera-controlled",
         blocks=("blocks",),
         hidden="x",
+        condition=(*TEXT, "mask", "camera_conditions", "chunk_plucker", "raymats"),
+        given=without_noise,
         action="camera_conditions",
     ),
     Adapter(
@@ -165,6 +234,7 @@ DIFFUSERS = (
         taps={"modulated": modulated_ltx},
         block_kv_update=refiner_writes,
         kv_update=refiner_writes,
+        condition=TEXT,
         autoregressive=True,
         tested="pipeline",
     ),

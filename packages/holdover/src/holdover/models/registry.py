@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from holdover.models.adapter import Adapter
@@ -17,7 +19,7 @@ def adapters() -> tuple[Adapter, ...]:
     return (*DIFFUSERS, *SELF_FORCING)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model within its wrappers."""
     for name in WRAPPERS:
         inner = getattr(model, name, None)

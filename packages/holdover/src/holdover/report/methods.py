@@ -10,7 +10,7 @@ from rich.table import Table
 
 from holdover.method import Trigger
 from holdover.methods.parts.guards import AnyOf
-from holdover.methods.registry import method, policies
+from holdover.methods.registry import method, policies, presets
 
 #: Options without which a method cannot be made. Their values do not matter here.
 CALIBRATED = {"magcache": {"ratios": (1.0,)}}
@@ -61,11 +61,16 @@ def method_markdown() -> str:
 
 
 def method_help(name: str) -> str:
-    """The options of a method, from its docstring.
+    """The options of a method, from its docstring, and its presets.
 
     Raises:
         ValueError: there is no such method.
     """
     function = method(name)
     options = [str(p.replace(annotation=p.empty)) for p in inspect.signature(function).parameters.values()]
-    return f"{name}({', '.join(options)})\n\n{inspect.getdoc(function)}"
+    told = f"{name}({', '.join(options)})\n\n{inspect.getdoc(function)}"
+    if presets(name):
+        told += "\n\nPresets:"
+    for preset, values in presets(name).items():
+        told += f"\n    {preset}: {', '.join(f'{option}={value!r}' for option, value in values.items())}"
+    return told

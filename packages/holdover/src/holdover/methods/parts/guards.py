@@ -179,8 +179,8 @@ def counted(step: Step, branches: tuple[str, ...]) -> tuple[int, int]:
         return step.index, step.num_steps
     if step.branch not in branches:
         raise ValueError(
-            f"branch={step.branch!r} is not one of branches={branches}; give the names of the guidance branches in "
-            f"the order in which they run, or branches=() to count steps"
+            f"branch={step.branch!r} is not one of branches={branches}; give the names of all guidance branches in the "
+            f"order in which they run"
         )
     return step.index * len(branches) + branches.index(step.branch), step.num_steps * len(branches)
 
