@@ -63,7 +63,7 @@ def attach(
             innermost=n == len(policies) - 1,
         )
         runtimes.append(runtime)
-    cache = Cache(runtimes)
+    cache = Cache(model, runtimes)
     if callable(view_groups):
         cache.ask_view_groups(model, view_groups)
     return cache
@@ -73,9 +73,11 @@ def _check(model: nn.Module, policies: Sequence[Policy], slots: Sequence[object]
     for policy in policies:
         if not isinstance(policy, Policy):
             raise ValueError(f"{policy!r} is not a policy; give holdover.policy(name, ...), or a list of them")
-    attached = [name or type(model).__name__ for name, module in model.named_modules() if MARK in module.__dict__]
+    attached = sorted(name for name, module in model.named_modules() if MARK in module.__dict__)
     if attached:
-        raise ValueError(f"a cache is attached to {attached[0]!r} already; call its detach() first")
+        name = attached[-1] if len(attached) == 1 else attached[1]  # a block's rather than the model's, which is ""
+        name = name or type(model).__name__
+        raise ValueError(f"a cache is attached to {name!r} already; call its detach() first")
     if max_bytes is not None and max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes} is negative; give bytes per stream and policy, or None for no cap")
     levels = [LEVELS.index(policy.level) for policy in policies]

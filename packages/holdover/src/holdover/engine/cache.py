@@ -10,19 +10,19 @@ from types import TracebackType
 from typing import Any, overload
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from holdover.decision import Stats
 from holdover.engine.blocks import Block
 from holdover.engine.context import StepContext
-from holdover.engine.copies import mark, unmark
 from holdover.engine.gradients import in_backward
 from holdover.engine.hooks import Hook
+from holdover.engine.layout import LayoutHook
 from holdover.engine.passes import Pass
 from holdover.engine.runtime import Runtime
 from holdover.engine.snapshot import Snapshot, decode, encode, model_digest
 from holdover.engine.streams import Stream
 from holdover.engine.trace import Tally, Trace
+from holdover.engine.written import WrittenLatents
 from holdover.slot import ViewGroup
 from holdover.step import ActionLike, Role, Step
 
@@ -30,19 +30,19 @@ from holdover.step import ActionLike, Role, Step
 class Cache:
     """What `attach` returns: says where each pass stands, and tells what was decided. For use by one thread."""
 
-    def __init__(self, runtimes: Sequence[Runtime]) -> None:
+    def __init__(self, model: nn.Module, runtimes: Sequence[Runtime]) -> None:
         self._runtimes = runtimes  # outermost policy first
         self._policies = tuple(repr(runtime.policy) for runtime in runtimes)
         self._passes: list[Pass] = []  # of the open step, one per policy
+        self._steps: Sequence[Step] = ()  # of the open step, one per row
         self._thread: int | None = None  # the one that opened it
         self._bytes_at_detach: dict[str, int] | None = None
-        self._asked: RemovableHandle | None = None
-        self._unmark: Callable[[], None] = lambda: None
-        self._hooks = [
+        self._hooks: list[Hook | LayoutHook] = [
             Hook(block, runtime.shortcuts, partial(self._dispatch, n))
             for n, runtime in enumerate(runtimes)
             for block in runtime.blocks
         ]
+        self._written = WrittenLatents(model, lambda: self._steps, [runtime.streams for runtime in runtimes])
 
     def __enter__(self) -> Cache:
         return self
@@ -51,7 +51,8 @@ class Cache:
         self.detach()
 
     def __repr__(self) -> str:
-        state = "detached" if self._bytes_at_detach is not None else f"{len(self._hooks)} blocks"
+        blocks = sum(len(runtime.blocks) for runtime in self._runtimes)
+        state = "detached" if self._bytes_at_detach is not None else f"{blocks} blocks"
         return f"<Cache of {', '.join(self._policies)}, {state}>"
 
     def detach(self) -> None:
@@ -60,9 +61,7 @@ class Cache:
             return
         for hook in self._hooks:
             hook.remove()
-        if self._asked is not None:
-            self._asked.remove()
-            self._unmark()
+        self._written.remove()
         self._bytes_at_detach = self._bytes()
         for runtime in self._runtimes:
             runtime.streams.clear()
@@ -115,10 +114,11 @@ class Cache:
             self._require_attached()
             self._require_no_pass("a step")
             self._thread = get_ident()
+            self._steps = steps
             self._passes = [Pass(runtime, steps, batched) for runtime in self._runtimes]
 
         def end() -> Sequence[Pass]:
-            passes, self._passes = self._passes, []
+            passes, self._passes, self._steps = self._passes, [], ()
             return passes
 
         return StepContext(begin, end)
@@ -162,27 +162,13 @@ class Cache:
 
     def ask_view_groups(self, model: nn.Module, view_groups: Callable[..., Sequence[ViewGroup]]) -> None:
         """Ask at every pass of the model, until `detach`, for the layout of its tokens."""
-
-        def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            groups = tuple(view_groups(module, *args, **kwargs))
-            for runtime in reading:
-                runtime.lay_out(groups)
-
-        reading = [runtime for runtime in self._runtimes if runtime.reads_layout]
-        if not reading:
-            return
-        handle = self._asked = model.register_forward_pre_hook(ask, with_kwargs=True)
-
-        def clean(state: dict[str, Any]) -> None:
-            for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-                state[hooks] = type(state[hooks])((n, hook) for n, hook in state[hooks].items() if n != handle.id)
-
-        mark(model, clean)
-        self._unmark = partial(unmark, model, clean)
+        if reading := [runtime for runtime in self._runtimes if runtime.reads_layout]:
+            self._hooks.append(LayoutHook(model, view_groups, reading))
 
     def reset(self, stream: str | None = None) -> None:
         """Forget a stream, or all of them: its next chunk is its first."""
         self._require_no_pass("reset")
+        self._written.forget(stream)
         for runtime in self._runtimes:
             for name in list(runtime.streams) if stream is None else [stream]:
                 runtime.streams.pop(name, None)
@@ -191,6 +177,7 @@ class Cache:
     def restart(self, stream: str) -> None:
         """Another video begins in a stream: it starts anew, and only counts on how long nothing could be reused."""
         self._require_no_pass("restart")
+        self._written.forget(stream)
         for runtime in self._runtimes:
             if stream in runtime.streams:
                 runtime.streams[stream] = runtime.streams[stream].restarted()

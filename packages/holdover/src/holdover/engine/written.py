@@ -1,0 +1,140 @@
+"""Which latents a KV update writes: those of a chunk from cache must not get into the KV cache by mistake.
+
+The cache sees what goes into the model and what comes out of it. The latents of a chunk are the output of its last pass
+where the model predicts them, or, where it predicts a velocity, ``x - σ·output``. A few values tell them from others.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdover.engine.copies import mark, unmark
+from holdover.engine.streams import Stream
+from holdover.step import Step
+
+#: Values that are looked at, the largest relative distance at which they are the same, and how many chunks are kept.
+SAMPLES, TOLERANCE, RECENT = 64, 2e-3, 16
+
+_log = logging.getLogger("holdover")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A chunk whose last pass has run: samples of what its latents may be, one row each."""
+
+    chunk: int
+    candidates: Tensor
+
+
+class WrittenLatents:
+    """Hooks on a model that remember what chunks made, and look at what KV updates write."""
+
+    def __init__(
+        self, model: nn.Module, steps: Callable[[], Sequence[Step]], streams: Sequence[Mapping[str, Stream]]
+    ) -> None:
+        self._model, self._steps, self._streams = model, steps, streams
+        self._made: dict[tuple[str, str], list[Made]] = {}
+        self._x: Tensor | None = None
+        self._told = False
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave),
+        ]
+        mark(model, self._clean)
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        for handle in self._handles:
+            handle.remove()
+        unmark(self._model, self._clean)
+
+    def forget(self, stream: str | None = None) -> None:
+        """Forget what a stream made, or all of them."""
+        self._made = {key: made for key, made in self._made.items() if stream is not None and key[0] != stream}
+
+    def _clean(self, state: dict[str, Any]) -> None:
+        own = {handle.id for handle in self._handles}
+        for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
+            state[name] = type(state[name])((n, hook) for n, hook in state[name].items() if n not in own)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or len(steps := self._steps()) != 1:
+            return
+        self._x = next(_latents([*args, *kwargs.values()]), None)
+        if steps[0].role == "kv_update" and self._x is not None:
+            self._look(steps[0], self._x)
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or len(steps := self._steps()) != 1:
+            return
+        step, x, self._x = steps[0], self._x, None
+        if step.role != "denoise" or step.index < step.num_steps - 1:
+            return
+        y = next(_latents([output]), None)
+        if x is None or y is None or x.shape != y.shape:
+            return
+        candidates = [_sample(y)]
+        if isinstance(step.sigma, float):
+            candidates.append(_sample(x) - step.sigma * candidates[0])
+        made = self._made.setdefault((step.stream, step.branch), [])
+        made.append(Made(step.chunk, torch.stack(candidates)))
+        del made[:-RECENT]
+
+    def _look(self, step: Step, x: Tensor) -> None:
+        """Tell if the latents are those of a chunk from cache that was said not to be committed."""
+        made = self._made.pop((step.stream, step.branch), [])
+        cached = [each for each in made if self._from_cache(step, each.chunk)]
+        if not cached:
+            return
+        written = _sample(x)
+        known = torch.stack([(each.candidates - written).norm(dim=1).amin() for each in made])
+        distances = (known / written.norm().clamp_min(torch.finfo(torch.float32).tiny)).tolist()
+        nearest = min(range(len(made)), key=distances.__getitem__)
+        if distances[nearest] <= TOLERANCE:
+            if made[nearest] in cached:
+                warnings.warn(
+                    f"the KV update writes the latents of chunk {made[nearest].chunk}, which came from cache with "
+                    f"commits=False; keep the latents of a chunk that ran with commits=True and write those",
+                    stacklevel=2,
+                )
+        elif not self._told:
+            self._told = True
+            _log.warning(
+                "chunks %s since the last KV update came from cache, and which latents this one writes cannot be told: "
+                "write those of a chunk that ran with commits=True",
+                ", ".join(str(each.chunk) for each in cached),
+            )
+
+    def _from_cache(self, step: Step, chunk: int) -> bool:
+        """Whether anything of an uncommitted chunk was reused."""
+        for streams in self._streams:
+            state = streams[step.stream].chunks.get(chunk) if step.stream in streams else None
+            run = state.runs.get(step.branch) if state else None
+            if state is not None and run is not None and not (state.commits or run.exact):
+                return True
+        return False
+
+
+def _latents(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Tensors that latents may be, among arguments and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.dim() >= 3:
+                yield value
+        elif isinstance(value, list | tuple):
+            yield from _latents(value)
+        elif isinstance(getattr(value, "sample", None), Tensor):
+            yield value.sample
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Some values, spread over the tensor, float32."""
+    flat = x.detach().flatten()
+    return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float()
