@@ -53,7 +53,7 @@ def test_ratios_are_medians_over_the_same_passes(monkeypatch: pytest.MonkeyPatch
             Pass(role="denoise", stream="default", chunk=3, index=0, seconds=3 * seconds * warm),
             Pass(role="kv_update", stream="default", chunk=3, index=0, seconds=1000.0),
         ]
-        return Run(passes=passes, output=(), stats=None)
+        return Run(passes=passes, output=(), stats=None, bytes_held=0)
 
     monkeypatch.setattr(overhead, "run", fake)
     figures = measure_overhead(None, None, rounds=3)  # type: ignore[arg-type]

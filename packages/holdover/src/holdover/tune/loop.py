@@ -55,11 +55,13 @@ class Run:
         passes: in the order in which they ran.
         output: the tensors that the loop returned.
         stats: of the cache; None without one.
+        bytes_held: the most that the cache held after a pass.
     """
 
     passes: Sequence[Pass]
     output: tuple[Tensor, ...]
     stats: Stats | None
+    bytes_held: int
 
     @property
     def seconds(self) -> float:
@@ -74,11 +76,11 @@ def run(model: nn.Module, loop: Loop, policy: Policy | None = None) -> Run:
     if policy is None:
         clock = _Clock(_NoCache(), device)
         output = loop(cast(Cache, clock))
-        return Run(passes=clock.passes, output=tuple(_tensors(output)), stats=None)
+        return Run(passes=clock.passes, output=tuple(_tensors(output)), stats=None, bytes_held=0)
     with attach(model, policy) as cache:
         clock = _Clock(cache, device)
         output = loop(cast(Cache, clock))
-    return Run(passes=clock.passes, output=tuple(_tensors(output)), stats=cache.stats())
+    return Run(passes=clock.passes, output=tuple(_tensors(output)), stats=cache.stats(), bytes_held=clock.bytes_held)
 
 
 def relative_error(output: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
@@ -100,6 +102,8 @@ def relative_error(output: Sequence[Tensor], reference: Sequence[Tensor]) -> flo
 class _NoCache:
     """Stands in for a cache where none is attached."""
 
+    nbytes = 0
+
     def step(self, **fields: Any) -> nullcontext[None]:
         return nullcontext()
 
@@ -118,6 +122,7 @@ class _Clock:
 
     def __init__(self, cache: Any, device: torch.device) -> None:
         self.passes: list[Pass] = []
+        self.bytes_held = 0
         self._cache, self._device = cache, device
 
     @contextmanager
@@ -126,6 +131,7 @@ class _Clock:
         with self._cache.step(**fields):
             yield
         seconds = self._now() - started
+        self.bytes_held = max(self.bytes_held, self._cache.nbytes)
         step = fields["rows"][0] if "rows" in fields else Step(**fields)
         self.passes.append(
             Pass(role=step.role, stream=step.stream, chunk=step.chunk, index=step.index, seconds=seconds)

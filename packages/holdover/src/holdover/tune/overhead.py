@@ -69,7 +69,7 @@ def measure_overhead(
                 for n in counted
             ),
             "skip": runs[0].stats.skip if runs[0].stats else None,
-            "bytes_held": runs[0].stats.bytes_held if runs[0].stats else None,
+            "bytes_held": runs[0].bytes_held if runs[0].stats else None,
             "identical": all(map(torch.equal, runs[0].output, base[0].output)),
         }
         for name, runs in found.items()
