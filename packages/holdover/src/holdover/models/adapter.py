@@ -106,6 +106,14 @@ class Adapter:
         rows, columns = self.grid(model, *args, **kwargs)
         return (ViewGroup("video", 1, rows, columns),)
 
+    def steering(self, model: nn.Module, told: Mapping[str, Any]) -> dict[str, Any]:
+        """All that steers the video in a forward with these arguments, by name."""
+        condition = {name: told[name] for name in self.condition if told.get(name) is not None}
+        if self.given is not None:
+            condition |= self.given(model, **told)
+        scale = (told.get("attention_kwargs") or {}).get("scale")  # the strength of a LoRA for this pass
+        return condition if scale is None else condition | {"scale": scale}
+
     def _slot(self, name: str, block: nn.Module) -> Slot:
         parameters = inspect.signature(block.forward).parameters
         passed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -200,7 +200,14 @@ DIFFUSERS = (
         model="LTX2VideoTransformer3DModel",
         family="LTX-2, video with sound",
         grid=packed,
-        condition=(*TEXT, "audio_encoder_hidden_states", "audio_encoder_attention_mask", "fps", "video_keyframes_mask"),
+        condition=(
+            *TEXT,
+            "audio_encoder_hidden_states",
+            "audio_encoder_attention_mask",
+            "fps",
+            "video_keyframes_mask",
+            "video_self_attention_mask",
+        ),
         given=without_noise,
     ),
     Adapter(

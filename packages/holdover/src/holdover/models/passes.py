@@ -169,7 +169,7 @@ class Passes:
         chunk = chunk.copy()
         if chunk.first.setdefault(self._name, index) == index > chunk.latest >= 0:
             self._videos.free(chunk, besides=self._name)  # another transformer ran the steps before
-        condition = self._condition(told)
+        condition = self._adapter.steering(self.model, told)
         branch = branch or chunk.branch(self._name, condition)
         branch = self._told_apart(chunk, branch, index, running)
         self._videos.require_guide(branch)
@@ -239,12 +239,3 @@ class Passes:
         while (self._name, f"{branch}#{times}", index) in chunk.seen:
             times += 1
         return f"{branch}#{times}"
-
-    def _condition(self, told: Mapping[str, Any]) -> dict[str, Any]:
-        """All that steers the video, except for the action."""
-        adapter = self._adapter
-        condition = {key: told[key] for key in adapter.condition if told.get(key) is not None}
-        if adapter.given is not None:
-            condition |= adapter.given(self.model, **told)
-        scale = (told.get("attention_kwargs") or {}).get("scale")  # the strength of a LoRA for this pass
-        return condition if scale is None else condition | {"scale": scale}

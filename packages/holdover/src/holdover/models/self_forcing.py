@@ -64,7 +64,7 @@ def _causal_wan(family: str, **more: Any) -> Adapter:
         "grid": grid,
         "tells": any_model,
         "taps": {"modulated": modulated},
-        "condition": ("context",),
+        "condition": ("context", "clip_fea", "y"),
     }
     return Adapter(
         model="CausalWanModel",
@@ -80,7 +80,7 @@ def _causal_wan(family: str, **more: Any) -> Adapter:
 
 #: The plain one comes last: the others are told apart by what their blocks take.
 SELF_FORCING = (
-    _causal_wan("Matrix-Game 2", tells=takes("kv_cache_keyboard"), condition=("visual_context",)),
+    _causal_wan("Matrix-Game 2", tells=takes("kv_cache_keyboard"), condition=("visual_context", "cond_concat")),
     _causal_wan("Rolling Forcing", tells=takes("updating_cache"), block_kv_update=updating, kv_update=updating),
     _causal_wan(
         "LongLive 2",
