@@ -65,18 +65,26 @@ class WrittenLatents:
             state[name] = type(state[name])((n, hook) for n, hook in state[name].items() if n not in own)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or len(steps := self._steps()) != 1:
+        step = self._worth_a_look()
+        if step is None:
             return
         self._x = next(_latents([*args, *kwargs.values()]), None)
-        if steps[0].role == "kv_update" and self._x is not None:
-            self._look(steps[0], self._x)
+        if step.role == "kv_update" and self._x is not None:
+            self._look(step, self._x)
+
+    def _worth_a_look(self) -> Step | None:
+        """The step of a KV update, or of a chunk's last pass, of one stream."""
+        if torch.compiler.is_compiling() or len(steps := self._steps()) != 1:
+            return None
+        step = steps[0]
+        last = step.role == "denoise" and step.index == step.num_steps - 1
+        return step if last or step.role == "kv_update" else None
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or len(steps := self._steps()) != 1:
+        step = self._worth_a_look()
+        if step is None or step.role != "denoise":
             return
-        step, x, self._x = steps[0], self._x, None
-        if step.role != "denoise" or step.index < step.num_steps - 1:
-            return
+        x, self._x = self._x, None
         y = next(_latents([output]), None)
         if x is None or y is None or x.shape != y.shape:
             return
