@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -89,11 +89,27 @@ class Entry:
 
     def updated(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> Entry:
         """The same with these numbers and tensors in place of those of the same names."""
-        return Entry(  # spelled out: `replace` takes several times as long, and every score comes by here
-            tensors={**self.tensors, **tensors} if tensors else self.tensors,
-            numbers={**self.numbers, **numbers},
-            extras=self.extras,
-            memory=self.memory,
+        held = {**self.tensors, **tensors} if tensors else self.tensors
+        return self._with(held, {**self.numbers, **numbers}, self.extras, self.memory, self.void)
+
+    def voided(self, reason: str) -> Entry:
+        """Its numbers alone: the trigger's numbers outlive the tensors."""
+        return self._with({}, self.numbers, {}, {}, reason)
+
+    def _with(
+        self,
+        tensors: dict[str, Tensor],
+        numbers: Mapping[str, float],
+        extras: Mapping[int, tuple[object, ...]],
+        memory: Mapping[int, Mapping[str, Tensor]],
+        void: str | None,
+    ) -> Entry:
+        """Spelled out, because `dataclasses.replace` takes several times as long, and every score comes by here."""
+        return Entry(
+            tensors=tensors,
+            numbers=numbers,
+            extras=extras,
+            memory=memory,
             chunk=self.chunk,
             epoch=self.epoch,
             action=self.action,
@@ -102,13 +118,9 @@ class Entry:
             device=self.device,
             out_dtype=self.out_dtype,
             left_out=self.left_out,
-            void=self.void,
+            void=void,
             shared=self.shared,
         )
-
-    def voided(self, reason: str) -> Entry:
-        """Its numbers alone: the trigger's numbers outlive the tensors."""
-        return replace(self, tensors={}, extras={}, memory={}, void=reason)
 
 
 @dataclass(slots=True, kw_only=True)
