@@ -58,9 +58,11 @@ def drive(
         run.add(pictures, action=torch.tensor([0.5, 0.1 * n]), seconds=seconds)
         for name, video in pictures.items():
             shown[name].append(video)
+        if n % 4 == 0:
+            committed = x
         if n % 4 == 3:
             with step(cache, chunk=n, role="kv_update"):
-                model(x)
+                model(committed)
     return {name: np.concatenate(videos) for name, videos in shown.items()}
 
 
