@@ -9,6 +9,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from holdover.decision import Stats
@@ -113,7 +114,7 @@ class Cache:
         def begin() -> None:
             self._require_attached()
             self._require_no_pass("a step")
-            self._thread = get_ident()
+            self._thread = None if torch.compiler.is_compiling() else get_ident()
             self._steps = steps
             self._passes = [Pass(runtime, steps, batched) for runtime in self._runtimes]
 
@@ -275,7 +276,7 @@ class Cache:
             raise ValueError("the cache is detached; attach(model, policy) again")
 
     def _require_this_thread(self) -> None:
-        if self._thread != get_ident():
+        if self._thread not in (None, get_ident()):
             raise ValueError(
                 "two threads use one attached model; give each thread a model and a cache of its own, or let them take "
                 "turns"

@@ -209,8 +209,8 @@ class Stream:
     def _close_latest(self) -> None:
         """Count how many chunks in a row asked no trigger, warm-up left out."""
         latest = self.chunks.get(self.latest) if self.latest is not None else None
-        if latest is None or self.barren is None:
-            return
+        if latest is None or self.barren is None or not all(run.over for run in latest.runs.values()):
+            return  # a chunk that is still in flight may yet be asked
         if latest.asked:
             self.barren = None
         elif not latest.warm_up:
