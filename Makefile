@@ -51,7 +51,8 @@ browser: install
 	command -v chromium > /dev/null || { apt-get update --quiet --quiet && \
 		apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; } || \
 		echo "no Chromium, and apt-get cannot install it here: the tests of pages will be skipped"
-	$(BIN)/pip $(INSTALL) 'playwright>=1.50' 'axe-playwright-python>=0.1.4'
+	$(call VENV,.venv-holdover)
+	for bin in $(BIN) $(ALONE); do $$bin/pip $(INSTALL) 'playwright>=1.50' 'axe-playwright-python>=0.1.4' || exit 1; done
 
 # To record clips: Panda3D, and an OpenGL driver that renders without a screen.
 simulator: install

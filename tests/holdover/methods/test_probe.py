@@ -124,7 +124,7 @@ def test_the_factor_is_clamped() -> None:
     assert factors == {
         -3: [2, 0, pytest.approx(0.2)],
         0: [1, 0, pytest.approx(0.2)],
-        0.5: [1, 0.5, 0.5],
+        0.5: [1, pytest.approx(0.5), pytest.approx(0.5)],
         3: [2, 2, pytest.approx(1.8)],
     }
     still = {"tensors": {"P1": one, "P2": one, "R1": one, "R2": zero}}  # the probe did not move, the tail did
