@@ -437,6 +437,20 @@ def test_latents_from_cache_in_a_kv_update_are_told(velocity: bool, newest: bool
     assert all("the latents of chunk" in text and "commits=True" in text for text in messages)
 
 
+def test_a_fork_in_mid_cycle_knows_what_its_original_made(caplog: pytest.LogCaptureFixture) -> None:
+    model, outputs = Loop(velocity=False), list[Tensor]()
+    with holdover.attach(model, EAGER) as cache, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in range(3):
+            if n == 2:
+                cache.fork("default", "fork")
+            with cache.step(chunk=n, commits=n == 0, stream="fork" if n == 2 else "default"):
+                outputs.append(model(ones(1 + n / 100), 1.0))
+        with cache.step(chunk=2, role="kv_update", stream="fork"):
+            model(outputs[0], 0.0)
+    assert not caplog.records
+
+
 def test_latents_that_cannot_be_told_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     model = Loop(velocity=False)
     with holdover.attach(model, EAGER) as cache:

@@ -204,6 +204,7 @@ class Cache:
             raise ValueError(f"stream {dst!r} exists; reset it first, or fork into a new name")
         for runtime in self._runtimes:
             runtime.streams[dst] = runtime.streams[src].fork()
+        self._written.fork(src, dst)
 
     def snapshot(self, stream: str = "default") -> Snapshot:
         """A copy of a stream's state, to `restore` here or, once saved, elsewhere.

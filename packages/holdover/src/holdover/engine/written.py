@@ -59,6 +59,10 @@ class WrittenLatents:
         """Forget what a stream made, or all of them."""
         self._made = {key: made for key, made in self._made.items() if stream is not None and key[0] != stream}
 
+    def fork(self, src: str, dst: str) -> None:
+        """What a stream made, its fork made too."""
+        self._made |= {(dst, branch): list(made) for (stream, branch), made in self._made.items() if stream == src}
+
     def _clean(self, state: dict[str, Any]) -> None:
         own = {handle.id for handle in self._handles}
         for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
@@ -112,7 +116,7 @@ class WrittenLatents:
                     f"commits=False; keep the latents of a chunk that ran with commits=True and write those",
                     stacklevel=2,
                 )
-        elif not self._told:
+        elif not self._told and len(cached) < len(made):  # else the cycle began elsewhere: in a fork, or a snapshot
             self._told = True
             _log.warning(
                 "chunks %s since the last KV update came from cache, and which latents this one writes cannot be told: "
