@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import holdover
-from tests.holdover.engine.models import EAGER, Scale, Stack, ones
+from tests.holdover.engine.models import EAGER, Scale, Stack, ones, reasons
 
 # Writes that nobody announced.
 
@@ -40,6 +40,21 @@ def test_a_block_that_appends_in_a_denoising_pass_is_refused(kind: Any) -> None:
     slots = [holdover.Slot(block, writes_kv=True) for block in model.blocks]
     with holdover.attach(model, EAGER, slots=slots) as cache, cache.step(chunk=0):
         model(ones(), cache=kind())
+
+
+def test_a_block_that_was_reused_first_is_watched_when_it_is_computed() -> None:
+    model = Stack(Appending())
+    with holdover.attach(model, EAGER) as cache:
+        with cache.step(chunk=0, commits=False):
+            model(ones())
+        snapshot = cache.snapshot()
+    with holdover.attach(model, EAGER) as cache:
+        cache.restore("default", snapshot)
+        with cache.step(chunk=1, commits=False):
+            model(ones())
+        assert reasons(cache) == ["reuse"]
+        with pytest.raises(ValueError, match="wrote into cache"), cache.step(chunk=2, commits=True):
+            model(ones(), cache=[])
 
 
 def test_a_tensor_in_a_dictionary_that_changes_in_place_is_a_write() -> None:
