@@ -31,11 +31,11 @@ class Audit:
         if not self.limit > 0:
             raise ValueError(f"limit={self.limit} of the audit is not positive; pass a relative error such as 0.1")
 
-    def draws(self, row: Transaction, reuse: int) -> bool:
-        """Whether a stream's n-th reuse is in the sample. The number decides, so that a restored stream draws alike."""
+    def draws(self, row: Transaction) -> bool:
+        """Whether a stream's latest reuse is in the sample. Its number tells, so that a restored stream draws alike."""
         if self.rate == 0:
             return False
-        return random.Random(f"{self.seed} {row.step.stream} {row.step.branch} {reuse}").random() < self.rate
+        return random.Random(f"{self.seed} {row.step.stream} {row.step.branch} {row.reuses}").random() < self.rate
 
     def heed(self, row: Transaction, tallies: Mapping[str, Tally], policy: str) -> None:
         """Count the errors of a pass that ended well; the first one past the limit raises the stream's alarm."""

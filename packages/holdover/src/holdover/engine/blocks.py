@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,11 +27,13 @@ class Block:
         #: Whether the block overwrites its input; found out when it first runs.
         self.overwrites_input: bool | None = None
         self._position, self._keyword = _argument(self.compute, slot.hidden)
+        #: Where the hidden state stands among positional arguments, if there are so many.
+        self.given = sys.maxsize if self._position is None else self._position
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The hidden state among a call's arguments."""
-        if self._position is not None and self._position < len(args):
-            hidden = args[self._position]
+        if self.given < len(args):
+            hidden = args[self.given]
         elif self._keyword in kwargs:
             hidden = kwargs[self._keyword]
         else:
@@ -49,8 +52,8 @@ class Block:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with another hidden state."""
-        if self._position is not None and self._position < len(args):
-            return (*args[: self._position], hidden, *args[self._position + 1 :]), kwargs
+        if self.given < len(args):
+            return (*args[: self.given], hidden, *args[self.given + 1 :]), kwargs
         return args, {**kwargs, self._keyword: hidden}
 
     def take(

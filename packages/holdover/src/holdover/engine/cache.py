@@ -35,7 +35,6 @@ class Cache:
         self._runtimes = runtimes  # outermost policy first
         self._policies = tuple(repr(runtime.policy) for runtime in runtimes)
         self._passes: list[Pass] = []  # of the open step, one per policy
-        self._steps: Sequence[Step] = ()  # of the open step, one per row
         self._thread: int | None = None  # the one that opened it
         self._bytes_at_detach: dict[str, int] | None = None
         self._hooks: list[Hook | LayoutHook] = [
@@ -43,7 +42,7 @@ class Cache:
             for n, runtime in enumerate(runtimes)
             for block in runtime.blocks
         ]
-        self._written = WrittenLatents(model, lambda: self._steps, [runtime.streams for runtime in runtimes])
+        self._written = WrittenLatents(model, runtimes)
 
     def __enter__(self) -> Cache:
         return self
@@ -115,11 +114,11 @@ class Cache:
             self._require_attached()
             self._require_no_pass("a step")
             self._thread = None if torch.compiler.is_compiling() else get_ident()
-            self._steps = steps
+            self._written.begin(steps)
             self._passes = [Pass(runtime, steps, batched) for runtime in self._runtimes]
 
         def end() -> Sequence[Pass]:
-            passes, self._passes, self._steps = self._passes, [], ()
+            passes, self._passes = self._passes, []
             return passes
 
         return StepContext(begin, end)
@@ -261,7 +260,8 @@ class Cache:
                 f"block {block.name!r} ran outside any step; wrap the model's call: "
                 f"`with cache.step(chunk=n, index=i, num_steps=len(sigmas)): model(...)`, or detach() the cache"
             )
-        self._require_this_thread()
+        if self._thread != get_ident():
+            self._require_this_thread()
         return self._passes[n].run(block, args, kwargs)
 
     def _require_stream(self, name: str) -> None:

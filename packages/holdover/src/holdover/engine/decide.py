@@ -43,6 +43,7 @@ class Decider:
     def __init__(self, runtime: Runtime, transactions: Sequence[Transaction], rows: Rows) -> None:
         self._runtime, self._transactions, self._rows = runtime, transactions, rows
         self._alone = not rows.batched and runtime.process_group is None
+        self._may_record = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         self._gradients: bool | None = None  # whether those of parameters are recorded in this pass
 
     def decide(
@@ -67,11 +68,11 @@ class Decider:
         calls = self._make_calls(block, span, parts, pass_input, args, kwargs)
         if foreseen is not None:
             decided = [Decided(span, calls, foreseen)]
-        elif signal is not None and (ahead := self._runtime.spans_after(span)):
+        elif signal is not None and self._runtime.policy.look_ahead > 1 and (ahead := self._runtime.spans_after(span)):
             decided = self._judge_ahead(span, calls, signal, ahead)
         else:
-            pairs = zip(self._transactions, calls, strict=True)
-            decided = [Decided(span, calls, [self._judge(row, call, signal) for row, call in pairs])]
+            verdicts = [self._judge(row, call, signal) for row, call in zip(self._transactions, calls, strict=True)]
+            decided = [Decided(span, calls, verdicts)]
         if self._alone:
             return decided
         verdicts = self._agree(decided[0].verdicts, x, self._rows.batched and self._runtime.splits(span))
@@ -89,17 +90,18 @@ class Decider:
     ) -> list[Call]:
         pass_inputs = parts if pass_input is None else self._rows.split(pass_input)
         taps: dict[str, Sequence[Tensor]] = {}
+        first, count, kind = span.first, len(self._runtime.blocks), block.slot.kind
         return [
             Call(
                 step=row.step,
                 span=span,
-                blocks=len(self._runtime.blocks),
-                kind=block.slot.kind,
+                blocks=count,
+                kind=kind,
                 chunk=row.ordinal,
-                full_action=row.stream.full_actions.get(row.step.branch),
+                full_action=row.full_action,
                 x=parts[n],
                 pass_input=pass_inputs[n],
-                entry=row.entry(span.first),
+                entry=row.entry(first),
                 tap=partial(self._tap, taps, n, block, args, kwargs),
                 peer=row.entry,
             )
@@ -133,7 +135,7 @@ class Decider:
     def _records_gradients(self, call: Call) -> bool:
         if self._gradients is None:
             self._gradients = recorded(block.module for block in self._runtime.blocks)
-        if not self._gradients and not (call.x.requires_grad and torch.is_grad_enabled()):
+        if not self._gradients and not call.x.requires_grad:
             return False
         if not self._runtime.warned_gradients:
             self._runtime.warned_gradients = True
@@ -143,7 +145,7 @@ class Decider:
     def _forced(self, row: Transaction, call: Call) -> str | None:
         """Why a span is computed before anything is read: the guard's reason, else the engine's own."""
         policy = self._runtime.policy
-        if self._records_gradients(call):
+        if self._may_record and self._records_gradients(call):
             return "gradients"
         if policy.one_for_all_branches and row.led.get(call.span.first) is False:
             return "branch"

@@ -16,9 +16,7 @@ def in_backward() -> bool:
 
 
 def recorded(modules: Iterable[nn.Module]) -> bool:
-    """Whether gradients of these modules' parameters are being recorded."""
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return False
+    """Whether gradients of these modules' parameters are recorded where gradients are enabled."""
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 

@@ -21,7 +21,8 @@ class Shortcuts:
     def __init__(self) -> None:
         #: Blocks that have not run yet: whether they are computed.
         self.left: dict[int, bool] = {}
-        self._opened: set[int] = set()
+        #: Blocks of this pass that ran, or were opened.
+        self.ran: set[int] = set()
         self._known: dict[tuple[int, int, bool], tuple[dict[int, bool], list[tuple[str, int]]]] = {}
 
     def open(self, blocks: Sequence[Block], *, computed: bool) -> list[tuple[str, int]]:
@@ -37,18 +38,14 @@ class Shortcuts:
             self._known[key] = {block.index: computed for block in found}, [block.label for block in found]
         left, labels = self._known[key]
         self.left.update(left)
-        self._opened.update(left)
+        self.ran.update(left)
         return labels
-
-    def taken(self, index: int) -> bool:
-        """Whether a block was opened in this pass and has run since."""
-        return index in self._opened and index not in self.left
 
     def close(self) -> set[int]:
         """End the pass; returns the blocks that were opened and never ran."""
         never_ran = set(self.left)
         self.left.clear()
-        self._opened.clear()
+        self.ran.clear()
         return never_ran
 
 
@@ -79,7 +76,7 @@ class Hook:
         untraced = disable(lambda args, kwargs: self._dispatch(block, args, kwargs))
         # Every block of every pass comes by here, and finds the processor's caches emptied by the one before.
         is_traced, shortcut = torch.compiler.is_dynamo_compiling, shortcuts.left.pop
-        index, compute, read = block.index, block.compute, block.read
+        index, compute, given = block.index, block.compute, block.given
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if is_traced():
@@ -87,7 +84,9 @@ class Hook:
             computed = shortcut(index, None)
             if computed:
                 return compute(*args, **kwargs)
-            return self._dispatch(block, args, kwargs) if computed is None else read(args, kwargs)
+            if computed is None:
+                return self._dispatch(block, args, kwargs)
+            return args[given] if len(args) > given else block.read(args, kwargs)
 
         # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.
         self._forward = functools.wraps(self._original, updated=())(forward)

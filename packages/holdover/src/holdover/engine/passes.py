@@ -46,7 +46,7 @@ class Pass:
         self._notes: list[Note] = []
         #: Why every block is computed, where it is.
         self._always = EXEMPT.get(self._role) or (policy.name if policy.predictor is None else None)
-        self._ran: set[int] = set()
+        self._ran = runtime.shortcuts.ran
         self._open: SpanRun | None = None
         #: By first block, verdicts of spans that were decided together with an earlier one.
         self._foreseen: dict[int, list[Verdict]] = {}
@@ -55,10 +55,9 @@ class Pass:
 
     def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block's forward."""
-        if self._role != "denoise":
-            return self._answer(block, args, kwargs)
-        self._check(block, args, kwargs)
-        if block.watched or self._runtime.policy.predictor is None:
+        if self._role == "denoise":
+            self._check(block, args, kwargs)
+        if block.watched or self._always is not None:
             return self._answer(block, args, kwargs)
         before = containers(args, kwargs)
         output = self._answer(block, args, kwargs)
@@ -67,25 +66,19 @@ class Pass:
         return output
 
     def _answer(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._always is not None:
-            return self._compute(block, self._always, args, kwargs)
-        span = self._runtime.span_of[block.index]
-        if span.computed is not None:
-            return self._probe(block, span.computed, args, kwargs)
-        run = self._open
-        if run is None or not run.first <= block.index <= run.last:
-            self._require_whole()
-            if block.index != span.first:
-                raise ValueError(
-                    f"block {block.name!r} ran before the first of its span, "
-                    f"{self._runtime.blocks[span.first].name!r}; list slots in the model's order, and do not attach to "
-                    f"blocks that the model leaves out"
-                )
+        index, run = block.index, self._open
+        if run is None or not run.first <= index <= run.last:
+            if self._always is not None:
+                return self._compute(block, self._always, args, kwargs)
+            span = self._runtime.span_of[index]
+            if span.computed is not None:
+                return self._probe(block, span.computed, args, kwargs)
+            if run is not None:
+                self._require_whole()
             run = self._open = self._decide(block, span, args, kwargs)
-        output = run.run(block, args, kwargs)
-        if block.index == run.last:
+        if index == run.last:
             self._open = None
-        return output
+        return run.run(block, args, kwargs)
 
     @property
     def served(self) -> str | None:
@@ -134,17 +127,17 @@ class Pass:
             row.roll_back()
 
     def _check(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if block.index in self._ran or self._runtime.shortcuts.taken(block.index):
+        if block.index in self._ran:
             raise ValueError(
                 f"block {block.name!r} ran twice within one step; give every forward pass a step of its own, guidance "
                 f"branches with step(branch=...)"
             )
+        self._ran.add(block.index)
         if block.slot.kv_update is not None and block.slot.kv_update(block.module, *args, **kwargs):
             raise ValueError(
                 f"block {block.name!r} writes the KV cache within a denoising step; wrap this pass: "
                 f"`with cache.step(chunk=n, role='kv_update'): model(...)`"
             )
-        self._ran.add(block.index)
 
     def _refuse_writes(self, block: Block, before: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block that is about to be cached must not write into what it is given, unless its slot says so."""
@@ -179,6 +172,12 @@ class Pass:
         return output
 
     def _decide(self, block: Block, span: Span, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SpanRun:
+        if block.index != span.first:
+            raise ValueError(
+                f"block {block.name!r} ran before the first of its span, "
+                f"{self._runtime.blocks[span.first].name!r}; list slots in the model's order, and do not attach to "
+                f"blocks that the model leaves out"
+            )
         x, foreseen = self._entering(block, args, kwargs), self._foreseen.pop(span.first, None)
         decided = self._decider.decide(block, span, args, kwargs, x=x, pass_input=self._pass_input, foreseen=foreseen)
         if len(decided) > 1 and not decided[-1].reused:

@@ -15,7 +15,7 @@ from holdover.engine.blocks import Block
 from holdover.engine.hooks import Shortcuts
 from holdover.engine.streams import Stream
 from holdover.engine.trace import Tally, Trace
-from holdover.method import Policy, Signal, Span
+from holdover.method import Policy, Predictor, Signal, Span
 from holdover.slot import ViewGroup, by_token
 
 #: Of how many streams that were reset the counts are kept apart.
@@ -51,6 +51,10 @@ class Runtime:
     def __post_init__(self) -> None:
         self.spans = list(self.policy.spans(len(self.blocks)))
         assert [b for span in self.spans for b in range(span.first, span.last + 1)] == list(range(len(self.blocks)))
+        signal, predictor = self.policy.trigger.signal, self.policy.predictor
+        self.follows = signal is not None and signal.follows
+        #: Whether an entry changes when its span is reused.
+        self.changed_by_reuse = self.follows or getattr(type(predictor), "reused", None) is not Predictor.reused
         self.span_of = [span for span in self.spans for _ in range(span.first, span.last + 1)]
         self._signals: dict[tuple[torch.Size, torch.device], Signal] = {}
         self._signals_of = {self.view_groups: self._signals}

@@ -20,7 +20,7 @@ from holdover.engine.blocks import Block
 from holdover.engine.streams import BranchRun, ChunkState, Condition, Key, Stream
 from holdover.method import Entry
 
-FORMAT = "stream 4"
+FORMAT = "stream 5"
 
 #: Values sampled per parameter to tell one model's weights from another's.
 SAMPLES = 16
@@ -168,7 +168,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
                     "indices": sorted(run.indices),
                     "exact": run.exact,
                     "epoch": run.epoch,
-                    "idle": run.idle,
+                    "latest": run.latest,
                 }
                 for branch, run in chunk.runs.items()
             },
@@ -189,6 +189,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
         "latest": stream.latest,
         "conditions": known,
         "full_actions": {branch: _listed(action) for branch, action in stream.full_actions.items()},
+        "passes": stream.passes,
         "reuses": stream.reuses,
         "alarmed": stream.alarmed,
         "barren": stream.barren,
@@ -202,6 +203,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
     stream = Stream(
         count=plain["count"],
         latest=plain["latest"],
+        passes=dict(plain["passes"]),
         reuses=plain["reuses"],
         alarmed=plain["alarmed"],
         barren=plain["barren"],
@@ -232,7 +234,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
         chunk = ChunkState(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
         for branch, run in item["runs"].items():
             action, indices = _vector(run["action"]), set(run["indices"])
-            chunk.runs[branch] = BranchRun(run["num_steps"], action, run["epoch"], indices, run["exact"], run["idle"])
+            chunk.runs[branch] = BranchRun(run["num_steps"], action, run["epoch"], indices, run["exact"], run["latest"])
         chunk.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
         stream.chunks[item["chunk"]] = chunk
     for branch, known in plain["conditions"].items():

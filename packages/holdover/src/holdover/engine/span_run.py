@@ -31,6 +31,11 @@ class SpanRun:
         notes: per span and row, what the trace will tell.
     """
 
+    _sides: Sides | None = None
+    _handed_on = True
+    _beside = False  # whether blocks return anything beside the hidden state
+    _passes_through = False
+
     def __init__(
         self, runtime: Runtime, transactions: Sequence[Transaction], rows: Rows, spans: Sequence[Decided]
     ) -> None:
@@ -39,19 +44,18 @@ class SpanRun:
         self._predictor = runtime.policy.predictor
         self.first, self.last = spans[0].span.first, spans[-1].span.last
         self._calls = spans[0].calls
-        self._labels: list[list[tuple[str, int]]] = [[] for _ in spans]  # of the blocks that ran
+        self._labels: list[list[tuple[str, int]]] = []  # per span, of the blocks that ran
         self.notes: list[Note] = []
-        for each, labels in zip(spans, self._labels, strict=True):
-            for row, (reason, scores, _, _) in zip(transactions, each.verdicts, strict=True):
+        for span, _, verdicts in spans:
+            labels: list[tuple[str, int]] = []
+            self._labels.append(labels)
+            for row, (reason, scores, _, _) in zip(transactions, verdicts, strict=True):
                 self.notes.append(Note(row.place, labels, reason is not None, reason or REUSE, scores))
-                row.decided[each.span.first] = reason is None
+                row.decided[span.first] = reason is None
         self._computed: list[int] = []  # rows
         self._predictions: dict[int, Tensor] = {}  # per row that is not computed, what stands in for the last span
-        self._sides: Sides | None = None
         self._extras: dict[int, tuple[Any, ...]] = {}  # per block, of the rows computed
         self._memory: dict[int, Mapping[str, Tensor]] = {}
-        self._handed_on = True
-        self._passes_through = False
 
     # Begin.
 
@@ -68,31 +72,37 @@ class SpanRun:
 
     def _prepare(self, call: Call, row: Transaction, block: Block) -> None:
         """For a row that will be computed: keep what its entry needs of the input."""
-        if call.signal is None and (signal := self._runtime.signal(call.x)) is not None and row.has_room(call):
+        signal = self._runtime.signal(call.x) if call.signal is None else None
+        if signal is not None and row.has_room(call):
             call.signal = signal.read(call)
         if block.overwrites_input is not False:
             call.x = call.x.clone()
 
     def _predict(self, n: int, tokens: Tensor | None) -> None:
         """For a row that is not computed: let the predictor stand in."""
-        calls = [each.calls[n] for each in self._spans]
-        calls[0].part = tokens
-        y = self._predictor.predict(calls[0]) if len(calls) == 1 else self._predictor.predict_run(calls)
-        self._predictions[n] = y.to(calls[-1].known.out_dtype)
-        if tokens is None:
+        call = self._calls[n]
+        call.part = tokens
+        if len(self._spans) == 1:
+            y, known = self._predictor.predict(call), call.known
+            self._beside = self._beside or bool(known.extras)
+        else:
+            calls = [each.calls[n] for each in self._spans]
+            y, known = self._predictor.predict_run(calls), calls[-1].known
+            self._beside = self._beside or any(call.known.extras for call in calls)
+        dtype = known.out_dtype
+        self._predictions[n] = y if y.dtype == dtype else y.to(dtype)
+        if tokens is None and self._runtime.changed_by_reuse:
             self._keep_reused(n)
 
     def _keep_reused(self, n: int) -> None:
         """Remember what there is to remember of a reuse."""
-        signal = self._runtime.policy.trigger.signal
-        follows = signal is not None and signal.follows
         for each in self._spans:
             call = each.calls[n]
             kept = self._predictor.reused(call, self._predictions[n]) if len(self._spans) == 1 else {}
-            if not (kept or follows):
+            if not (kept or self._runtime.follows):
                 continue
             tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-            if follows and call.signal is not None:
+            if self._runtime.follows and call.signal is not None:
                 tensors["signal"] = call.signal.detach()
             numbers = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
             self._transactions[n].update(call, numbers, tensors)
@@ -101,9 +111,8 @@ class SpanRun:
         """Begin what runs beside the model, and see whether anything else is left to do."""
         for n in self._predictions:
             row = self._transactions[n]
-            for _ in self._spans:
-                reuse = row.count_reuse()
-            audited = self._runtime.audit.rate > 0 and self._runtime.audit.draws(row, reuse)
+            row.count_reuses(len(self._spans))
+            audited = self._runtime.audit.draws(row)
             if audited or self._calls[n].part is not None:
                 if self._sides is None:
                     self._sides = Sides(self._runtime, self._transactions, self._rows, self._calls)
@@ -111,7 +120,7 @@ class SpanRun:
         if self._sides is not None:
             self._sides.open(block, x)
         if not self._computed and (self._sides is None or not self._sides.audited):
-            self._passes_through = not any(call.known.extras for each in self._spans for call in each.calls)
+            self._passes_through = not self._beside
 
     @property
     def reuses(self) -> bool:
@@ -122,7 +131,7 @@ class SpanRun:
 
     def run(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer one block's forward."""
-        self._labels[self._at(block.index)].append(block.label)
+        self._labels[self._at(block.index) if len(self._spans) > 1 else 0].append(block.label)
         output = self._compute(block, args, kwargs) if self._computed else None
         if self._predictions:
             output = self._stand_in(block, output, args, kwargs)
@@ -165,7 +174,7 @@ class SpanRun:
         if last and self.first < self.last:
             self._check_left_out()
         if self._passes_through:
-            return self._rows.join(list(self._predictions.values())) if last else block.read(args, kwargs)
+            return self._rows.join([*self._predictions.values()]) if last else block.read(args, kwargs)
         parts = dict(enumerate(self._rows.split(block.read(args, kwargs))))
         if last:  # it answers for the span, whatever the model does to the hidden state between blocks
             parts |= self._predictions

@@ -27,8 +27,8 @@ class Key(NamedTuple):
 class BranchRun:
     """The passes of one guidance branch of a chunk so far.
 
-    ``epoch`` is the branch's count of condition changes before this chunk, ``idle`` the number of passes of the branch
-    since this chunk's latest.
+    ``epoch`` is the branch's count of condition changes before this chunk, ``latest`` its count of passes at this
+    chunk's latest.
     """
 
     num_steps: int
@@ -36,12 +36,11 @@ class BranchRun:
     epoch: int
     indices: set[int] = field(default_factory=set)
     exact: bool = True
-    idle: int = 0
+    latest: int = 0
 
-    @property
-    def over(self) -> bool:
+    def over(self, passes: int) -> bool:
         """All its passes ran, or as many passes of other chunks as it has came after its latest: it was given up."""
-        return len(self.indices) == self.num_steps or self.idle >= self.num_steps
+        return len(self.indices) == self.num_steps or passes - self.latest >= self.num_steps
 
     def copy(self) -> BranchRun:
         return replace(self, indices=set(self.indices))
@@ -94,6 +93,7 @@ class Stream:
         chunks: the recent chunks by number; ``latest`` is the newest one's, ``count`` how many there were since reset.
         conditions: per branch the current condition.
         full_actions: per branch the action of the latest chunk that was computed in full.
+        passes: per branch how many there were.
         reuses: reused spans since reset; the audit draws its sample by it.
         alarmed: an audit found an error past its limit.
         barren: chunks in a row in which no trigger was asked; None once one was.
@@ -106,6 +106,7 @@ class Stream:
     latest: int | None = None
     conditions: dict[str, Condition] = field(default_factory=dict)
     full_actions: dict[str, tuple[float, ...] | None] = field(default_factory=dict)
+    passes: dict[str, int] = field(default_factory=dict)
     reuses: int = 0
     alarmed: bool = False
     barren: int | None = 0
@@ -121,6 +122,7 @@ class Stream:
             chunks={number: chunk.copy() for number, chunk in self.chunks.items()},
             conditions=dict(self.conditions),
             full_actions=dict(self.full_actions),
+            passes=dict(self.passes),
         )
 
     def find(self, step: Step) -> tuple[ChunkState, BranchRun | None] | tuple[None, None]:
@@ -175,12 +177,17 @@ class Stream:
     def free(self, branch: str) -> None:
         """Drop the entries that serve a chunk of this branch which is over."""
         runs = ((chunk.ordinal, chunk.runs.get(branch)) for chunk in self.chunks.values())
-        in_flight = {None, *(ordinal for ordinal, run in runs if run and not run.over)}
+        passes = self.passes.get(branch, 0)
+        in_flight = {None, *(ordinal for ordinal, run in runs if run and not run.over(passes))}
         self.keep([key for key in self.entries if key.branch != branch or key.chunk in in_flight])
+
+    def is_over(self, chunk: ChunkState) -> bool:
+        """Whether no branch of a chunk has a pass left."""
+        return all(run.over(self.passes[branch]) for branch, run in chunk.runs.items())
 
     def end(self, chunk: ChunkState) -> None:
         """Free the tensors that serve this chunk alone, once all its branches are over; the triggers' numbers stay."""
-        if not all(run.over for run in chunk.runs.values()):
+        if not self.is_over(chunk):
             return
         for key, entry in self.entries.items():
             if key.chunk == chunk.ordinal and entry.void is None:
@@ -190,10 +197,10 @@ class Stream:
     def give_up(self, chunk: int) -> None:
         """Drop the entries that serve one chunk, if not all its passes ran."""
         state = self.chunks.get(chunk)
-        if state is None or all(run.over for run in state.runs.values()):
+        if state is None or self.is_over(state):
             return
         for branch, run in state.runs.items():
-            run.idle = run.num_steps
+            run.latest = self.passes[branch] - run.num_steps
             self.free(branch)
 
     def restarted(self) -> Stream:
@@ -209,7 +216,7 @@ class Stream:
     def _close_latest(self) -> None:
         """Count how many chunks in a row asked no trigger, warm-up left out."""
         latest = self.chunks.get(self.latest) if self.latest is not None else None
-        if latest is None or self.barren is None or not all(run.over for run in latest.runs.values()):
+        if latest is None or self.barren is None or not self.is_over(latest):
             return  # a chunk that is still in flight may yet be asked
         if latest.asked:
             self.barren = None

@@ -26,6 +26,7 @@ class Transaction:
         if self._is_new:
             streams[step.stream] = Stream()
         self.stream = streams[step.stream]
+        self.full_action = self.stream.full_actions.get(step.branch)
         self.asked = self.reused = self.warm_up = False  # what happened in the pass
         self.audit_errors: list[float] = []
         self.reuses = self.stream.reuses
@@ -43,12 +44,14 @@ class Transaction:
         #: Once the condition has changed, the rest of the chunks in flight is computed in full.
         self.renewed = epoch != self._begun
         #: What the guidance branch that came first in this pass decided, by first block, and what this one decides.
-        self.led = {
-            block: reused
-            for (index, block), (branch, reused) in (chunk.shared if chunk else {}).items()
-            if index == step.index and branch != step.branch
-        }
+        self.led: dict[int, bool] = {}
         self.decided: dict[int, bool] = {}
+        if chunk is not None and chunk.shared:
+            self.led = {
+                block: reused
+                for (index, block), (branch, reused) in chunk.shared.items()
+                if index == step.index and branch != step.branch
+            }
         self._pending: dict[Key, Entry] = {}
         self._overwritten: set[Key] = set()
 
@@ -136,11 +139,10 @@ class Transaction:
             self._pending[key] = entry.voided("bytes")
         self.stream.nbytes += grown
 
-    def count_reuse(self) -> int:
-        """Note that a span was reused; returns the stream's count."""
+    def count_reuses(self, spans: int) -> None:
+        """Note that spans were reused."""
         self.reused = True
-        self.reuses += 1
-        return self.reuses
+        self.reuses += spans
 
     def commit(self) -> None:
         """The pass ended well: what it did becomes the stream's."""
@@ -148,13 +150,12 @@ class Transaction:
         chunk = stream.open(step)
         chunk.asked |= self.asked
         chunk.warm_up |= self.warm_up
-        run = chunk.runs.setdefault(step.branch, BranchRun(step.num_steps, step.action_vector, self._begun))
+        run = chunk.runs.get(step.branch)
+        if run is None:
+            run = chunk.runs[step.branch] = BranchRun(step.num_steps, step.action_vector, self._begun)
         run.indices.add(step.index)
         run.exact &= not self.reused
-        for other in stream.chunks.values():
-            if step.branch in other.runs:
-                other.runs[step.branch].idle += 1
-        run.idle = 0
+        run.latest = stream.passes[step.branch] = stream.passes.get(step.branch, 0) + 1
         if self._policy.one_for_all_branches:
             for block, reused in self.decided.items():
                 if block not in self.led:
@@ -164,7 +165,7 @@ class Transaction:
         stream.conditions[step.branch] = self.condition
         stream.entries.update(self._pending)
         stream.reuses = self.reuses
-        if self._policy.lifetime == "chunk" and run.over:
+        if self._policy.lifetime == "chunk" and len(run.indices) == run.num_steps:
             stream.end(chunk)
 
     def roll_back(self) -> None:

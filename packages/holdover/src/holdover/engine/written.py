@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from holdover.engine.copies import mark, unmark
-from holdover.engine.streams import Stream
+from holdover.engine.runtime import Runtime
 from holdover.step import Step
 
 #: Values that are looked at, the largest relative distance at which they are the same, and how many chunks are kept.
@@ -36,24 +37,42 @@ class Made:
 class WrittenLatents:
     """Hooks on a model that remember what chunks made, and look at what KV updates write."""
 
-    def __init__(
-        self, model: nn.Module, steps: Callable[[], Sequence[Step]], streams: Sequence[Mapping[str, Stream]]
-    ) -> None:
-        self._model, self._steps, self._streams = model, steps, streams
+    def __init__(self, model: nn.Module, runtimes: Sequence[Runtime]) -> None:
+        self._model, self._streams = model, [runtime.streams for runtime in runtimes]
         self._made: dict[tuple[str, str], list[Made]] = {}
+        self._step: Step | None = None  # of the pass in progress, if it is worth a look
         self._x: Tensor | None = None
         self._told = False
+        self._handles: list[RemovableHandle] = []
+        # What serves one chunk alone is mostly used without a KV cache: hooks then wait for an uncommitted chunk.
+        if any(runtime.policy.predictor and runtime.policy.lifetime == "stream" for runtime in runtimes):
+            self._insert()
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """A pass begins."""
+        self._step = None
+        if not self._handles:
+            if steps[0].commits:
+                return
+            self._insert()
+        if len(steps) == 1:
+            step = steps[0]
+            last = step.role == "denoise" and step.index == step.num_steps - 1
+            self._step = step if last or step.role == "kv_update" else None
+
+    def _insert(self) -> None:
         self._handles = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave),
+            self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._model.register_forward_hook(self._leave),
         ]
-        mark(model, self._clean)
+        mark(self._model, self._clean)
 
     def remove(self) -> None:
         """Take the hooks out."""
         for handle in self._handles:
             handle.remove()
-        unmark(self._model, self._clean)
+        if self._handles:
+            unmark(self._model, self._clean)
 
     def forget(self, stream: str | None = None) -> None:
         """Forget what a stream made, or all of them."""
@@ -69,24 +88,16 @@ class WrittenLatents:
             state[name] = type(state[name])((n, hook) for n, hook in state[name].items() if n not in own)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = self._worth_a_look()
-        if step is None:
+        step = self._step
+        if torch.compiler.is_compiling() or step is None:
             return
         self._x = next(_latents([*args, *kwargs.values()]), None)
         if step.role == "kv_update" and self._x is not None:
             self._look(step, self._x)
 
-    def _worth_a_look(self) -> Step | None:
-        """The step of a KV update, or of a chunk's last pass, of one stream."""
-        if torch.compiler.is_compiling() or len(steps := self._steps()) != 1:
-            return None
-        step = steps[0]
-        last = step.role == "denoise" and step.index == step.num_steps - 1
-        return step if last or step.role == "kv_update" else None
-
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        step = self._worth_a_look()
-        if step is None or step.role != "denoise":
+        step = self._step
+        if torch.compiler.is_compiling() or step is None or step.role != "denoise":
             return
         x, self._x = self._x, None
         y = next(_latents([output]), None)
