@@ -74,7 +74,7 @@ def test_what_is_no_snapshot_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no snapshot at"):
         holdover.Snapshot.load(tmp_path / "nothing")
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="is not a snapshot of format 'stream 4'"):
+    with pytest.raises(ValueError, match="is not a snapshot of format 'stream 5'"):
         holdover.Snapshot.load(tmp_path / "weights.safetensors")
 
 

@@ -85,6 +85,8 @@ class Cache:
         first: int = 0,
         sigma: Any = None,
         action: ActionLike = None,
+        frame_actions: FrameActions = None,
+        shown: int | None = None,
         condition: Any = None,
         commits: bool = True,
         role: Role = "denoise",
@@ -172,12 +174,12 @@ class Cache:
         if reading := [runtime for runtime in self._runtimes if runtime.reads_layout]:
             self._hooks.append(LayoutHook(model, view_groups, reading))
 
-    def reset(self, stream: str | None = None) -> None:
-        """Forget a stream, or all of them: its next chunk is its first."""
     def remove_with(self, hook: Removable) -> None:
         """Take a hook of an adapter out at `detach`."""
         self._hooks.append(hook)
 
+    def reset(self, stream: str | None = None) -> None:
+        """Forget a stream, or all of them: its next chunk is its first."""
         self._require_no_pass("reset")
         self._written.forget(stream)
         for runtime in self._runtimes:
