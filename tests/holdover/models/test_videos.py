@@ -240,7 +240,7 @@ RATIOS = {"cond": [1.0] * 6, "uncond": [1.0] * 6}
     [
         ("fastercache", {}),
         ("dicache", {"preset": "wan"}),
-        ("worldcache_pcd", {"preset": "released-wan"}),
+        ("worldcache_pcd", {"preset": "released-wan", "probe": 2}),
         ("magcache", {"ratios": RATIOS}),
     ],
 )
