@@ -122,7 +122,8 @@ class ToyModel(nn.Module):
         return torch.tanh(self.head(h))
 
     def holdover_slots(self) -> list[Slot]:
-        slots = [Slot(f"blocks.{index}", taps={"modulated": ToyBlock.modulated}) for index in range(BLOCKS)]
+        slots = [Slot("", kind="model", prediction="clean")]
+        slots += [Slot(f"blocks.{index}", taps={"modulated": ToyBlock.modulated}) for index in range(BLOCKS)]
         for index, kind in enumerate(KINDS):
             slots += [Slot(f"blocks.{index}.attention", kind=kind), Slot(f"blocks.{index}.mlp", kind="mlp")]
         return slots
@@ -225,6 +226,29 @@ class ToyLoop:
         kv = self.kv.setdefault(self.branches[branch], {})
         arguments = {"sigma": sigma, "action": action, "condition": condition - branch, "kv": kv, "write": write}
         return runner(fields, lambda model=model, **more: model(x, **arguments, **more))
+
+
+@dataclass
+class PlannedLoop(ToyLoop):
+    """A loop that says what each frame of its window is told.
+
+    Frames ahead hold the newest action at first; from chunk 6 on they have a plan, which is what `drive` will command.
+    """
+
+    told: list[tuple[float, float]] = field(default_factory=list)
+
+    def step(self, model: ToyModel, action: tuple[float, float], runner: Runner, condition: float = 0.0) -> Tensor:
+        position = self.chunk % WINDOW
+        ahead = WINDOW - position - 1
+        planned = drive(ahead, self.chunk + 1) if self.chunk >= 6 else [action] * ahead
+        self.told = [*self.told[:position], action, *planned]
+
+        def telling(fields: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:
+            if fields.get("role") != "kv_update":
+                fields = {**fields, "frame_actions": self.told, "shown": position}
+            return runner(fields, run)
+
+        return super().step(model, action, telling, condition)
 
 
 @dataclass

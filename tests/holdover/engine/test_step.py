@@ -26,6 +26,13 @@ from tests.holdover.engine.models import EAGER, Scale, Stack, ones, reasons
         ({"chunk": 0, "branch": None}, "branch=None is not a name"),
         ({"chunk": 0, "action": "left"}, "action='left' is not numbers"),
         ({"chunk": 0, "action": [0.1, float("nan")]}, "is not finite"),
+        ({"chunk": 0, "frame_actions": "left"}, "frame_actions='left' is not numbers"),
+        ({"chunk": 0, "frame_actions": [0.1, 0.2]}, r"frame_actions \(2,\) is not \[F, A\]"),
+        ({"chunk": 0, "frame_actions": torch.zeros(0, 2)}, r"frame_actions \(0, 2\) is not \[F, A\]"),
+        ({"chunk": 0, "frame_actions": [[0.1], [float("inf")]]}, r"frame_actions=\(\(0.1,\), \(inf,\)\) is not finite"),
+        ({"chunk": 0, "shown": -1}, "shown=-1 is no latent frame"),
+        ({"chunk": 0, "shown": True}, "shown=True is no latent frame"),
+        ({"chunk": 0, "shown": 2, "frame_actions": [[0.1], [0.2]]}, "shown=2 is not one of the 2 frames"),
     ],
 )
 def test_fields_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -40,6 +47,21 @@ def test_an_action_is_taken_as_numbers(action: Any) -> None:
     assert Step(chunk=0, action=action).action_vector == (0.5, 1.0)
     assert Step(chunk=0, action=2).action_vector == (2.0,)
     assert Step(chunk=0).action_vector is None
+
+
+@pytest.mark.parametrize(
+    "frames", [[[0.5, 1], (0.25, 2)], np.array([[0.5, 1.0], [0.25, 2.0]]), torch.tensor([[0.5, 1.0], [0.25, 2.0]])]
+)
+def test_what_frames_are_told_is_taken_as_numbers(frames: Any) -> None:
+    step = Step(chunk=0, action=[0.5], frame_actions=frames, shown=1)
+    assert step.frame_vectors == step.told == ((0.5, 1.0), (0.25, 2.0))
+    assert step.action_vector == (0.5,)
+    assert (step.shown, Step(chunk=0).shown) == (1, None)
+
+
+def test_without_frames_the_action_is_what_is_told() -> None:
+    assert Step(chunk=0, action=[0.5, 1]).told == ((0.5, 1.0),)
+    assert Step(chunk=0).told is Step(chunk=0).frame_vectors is None
 
 
 def test_an_action_overwritten_later_stays_as_it_was() -> None:
@@ -65,7 +87,8 @@ def test_unknown_fields_are_refused() -> None:
     ("change", "message"),
     [
         ({"commits": True}, "commits changed to True within chunk 0"),
-        ({"action": [0.3]}, r"action changed from \(0.2,\) to \(0.3,\) within chunk 0"),
+        ({"action": [0.3]}, r"told changed from \(\(0.2,\),\) to \(\(0.3,\),\) within chunk 0"),
+        ({"frame_actions": [[0.2], [0.3]]}, r"told changed from \(\(0.2,\),\) to \(\(0.2,\), \(0.3,\)\) within"),
         ({"num_steps": 3}, "num_steps changed from 2 to 3"),
     ],
 )

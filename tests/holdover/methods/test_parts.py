@@ -20,7 +20,7 @@ from holdover.methods.never import Always
 from holdover.methods.parts.guards import Anchors, AnyOf, Interval, WarmUp
 from holdover.methods.parts.predictors import Residual
 from holdover.methods.parts.spans import EachBlock
-from holdover.methods.xcache import DualMetric, Stale, vector_cosine
+from holdover.methods.xcache import DualMetric, Stale, told_cosine, vector_cosine
 from holdover.methods.xcache_reactive import NewAction
 from tests.holdover.naive import xcache as naive
 
@@ -262,8 +262,8 @@ def test_the_cosine_of_actions_ignores_their_size(a: tuple[float, ...], factor: 
 def test_the_cosine_of_actions_that_are_zero_or_absent() -> None:
     assert vector_cosine((0.0, 0.0), (0.0, 0.0)) == 1
     assert vector_cosine((0.0, 0.0), (1.0, 0.0)) == vector_cosine((1.0,), (0.0,)) == 0
-    assert vector_cosine(None, None) == 1
-    assert vector_cosine(None, (1.0,)) == vector_cosine((1.0,), None) == vector_cosine((1.0,), (1.0, 0.0)) == 0
+    assert told_cosine(None, None) == 1
+    assert told_cosine(None, ((1.0,),)) == told_cosine(((1.0,),), None) == told_cosine(((1.0,),), ((1.0, 0.0),)) == 0
 
 
 def test_the_action_is_one_more_entry_unless_left_out() -> None:
@@ -345,7 +345,7 @@ def test_an_action_is_new_when_any_dimension_moved_by_its_scale(series: list[tup
     action, known, scale = zip(*series, strict=True)
     moved = max(abs(a - b) / s for a, b, s in series)
     assume(abs(moved - 1) > 1e-9)
-    fields = {"action": action, "full_action": known}
+    fields = {"action": action, "full_action": (known,)}
     assert NewAction(scale)(call(**fields)) == ("action" if moved > 1 else None)
 
 
@@ -353,12 +353,39 @@ def test_an_action_without_anything_to_compare_with_is_new() -> None:
     guard = NewAction(0.05)
     assert guard(call(action=[0.1])) == "action"
     assert guard(call(action=[0.1], full_action=None)) == "action"
-    assert guard(call(action=[0.1], full_action=(0.1, 0.0))) == "action"
-    assert guard(call(action=[0.1], full_action=(0.1,))) is None
+    assert guard(call(action=[0.1], full_action=((0.1, 0.0),))) == "action"
+    assert guard(call(action=[0.1], full_action=((0.1,),))) is None
     with pytest.raises(ValueError, match=r"the step has none; pass step\(action="):
         guard(call())
     with pytest.raises(ValueError, match="scale has 2 dimensions, the action 1"):
-        NewAction((0.1, 0.2))(call(action=[0.1], full_action=(0.1,)))
+        NewAction((0.1, 0.2))(call(action=[0.1], full_action=((0.1,),)))
+
+
+def test_every_frame_is_compared_with_what_it_was_told() -> None:
+    guard, known = NewAction((0.05, 0.1)), ((0.1, 0.0), (0.5, 0.3))
+    for frames, reason in [
+        ([[0.1, 0.0], [0.5, 0.3]], None),
+        ([[0.14, 0.0], [0.46, 0.39]], None),
+        ([[0.1, 0.0], [0.5, 0.45]], "action"),
+        ([[0.2, 0.0], [0.5, 0.3]], "action"),
+        ([[0.1, 0.0]], "action"),
+    ]:
+        # The newest action is of no account where frames are told apart.
+        assert guard(call(action=[9.0, 9.0], frame_actions=frames, full_action=known)) == reason
+    assert guard(call(action=[0.1, 0.0], full_action=known)) == "action"
+
+
+def test_the_gate_takes_the_least_cosine_of_what_frames_are_told() -> None:
+    gate = DualMetric(tau_floor=0.97, margin=0.02, alpha=0.3, tau_dev=2.0)
+    held = {"action": ((1.0, 0.0), (0.6, 0.8))}
+
+    def score(**fields: Any) -> float:
+        return gate.judge(call(held=held, **fields), {"cosine": 0.99, "deviation": 0.0}).scores["cosine"]
+
+    assert score(action=[0.0, 1.0], frame_actions=[[3.0, 0.0], [0.6, 0.8]]) == 0.99
+    assert score(frame_actions=[[1.0, 0.0], [0.8, 0.6]]) == pytest.approx(0.96)
+    assert score(frame_actions=[[0.28, 0.96], [0.8, 0.6]]) == pytest.approx(0.28)
+    assert score(frame_actions=[[1.0, 0.0]]) == score(action=[1.0, 0.0]) == score() == 0.0
 
 
 # Spans.

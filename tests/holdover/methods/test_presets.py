@@ -36,7 +36,7 @@ def test_the_presets() -> None:
         "easycache": ["released", "released-wan"],
         "flowcache": ["released"],
         "magcache": ["released-wan"],
-        "taylorseer": ["released-wan"],
+        "taylorseer": ["released-wan", "released-hunyuan", "released-flux"],
         "teacache": [
             "hunyuan",
             *("cogvideox-2b", "cogvideox-5b"),

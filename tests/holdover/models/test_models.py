@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,31 @@ def test_the_modulated_input_is_what_enters_attention(tiny: Tiny, model: nn.Modu
     for handle in handles:
         handle.remove()
     assert torch.allclose(seen["tap"].to(seen["attention"]), seen["attention"], atol=1e-5)
+
+
+@each
+@pytest.mark.parametrize("name", ["time embedding", "time projection"])
+def test_the_embedding_of_the_timestep_is_what_its_module_gives(tiny: Tiny, model: nn.Module, name: str) -> None:
+    """TeaCache measures its change from step to step; the presets for Wan and CogVideoX read it."""
+    adapter = find(model)
+    assert adapter is not None
+    if name not in adapter.tapped:
+        pytest.skip(f"declares no {name}")
+    module = model.get_submodule(adapter.embedding or "time_embedding")
+    given: list[Tensor] = []
+    handle = module.register_forward_hook(
+        lambda m, a, output: given.append(output if isinstance(output, Tensor) else output[name == "time projection"])
+    )
+    attributes = {key: dict(each.__dict__) for key, each in model.named_modules()}
+    policy = holdover.policy("teacache", of=name, threshold=1e9, retain=1, last=False)
+    with holdover.attach(model, policy) as cache:
+        list(steps(tiny, model, cache, 3))
+    assert {key: dict(each.__dict__) for key, each in model.named_modules()} == attributes
+    assert len(module._forward_hooks) == 1  # ours here
+    handle.remove()
+    moved = [float((now - then).abs().mean() / then.abs().mean()) for then, now in pairwise(given)]
+    summed = [decision.scores["drift"] for decision in cache.trace if decision.block == 0 and decision.scores]
+    assert summed == pytest.approx([moved[0], moved[0] + moved[1]], rel=1e-5)
 
 
 @each

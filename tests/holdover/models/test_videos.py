@@ -232,15 +232,33 @@ def test_another_transformer_is_noticed() -> None:
     assert not {"check_inputs", "progress_bar"} & vars(pipe).keys()
 
 
-def test_a_method_that_needs_guidance_apart_says_so_at_once() -> None:
+RATIOS = {"cond": [1.0] * 6, "uncond": [1.0] * 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fastercache", {}),
+        ("dicache", {"preset": "wan"}),
+        ("worldcache_pcd", {"preset": "released-wan", "probe": 2}),
+        ("magcache", {"ratios": RATIOS}),
+    ],
+)
+def test_a_method_that_tells_guidance_apart_says_so_at_once(name: str, options: dict[str, Any]) -> None:
     for pipe, more in (
         (pipelines.cogvideox(), {"turned": True, "guidance_scale": 2.0}),
         (pipelines.far(), {"chunk_partition": [1, 1, 1]}),
     ):
-        enabled = enable(pipe, holdover.policy("fastercache"))
-        with pytest.raises(ValueError, match=r"fastercache tells guidance branches apart.*enable another method"):
+        enabled = enable(pipe, holdover.policy(name, **options))
+        with pytest.raises(ValueError, match=rf"{name} tells guidance branches apart.*'cond' and 'uncond'"):
             run(pipe, **more)
+        assert enabled.cache.stats().computed == 0
         enabled.disable()
+    pipe = pipelines.wan()
+    enabled = enable(pipe, holdover.policy(name, **options))
+    run(pipe)
+    assert enabled.cache.stats().computed > 0
+    enabled.disable()
 
 
 # Copies.

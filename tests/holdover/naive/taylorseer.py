@@ -12,9 +12,11 @@ from tests.holdover.toy import BLOCKS, MANY
 class TaylorSeer(SublayerTwin):
     """``memory[first]`` lists the computed steps of a group of slots, by its first, and what left its last slot."""
 
-    def __init__(self, *, every: int = 5, order: int = 1, span: str = "all", retain: Any = 0, **options: Any) -> None:
+    def __init__(
+        self, *, every: int = 5, start: int = 0, order: int = 1, span: str = "all", retain: Any = 0, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.every, self.order, self.span, self.retain = every, order, span, retain
+        self.every, self.start, self.order, self.span, self.retain = every, start, order, span, retain
 
     def runner(self, fields: dict[str, Any], run: Any) -> Any:
         """The whole model may be one block, number 0."""
@@ -53,7 +55,7 @@ class TaylorSeer(SublayerTwin):
         reason = self.forced()
         if reason in ("kv cycle", "retained"):
             return reason
-        if self.now["fields"]["index"] % self.every == 0:
+        if self.now["fields"]["index"] in range(self.start, 1000, self.every):
             return "interval"
         if reason == "condition":
             return reason
@@ -86,7 +88,7 @@ CLOSED = case(retain=1.0)
 #: Every option away from its default.
 VARIED: list[Case] = [
     case(every=3, order=2, span="block", retain=0.15, protection="chunk"),
-    case(every=4, order=0, retain=2),
+    case(every=4, start=1, order=0, retain=2),
     case(every=4, order=2),
     case(every=3, order=2, span="sublayer", protection="chunk"),
     case(every=4, span="model", retain=(0.1, 1)),

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tests.holdover.case import TOY_GROUPS, Case
-from tests.holdover.naive.xcache import XCache, cosine
-from tests.holdover.toy import BLOCKS
+from tests.holdover.naive.xcache import XCache, cosine, told
+from tests.holdover.toy import BLOCKS, PlannedLoop
 
 
 class XCacheReactive(XCache):
-    """``exact_action`` is the action, per branch, of the latest chunk in which nothing was reused."""
+    """``exact_told`` is what the latest chunk in which nothing was reused was told, per branch."""
 
     def __init__(self, *, scale: Any = 0.05, **options: Any) -> None:
         super().__init__(**options)
         self.scale = scale
-        self.exact_action: dict[str, Any] = {}
+        self.exact_told: dict[str, Any] = {}
         self.current: dict[str, dict[str, Any]] = {}
 
     def runner(self, fields: dict[str, Any], run: Any) -> Any:
@@ -25,8 +26,8 @@ class XCacheReactive(XCache):
         current = self.current.get(branch)
         if current is None or current["chunk"] != fields["chunk"]:
             if current is not None and current["exact"] and current["passes"] == current["num_steps"]:
-                self.exact_action[branch] = current["action"]
-            current = {"chunk": fields["chunk"], "exact": True, "passes": 0, "action": fields["action"]}
+                self.exact_told[branch] = current["told"]
+            current = {"chunk": fields["chunk"], "exact": True, "passes": 0, "told": told(fields)}
             self.current[branch] = current
         before = len(self.decisions)
         output = super().runner(fields, run)
@@ -38,10 +39,12 @@ class XCacheReactive(XCache):
         reason = super().forced(slot, fields)
         if reason is not None and reason not in ("condition", "first"):
             return reason
-        known = self.exact_action.get(slot[0])
+        known = self.exact_told.get(slot[0])
         scales = [self.scale] * len(fields["action"]) if isinstance(self.scale, float) else list(self.scale)
         moved = known is None or any(
-            abs(a - b) / scale >= 1 for a, b, scale in zip(fields["action"], known, scales, strict=True)
+            abs(a - b) / scale >= 1
+            for now, then in zip(told(fields), known, strict=True)
+            for a, b, scale in zip(now, then, scales, strict=True)
         )
         return "action" if moved else reason
 
@@ -61,4 +64,5 @@ CLOSED = case(tau_floor=1.5)
 VARIED: list[Case] = [
     case(scale=(2.0, 0.3)),
     case(scale=0.012, protection="pass"),
+    replace(case(scale=0.06), loops=PlannedLoop),
 ]

@@ -1,12 +1,16 @@
-"""TaylorSeer on Wan beside its released code.
+"""TaylorSeer beside its released code.
 
-The record is of Shenyi-Z/TaylorSeer, commit 288776dfd0cbb6e201c654c31cd22139f848a6cf: ``wan_attention_forward`` of
-``TaylorSeer-Wan2.1/wan/taylorseer/forwards`` under its own ``cal_type``, for two blocks. What enters, the gates, and
-what self-attention, cross-attention and MLP give were prescribed, for two guidance branches in turn.
+The records are of Shenyi-Z/TaylorSeer, commit 288776dfd0cbb6e201c654c31cd22139f848a6cf. For Wan:
+``wan_attention_forward`` of ``TaylorSeer-Wan2.1/wan/taylorseer/forwards`` under its own ``cal_type``, for two blocks.
+What enters, the gates, and what self-attention, cross-attention and MLP give were prescribed, for two guidance branches
+in turn. For HunyuanVideo and FLUX: a double block and a single block of theirs, tokens of the video and image, under
+their own ``cache_init`` and ``cal_type``, in which what attention, MLP and the single block's last layer give were
+prescribed.
 """
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +65,37 @@ def test_the_preset_is_the_released_code() -> None:
                 outputs.append(model(recorded["input"][number], recorded["gates"][number]))
     assert {decision.block for decision in cache.trace} == set(range(3 * blocks))
     for slot in range(3 * blocks):
+        assert_replayed(cache, slot, outputs, recorded)
+
+
+class TwoStreams(nn.Module):
+    """A double block and a single block. Each of what they add is gated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp, self.total = Given(), Given(), Given()
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        x = x + self.attention(x) * gates[:, 0:1]
+        x = x + self.mlp(x) * gates[:, 1:2]
+        y: Tensor = x + self.total(x) * gates[:, 2:3]
+        return y
+
+    def holdover_slots(self) -> list[holdover.Slot]:
+        return [holdover.Slot("attention", kind="spatial"), *(holdover.Slot(n, kind="mlp") for n in ("mlp", "total"))]
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "flux"])
+def test_the_preset_is_the_released_code_of_two_streams(name: str) -> None:
+    recorded, model, outputs = record(f"taylorseer_{name}"), TwoStreams(), []
+    passes = len(recorded["computed"])
+    with holdover.attach(model, holdover.policy("taylorseer", preset=f"released-{name}")) as cache:
+        for index in range(passes):
+            for part in ("attention", "mlp", "total"):
+                getattr(model, part).given = recorded[part][index]
+            with cache.step(chunk=0, index=index, num_steps=passes):
+                outputs.append(model(recorded["input"][index], recorded["gates"][index]))
+    for slot in range(3):
         assert_replayed(cache, slot, outputs, recorded)
 
 

@@ -8,10 +8,13 @@ branches in turn.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 from torch import Tensor
 
 import holdover
+from tests.holdover.models.models import TINY, Tiny
 from tests.holdover.released.replay import BRANCHES, Given, assert_replayed, record
 
 
@@ -46,6 +49,32 @@ def test_the_preset_is_the_released_code(name: str, preset: str) -> None:
             with cache.step(chunk=0, index=index, num_steps=steps, branch=BRANCHES[branch]):
                 outputs.append(model(x))
     assert_replayed(cache, 0, outputs, recorded)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("teacache_wan", "wan-t2v-1.3b"),
+        ("teacache_wan_14b", "wan-t2v-14b"),
+        ("teacache_wan_retained", "wan-t2v-14b-retained"),
+    ],
+)
+def test_the_preset_decides_alike_on_the_class_of_diffusers(name: str, preset: str) -> None:
+    """Its own blocks, and the recorded embedding of the timestep in place of the embedder's."""
+    pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
+    tiny = TINY[0]
+    model = Tiny(tiny.name, {**tiny.config, "attention_head_dim": 4}, tiny.inputs).make()
+    recorded, embedder = record(name), cast(Any, model.condition_embedder)
+    steps = len(recorded["signal"])
+    with holdover.attach(model, holdover.policy("teacache", preset=preset)) as cache:
+        for index, signal in enumerate(recorded["signal"]):
+            replaced = embedder.time_embedder if signal.dim() == 2 else embedder.time_proj
+            replaced.forward = lambda x, signal=signal: signal.flatten(1)
+            for branch in BRANCHES:
+                with cache.step(chunk=0, index=index, num_steps=steps, branch=branch):
+                    tiny.run(model, 0)
+    computed = [decision.computed for decision in cache.trace if decision.block == 0]
+    assert computed == recorded["computed"].bool().tolist()
 
 
 def test_a_polynomial_that_was_fitted_to_another_tap_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import holdover
+from holdover import Step
 from holdover_world.conditioning.motion import drive as drive_cars
 from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
 from holdover_world.model.sampler import noise_levels
@@ -111,6 +113,43 @@ def test_nothing_looks_ahead() -> None:
     assert torch.equal(spy.calls[1]["action_BFA"][0], actions[[0, 0]])  # frames not yet commanded hold the newest
     assert torch.equal(spy.calls[5]["action_BFA"][0], actions[[0, 1]])
     assert torch.equal(spy.calls[10]["action_BFA"][0], actions[[2, 2]])
+
+
+class Noted:
+    """A cache that notes the steps it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def step(self, *args: Any, **fields: Any) -> AbstractContextManager[Any]:
+        self.steps.append(Step(**fields))
+        return nullcontext()
+
+    def exact(self, stream: str) -> bool:
+        return True
+
+
+def steps_of(model: WorldModel, chunks: int, **changes: Any) -> list[Step]:
+    cache = Noted()
+    start = latents(model, 2), torch.zeros(1, 2, 2)
+    run = ClosedLoop(model, *start, config=LoopConfig(steps=2, **changes), cache=cache)
+    list(run.run(torch.tensor([[0.125, 0.25], [0.5, 0.75], [1.0, 0.0]])[:chunks]))
+    return [step for step in cache.steps if step.role == "denoise"]
+
+
+def test_a_pass_says_what_each_frame_is_told_and_which_is_shown() -> None:
+    a, b, c = (0.125, 0.25), (0.5, 0.75), (1.0, 0.0)
+    steps = steps_of(small_model(), 3)
+    assert [step.frame_vectors for step in steps[::2]] == [(a, a), (a, b), (c, c)]
+    assert [step.shown for step in steps] == [0, 0, 1, 1, 0, 0]
+    assert [step.frame_vectors for step in steps[1::2]] == [(a, a), (a, b), (c, c)]
+    plain = steps_of(small_model(), 2, cadence="plain")
+    assert [(step.frame_vectors, step.shown) for step in plain[::2]] == [((a,), None), ((b,), None)]
+
+
+def test_the_branch_without_an_action_tells_frames_nothing() -> None:
+    steps = steps_of(small_model(), 1, guidance=2.0)
+    assert [(step.branch, step.frame_vectors is None) for step in steps] == [("", False), ("uncond", True)] * 2
 
 
 def test_fresh_noise_is_drawn_every_chunk() -> None:

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from holdover.slot import Kind, Level, ViewGroup
+from holdover.slot import Kind, Level, Prediction, ViewGroup
 from holdover.step import Step
 
 
@@ -46,7 +46,7 @@ class Entry:
         memory: per block what `Slot.part` needs of the tokens that a later part leaves out, by name.
         chunk: how many chunks of the stream came before the one in which the span was computed.
         epoch: how often the branch's condition had changed by then.
-        action: the action then.
+        action: what was told then, as `Step.told`.
         shape, dtype, device: of the hidden state that entered.
         out_dtype: of the one that left.
         left_out: blocks of the span that the model did not run then.
@@ -60,7 +60,7 @@ class Entry:
     memory: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     chunk: int
     epoch: int
-    action: tuple[float, ...] | None
+    action: tuple[tuple[float, ...], ...] | None
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
@@ -119,8 +119,8 @@ class Call:
         step: where the pass stands.
         span: the blocks in question, of ``blocks`` in all. ``kind`` is what the first of them is.
         chunk: how many chunks of the stream came before this one since its reset.
-        full_action: the action of this branch's latest chunk before this one that was computed in full. None if there
-            is no such chunk or it had no action.
+        full_action: what this branch's latest chunk before this one that was computed in full was told, as `Step.told`.
+            None if there is no such chunk or it was told nothing.
         x: the hidden state that enters the span, ``[B, ..., C]``.
         pass_input: the hidden state that entered the pass's first block. It is ``x`` itself unless the policy says that
             it ``reads_pass_input``.
@@ -130,6 +130,7 @@ class Call:
             ``peer(block, branch)`` gives that of another guidance branch.
         signal: the trigger's signal of this call, once read.
         part: the tokens that are computed where the verdict asks for a part of the span, None else.
+        prediction: what the span's first slot says that a model as a whole returns.
     """
 
     step: Step
@@ -137,7 +138,7 @@ class Call:
     blocks: int
     kind: Kind
     chunk: int
-    full_action: tuple[float, ...] | None
+    full_action: tuple[tuple[float, ...], ...] | None
     x: Tensor
     pass_input: Tensor
     entry: Entry | None
@@ -145,6 +146,7 @@ class Call:
     peer: Callable[..., Entry | None]
     signal: Tensor | None = None
     part: Tensor | None = None
+    prediction: Prediction | None = None
 
     @property
     def known(self) -> Entry:

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 #: state is the noisy input.
 Level = Literal["block", "sublayer", "model"]
 
-#: What a slot is: a block; within it attention over space (or space and time at once), over time, or to another
-#: sequence; or an MLP, which works on each token by itself and takes nothing else with a row per token.
-Kind = Literal["block", "spatial", "temporal", "cross", "mlp"]
+#: What a slot is: the model as a whole; a block; within it attention over space (or space and time at once), over time,
+#: or to another sequence; or an MLP, which works on each token by itself and takes nothing else with a row per token.
+Kind = Literal["model", "block", "spatial", "temporal", "cross", "mlp"]
+
+#: What a model returns of noisy latents: the clean latents x̂; the flow ``ε - x̂``, where ``x = (1-σ)·x̂ + σ·ε``; and
+#: where ``x = √(1-σ²)·x̂ + σ·ε``, the noise ε or ``v = √(1-σ²)·ε - σ·x̂``. σ, the noise level, lies in (0, 1].
+Prediction = Literal["clean", "flow", "noise", "v"]
 
 #: Runs a slot for some of its tokens: see `Slot.part`.
 PartOfSlot = Callable[
@@ -52,7 +56,7 @@ class Slot:
     """A block and where its hidden state enters.
 
     Attributes:
-        block: the module, or its name as `named_modules` gives it.
+        block: the module, or its name as `named_modules` gives it; that of the model itself is ``""``.
         hidden: the argument with the hidden state: its position, or its keyword.
         kind: what it is. A model may declare its blocks and the layers within them; a policy takes those of its level.
         method: which of the module's methods the slot is, for attention that is not a module of its own.
@@ -65,7 +69,10 @@ class Slot:
         writes_kv: the block writes keys and values in place in denoising passes too, so that it must not run twice.
             `audit` is refused for such a model.
         taps: tensors inside the block that a policy may read, by name. Each is a function of the block and the
-            arguments of its forward. TeaCache reads ``modulated``, the timestep-modulated input.
+            arguments of its forward. TeaCache reads ``modulated``, the timestep-modulated input. Of a model as a whole
+            ``sigma`` is the noise level of this call: a tensor with a row per row of the batch, that goes with the
+            latents. Declare it where ``step(sigma=...)`` does not say it.
+        prediction: of a model as a whole: what it returns (`Prediction`). None: not known.
         rows: the arguments of the block's forward, positional and by keyword, for some rows of the batch: a function of
             their numbers and the arguments. None: a batch of several streams is computed whole if any row needs it.
         part: runs the block for some of its tokens, given what it remembers of the others. A function of the block's
@@ -88,12 +95,21 @@ class Slot:
     taps: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict, hash=False)
     rows: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     part: PartOfSlot | None = None
+    prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind={self.kind!r} of a slot is not one of {', '.join(get_args(Kind))}")
+        if self.prediction not in (None, *get_args(Prediction)):
+            kinds = ", ".join(get_args(Prediction))
+            raise ValueError(f"prediction={self.prediction!r} of a slot is not one of {kinds}")
         if self.part is None and self.kind == "mlp":
             object.__setattr__(self, "part", by_token)
+
+    @property
+    def level(self) -> Level:
+        """The level of the policies that take it."""
+        return self.kind if self.kind in ("model", "block") else "sublayer"
 
 
 def by_token(

@@ -16,6 +16,7 @@ Role = Literal["denoise", "kv_update", "prefill"]
 ROLES = get_args(Role)
 
 ActionLike = Tensor | np.ndarray[Any, Any] | Sequence[float] | float | None
+FrameActions = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[float]] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +31,9 @@ class Step:
             where denoising begins part-way.
         sigma: noise level, for the trace and for policies that read it.
         action: the newest commanded control, normalised per dimension, before any embedding; any shape, flattened.
+        frame_actions: what each latent frame of this pass is told, ``[F, A]``, where that is more than the newest
+            action: what the frames before were told, and what is intended for those to come.
+        shown: which latent frame of the pass this chunk will show, from 0; None where it shows all of them.
         condition: whatever else steers the video (prompt, map, agents): a tensor, a mapping or sequence of tensors, or
             anything hashable. When it changes, the chunk is computed in full.
         commits: whether the latents of this chunk are what the next KV update writes. True is the safe default.
@@ -47,6 +51,8 @@ class Step:
     first: int = 0
     sigma: float | Tensor | None = None
     action: ActionLike = None
+    frame_actions: FrameActions = None
+    shown: int | None = None
     condition: Any = None
     commits: bool = True
     role: Role = "denoise"
@@ -54,6 +60,8 @@ class Step:
     branch: str = ""
     #: The action as plain numbers: comparing these needs no device.
     action_vector: tuple[float, ...] | None = field(init=False, repr=False)
+    #: The frames' actions as plain numbers.
+    frame_vectors: tuple[tuple[float, ...], ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -75,13 +83,42 @@ class Step:
         if self.sigma is not None:
             object.__setattr__(self, "sigma", float(self.sigma))
         object.__setattr__(self, "action_vector", None if self.action is None else _flatten(self.action))
+        frames = None if self.frame_actions is None else _rows(self.frame_actions)
+        object.__setattr__(self, "frame_vectors", frames)
+        if self.shown is None:
+            return
+        if not isinstance(self.shown, int) or isinstance(self.shown, bool) or self.shown < 0:
+            raise ValueError(f"shown={self.shown!r} is no latent frame; pass an int counted from 0, or None for all")
+        if frames is not None and self.shown >= len(frames):
+            raise ValueError(f"shown={self.shown} is not one of the {len(frames)} frames of frame_actions")
+
+    @property
+    def told(self) -> tuple[tuple[float, ...], ...] | None:
+        """What the pass is told: a row per latent frame where `frame_actions` is given, else one row, the action."""
+        if self.frame_vectors is not None:
+            return self.frame_vectors
+        return None if self.action_vector is None else (self.action_vector,)
 
 
 def _flatten(action: ActionLike) -> tuple[float, ...]:
-    try:
-        vector = torch.as_tensor(action, dtype=torch.float64).detach().flatten().tolist()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"action={action!r} is not numbers; pass a tensor or a sequence of floats") from error
+    vector = _numbers("action", action).flatten().tolist()
     if not all(map(math.isfinite, vector)):
         raise ValueError(f"action={vector} is not finite; pass the commanded control, normalised per dimension")
     return tuple(vector)
+
+
+def _rows(frame_actions: FrameActions) -> tuple[tuple[float, ...], ...]:
+    given = _numbers("frame_actions", frame_actions)
+    if given.ndim != 2 or not len(given):
+        raise ValueError(f"frame_actions {tuple(given.shape)} is not [F, A]; pass one action per latent frame")
+    rows = tuple(map(tuple, given.tolist()))
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise ValueError(f"frame_actions={rows} is not finite; pass what each frame is told, normalised per dimension")
+    return rows
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={value!r} is not numbers; pass a tensor or a sequence of floats") from error

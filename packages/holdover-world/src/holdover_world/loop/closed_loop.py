@@ -292,6 +292,7 @@ class ClosedLoop(Generic[M]):
         position = len(self._emitted)
         self._actions.append(action_BA)
         ahead = [action_BA] * (self.window_frames - position - 1)
+        actions_BFA = torch.stack(self._actions + ahead, 1)
         first_protected = self.config.protected == "first"
         announced = 0 if first_protected else self.window_frames - 1
         if self._committed is not None and self.config.commit == "last_full" and first_protected:
@@ -300,7 +301,9 @@ class ClosedLoop(Generic[M]):
             known = torch.cat([self._noise[0, :, :0], *self._emitted], 1)
         return _ChunkInputs(
             action=action_BA,
-            actions_BFA=torch.stack(self._actions + ahead, 1),
+            actions_BFA=actions_BFA,
+            frame_actions=actions_BFA.transpose(0, 1).flatten(1).tolist(),
+            shown=None if self.config.cadence == "plain" else position,
             noise_SBFNP=self._noise,
             known_BFNP=known,
             commits=position == announced,
@@ -329,6 +332,8 @@ class _ChunkInputs:
 
     action: Tensor
     actions_BFA: Tensor
+    frame_actions: list[list[float]]
+    shown: int | None
     noise_SBFNP: Tensor
     known_BFNP: Tensor
     commits: bool
@@ -361,15 +366,23 @@ def advance(loops: Sequence[ClosedLoop[Any]], actions: Sequence[Tensor]) -> list
 
     def predict(index: int, noisy: Tensor) -> Tensor:
         sigma, config = loops[0].sigmas[index], loops[0].config
-        fields = [
-            {"index": index, "num_steps": config.steps, "sigma": sigma, "action": each.action, "commits": each.commits}
+        fields: list[dict[str, Any]] = [
+            {
+                "index": index,
+                "num_steps": config.steps,
+                "sigma": sigma,
+                "action": each.action,
+                "frame_actions": each.frame_actions,
+                "shown": each.shown,
+                "commits": each.commits,
+            }
             for each in inputs
         ]
         output, took = _forward(loops, fields, noisy, sigma=sigma, action_BFA=actions_BFA)
         seconds.append(took)
         if config.guidance == 1:
             return output
-        free = [{**each, "branch": "uncond"} for each in fields]
+        free = [{**each, "branch": "uncond", "frame_actions": None} for each in fields]
         unguided, took = _forward(loops, free, noisy, sigma=sigma, action_BFA=None)
         seconds.append(took)
         return unguided + config.guidance * (output - unguided)

@@ -348,7 +348,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         return HistoryBatch(histories)
 
     def holdover_slots(self) -> list[Slot]:
-        """The slots for `holdover.attach`: the blocks, and attention and MLP within them."""
+        """The slots for `holdover.attach`: the model, its blocks, and attention and MLP within them."""
         slots = [Slot(block, taps={"modulated": Block.modulated}, rows=take_rows) for block in self.blocks]
         for block in self.blocks:
             if block.temporal:
@@ -356,7 +356,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             else:
                 slots.append(Slot(block, method="attend_cross", kind="spatial"))
             slots.append(Slot(block, method="mlp", kind="mlp"))
-        return slots
+        return [*slots, Slot("", kind="model", prediction="clean")]
 
     def holdover_view_groups(self) -> tuple[ViewGroup, ...]:
         return self.sizes.view_groups

@@ -44,7 +44,7 @@ def attach(
     audit = audit if isinstance(audit, Audit) else Audit(audit)
     kept, runtimes = Trace(trace), []
     for n, policy in enumerate(policies):
-        own_slots = slots if policy is policies[-1] else None  # slots are the innermost policy's
+        own_slots = _own_slots(slots, policy, innermost=n == len(policies) - 1)
         blocks = find_blocks(model, own_slots, policy.level)
         writing = [block.name for block in blocks if block.slot.writes_kv]
         if audit.rate > 0 and writing:
@@ -62,11 +62,29 @@ def attach(
             trace=kept,
             innermost=n == len(policies) - 1,
         )
+        if policy.trigger.by_frame and not (runtime.view_groups or callable(view_groups)):
+            raise ValueError(
+                f"{policy.name} tells latent frames apart, and {type(model).__name__} does not say how their tokens "
+                f"lie; give the grids of one latent frame: attach(view_groups=[holdover.ViewGroup(...)])"
+            )
         runtimes.append(runtime)
     cache = Cache(model, runtimes)
     if callable(view_groups):
         cache.ask_view_groups(model, view_groups)
     return cache
+
+
+def _own_slots(
+    slots: Sequence[Slot | nn.Module | str] | None, policy: Policy, *, innermost: bool
+) -> Sequence[Slot | nn.Module | str] | None:
+    """Of the given slots those of one policy: the model as a whole is its level's, the others are the innermost's."""
+    whole = [slot for slot in slots or () if isinstance(slot, Slot) and slot.kind == "model"]
+    if whole and policy.level == "model":
+        return whole
+    if slots is None or not innermost:
+        return None
+    others = [slot for slot in slots if slot not in whole]
+    return others if others or not whole else None
 
 
 def _check(model: nn.Module, policies: Sequence[Policy], slots: Sequence[object] | None, max_bytes: int | None) -> None:

@@ -118,23 +118,23 @@ def find_blocks(
 
     Args:
         model: the model.
-        slots: module names, modules or `Slot`s; None asks ``model.holdover_slots()``, or takes the model itself.
+        slots: module names, modules or `Slot`s; None asks ``model.holdover_slots()``. A model that does not declare
+            itself is taken as it is.
         level: what the policy is attached to where ``slots`` is None.
 
     Raises:
         ValueError: a block is not part of the model, is named twice or lies within another.
     """
+    declare = getattr(model, "holdover_slots", None)
     if slots is None and level == "model":
-        slots = [model]
+        slots = _declared(declare, level) or [Slot("", kind="model")]
     elif slots is None:
-        declare = getattr(model, "holdover_slots", None)
         if declare is None:
             raise ValueError(
                 f"{type(model).__name__} does not declare its blocks; name them: "
                 f"attach(model, policy, slots=[f'blocks.{{i}}' for i in range(...)])"
             )
-        declared = [given if isinstance(given, Slot) else Slot(given) for given in declare()]
-        slots = [slot for slot in declared if (slot.kind == "block") == (level == "block")]
+        slots = _declared(declare, level)
         if not slots:
             raise ValueError(
                 f"{type(model).__name__} declares no slots of level {level!r}, which this policy asks for; name them: "
@@ -161,6 +161,12 @@ def find_blocks(
         blocks.append(Block(index, ".".join(filter(None, name)), module, slot))
     _refuse_overlap(blocks)
     return blocks
+
+
+def _declared(declare: Callable[[], Sequence[Slot | nn.Module | str]] | None, level: Level) -> list[Slot]:
+    """The slots of a level that a model declares."""
+    slots = [given if isinstance(given, Slot) else Slot(given) for given in declare()] if declare else []
+    return [slot for slot in slots if slot.level == level]
 
 
 def find_view_groups(model: nn.Module, view_groups: Sequence[ViewGroup] | None) -> tuple[ViewGroup, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from threading import get_ident
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import nn
@@ -25,7 +25,13 @@ from holdover.engine.streams import Stream
 from holdover.engine.trace import Tally, Trace
 from holdover.engine.written import WrittenLatents
 from holdover.slot import ViewGroup
-from holdover.step import ActionLike, Role, Step
+from holdover.step import ActionLike, FrameActions, Role, Step
+
+
+class Removable(Protocol):
+    """Something that attaching has put into the model."""
+
+    def remove(self) -> None: ...
 
 
 class Cache:
@@ -37,7 +43,7 @@ class Cache:
         self._passes: list[Pass] = []  # of the open step, one per policy
         self._thread: int | None = None  # the one that opened it
         self._bytes_at_detach: dict[str, int] | None = None
-        self._hooks: list[Hook | LayoutHook] = [
+        self._hooks: list[Removable] = [
             Hook(block, runtime.shortcuts, partial(self._dispatch, n))
             for n, runtime in enumerate(runtimes)
             for block in runtime.blocks
@@ -78,6 +84,8 @@ class Cache:
         first: int = 0,
         sigma: Any = None,
         action: ActionLike = None,
+        frame_actions: FrameActions = None,
+        shown: int | None = None,
         condition: Any = None,
         commits: bool = True,
         role: Role = "denoise",
@@ -164,6 +172,10 @@ class Cache:
         """Ask at every pass of the model, until `detach`, for the layout of its tokens."""
         if reading := [runtime for runtime in self._runtimes if runtime.reads_layout]:
             self._hooks.append(LayoutHook(model, view_groups, reading))
+
+    def remove_with(self, hook: Removable) -> None:
+        """Take a hook of an adapter out at `detach`."""
+        self._hooks.append(hook)
 
     def reset(self, stream: str | None = None) -> None:
         """Forget a stream, or all of them: its next chunk is its first."""

@@ -104,6 +104,8 @@ class Decider:
                 entry=row.entry(first),
                 tap=partial(self._tap, taps, n, block, args, kwargs),
                 peer=row.entry,
+                view_groups=self._runtime.view_groups,
+                prediction=block.slot.prediction,
             )
             for n, row in enumerate(self._transactions)
         ]

@@ -222,7 +222,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
             numbers=entry["numbers"],
             chunk=entry["chunk"],
             epoch=entry["epoch"],
-            action=_vector(entry["action"]),
+            action=_told(entry["action"]),
             shape=torch.Size(entry["shape"]),
             dtype=getattr(torch, entry["dtype"]),
             device=device,
@@ -233,24 +233,24 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
     for item in plain["chunks"]:
         chunk = ChunkState(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
         for branch, run in item["runs"].items():
-            action, indices = _vector(run["action"]), set(run["indices"])
+            action, indices = _told(run["action"]), set(run["indices"])
             chunk.runs[branch] = BranchRun(run["num_steps"], action, run["epoch"], indices, run["exact"], run["latest"])
         chunk.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
         stream.chunks[item["chunk"]] = chunk
     for branch, known in plain["conditions"].items():
         stream.conditions[branch] = Condition(known["epoch"], digest=known["digest"], by_digest=True)
     for branch, action in plain["full_actions"].items():
-        stream.full_actions[branch] = _vector(action)
+        stream.full_actions[branch] = _told(action)
     stream.nbytes = sum(entry.nbytes for entry in stream.entries.values())
     return stream
 
 
-def _listed(action: tuple[float, ...] | None) -> list[float] | None:
-    return None if action is None else list(action)
+def _listed(told: tuple[tuple[float, ...], ...] | None) -> list[list[float]] | None:
+    return None if told is None else list(map(list, told))
 
 
-def _vector(action: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if action is None else tuple(action)
+def _told(listed: Sequence[Sequence[float]] | None) -> tuple[tuple[float, ...], ...] | None:
+    return None if listed is None else tuple(map(tuple, listed))
 
 
 def _device(block: Block) -> torch.device:

@@ -32,7 +32,7 @@ class BranchRun:
     """
 
     num_steps: int
-    action: tuple[float, ...] | None
+    action: tuple[tuple[float, ...], ...] | None
     epoch: int
     indices: set[int] = field(default_factory=set)
     exact: bool = True
@@ -92,7 +92,7 @@ class Stream:
         entries: the cache entries.
         chunks: the recent chunks by number; ``latest`` is the newest one's, ``count`` how many there were since reset.
         conditions: per branch the current condition.
-        full_actions: per branch the action of the latest chunk that was computed in full.
+        full_actions: per branch what the latest chunk that was computed in full was told.
         passes: per branch how many there were.
         reuses: reused spans since reset; the audit draws its sample by it.
         alarmed: an audit found an error past its limit.
@@ -105,7 +105,7 @@ class Stream:
     count: int = 0
     latest: int | None = None
     conditions: dict[str, Condition] = field(default_factory=dict)
-    full_actions: dict[str, tuple[float, ...] | None] = field(default_factory=dict)
+    full_actions: dict[str, tuple[tuple[float, ...], ...] | None] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
     reuses: int = 0
     alarmed: bool = False
@@ -129,8 +129,8 @@ class Stream:
         """A step's chunk and the branch's run of it, where there are any.
 
         Raises:
-            ValueError: this pass ran already, or ``commits``, or the branch's ``action`` or ``num_steps``, changed
-                within the chunk.
+            ValueError: this pass ran already, or ``commits``, or what the branch is told or its ``num_steps``,
+                changed within the chunk.
         """
         chunk = self.chunks.get(step.chunk)
         if chunk is None:
@@ -149,10 +149,10 @@ class Stream:
             )
         if run is not None and run.num_steps != step.num_steps:
             raise ValueError(f"num_steps changed from {run.num_steps} to {step.num_steps} {where}")
-        if run is not None and run.action != step.action_vector:
+        if run is not None and run.action != step.told:
             raise ValueError(
-                f"action changed from {run.action} to {step.action_vector} {where}; a chunk takes one action, "
-                f"the next chunk the next"
+                f"what its frames are told changed from {run.action} to {step.told} {where}; a chunk takes one action "
+                f"and one plan, the next chunk the next"
             )
         return chunk, run
 

@@ -116,7 +116,7 @@ class Transaction:
             numbers=trigger.learn(call, y),
             chunk=self.ordinal,
             epoch=self.condition.epoch,
-            action=self.step.action_vector,
+            action=self.step.told,
             shape=call.x.shape,
             dtype=call.x.dtype,
             device=call.x.device,
@@ -152,7 +152,7 @@ class Transaction:
         chunk.warm_up |= self.warm_up
         run = chunk.runs.get(step.branch)
         if run is None:
-            run = chunk.runs[step.branch] = BranchRun(step.num_steps, step.action_vector, self._begun)
+            run = chunk.runs[step.branch] = BranchRun(step.num_steps, step.told, self._begun)
         run.indices.add(step.index)
         run.exact &= not self.reused
         run.latest = stream.passes[step.branch] = stream.passes.get(step.branch, 0) + 1
@@ -161,7 +161,7 @@ class Transaction:
                 if block not in self.led:
                     chunk.shared[step.index, block] = step.branch, reused
         if run.exact and len(run.indices) == step.num_steps:
-            stream.full_actions[step.branch] = step.action_vector
+            stream.full_actions[step.branch] = step.told
         stream.conditions[step.branch] = self.condition
         stream.entries.update(self._pending)
         stream.reuses = self.reuses

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from holdover.method import Call, Policy, Predictor
-from holdover.methods.parts.guards import AnyOf, First, Protection, for_steps
+from holdover.methods.parts.guards import AnyOf, First, Protection, for_steps, named
 from holdover.methods.parts.predictors import before
 from holdover.methods.parts.signals import RelativeChange
 from holdover.methods.parts.spans import ProbeAndTail
@@ -67,6 +67,7 @@ def dicache(
         predictor=Extrapolate(gamma="ratio", clamp=gamma),
         lifetime="chunk",
         reads_pass_input=True,
+        guided=named(branches),
     )
 
 

@@ -66,6 +66,7 @@ def magcache(
         ),
         predictor=Residual(),
         lifetime="chunk",
+        guided=tuple(by_branch),
     )
 
 

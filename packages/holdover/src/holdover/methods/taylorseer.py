@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from holdover.method import Call, Policy, Predictor
-from holdover.methods.parts.guards import First, Interval, Protection, for_steps, one_of
+from holdover.methods.parts.guards import First, Interval, Protection, at_least, for_steps, one_of
 from holdover.methods.parts.predictors import before
 from holdover.methods.parts.spans import EachBlock, ProbeAndTail
 from holdover.methods.parts.triggers import Open
@@ -18,6 +18,7 @@ from holdover.methods.parts.triggers import Open
 def taylorseer(
     *,
     every: int = 5,
+    start: int = 0,
     order: Literal[0, 1, 2] = 1,
     span: Literal["all", "block", "sublayer", "model"] = "all",
     retain: First = 0,
@@ -29,11 +30,13 @@ def taylorseer(
     on parabolas, because the second backward difference belongs to a point one interval back.
 
     Left open and chosen here: the steps 0, N, 2N, ... are computed; until enough of them are known, the order is lower;
-    where a step is computed out of turn, the differences are divided by the true distance. The released code for Wan
-    forecasts self-attention, cross-attention and MLP of each block separately, which is the preset.
+    where a step is computed out of turn, the differences are divided by the true distance. The presets are the settings
+    of the released code, which forecasts each attention module and MLP of the blocks by itself, and what the single
+    blocks of HunyuanVideo and FLUX add as a whole.
 
     Args:
         every: N, how many steps apart the computed ones are.
+        start: the first step of that schedule, such as the last of the ``retain`` ones.
         order: how many differences are used; 0 repeats the output.
         span: forecast what ``"all"`` blocks together give, each ``"block"`` by itself, each attention module and MLP in
             the blocks (``"sublayer"``), which the model declares as slots of these kinds, or the whole ``"model"``.
@@ -47,15 +50,35 @@ def taylorseer(
     return Policy(
         name="taylorseer",
         spans=EachBlock() if span in ("block", "sublayer") else ProbeAndTail(0),
-        trigger=Dated(guard=for_steps(retain=retain, last=False, protection=protection) | Interval(every, "steps")),
+        trigger=Dated(guard=for_steps(retain=retain, last=False, protection=protection) | EveryFrom(every, start)),
         predictor=Taylor(order),
         lifetime="chunk",
         level="block" if span == "all" else span,
     )
 
 
-#: The released code's settings for Wan.
-PRESETS = {"released-wan": {"every": 5, "order": 1, "span": "sublayer"}}
+#: The released code's settings by model.
+PRESETS = {
+    "released-wan": {"every": 5, "order": 1, "span": "sublayer"},
+    "released-hunyuan": {"every": 5, "order": 1, "span": "sublayer"},
+    "released-flux": {"every": 6, "start": 2, "order": 1, "span": "sublayer", "retain": 3},
+}
+
+
+@dataclass(frozen=True)
+class EveryFrom:
+    """Computes the steps ``start``, ``start + every``, ``start + 2·every``, ... of a chunk."""
+
+    every: int
+    start: int
+
+    def __post_init__(self) -> None:
+        Interval(self.every, "steps")  # refuses what reuses nothing
+        at_least("start", self.start, 0)
+
+    def __call__(self, call: Call) -> str | None:
+        after = call.step.index - self.start
+        return "interval" if after >= 0 and after % self.every == 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ def worldcache_pcd(
         predictor=extrapolate,
         lifetime="chunk",
         reads_pass_input=True,
+        guided=named(branches),
     )
 
 

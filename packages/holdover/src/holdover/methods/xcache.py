@@ -110,7 +110,8 @@ class DualMetric(Trigger):
     ``d < tau_dev``.
 
     Attributes:
-        action: take the cosine of the chunk's action with the held one as one more entry.
+        action: take the cosine of what each frame is told with what it was told then as one more entry. Where the step
+            has no ``frame_actions``, that is the chunk's action.
         strict_first_step: at the first denoising pass the threshold is 0.999.
     """
 
@@ -132,7 +133,7 @@ class DualMetric(Trigger):
     def judge(self, call: Call, metrics: Mapping[str, float]) -> Verdict:
         cosine, deviation = metrics["cosine"], metrics["deviation"]
         if self.action:
-            cosine = min(cosine, vector_cosine(call.step.action_vector, call.known.action))
+            cosine = min(cosine, told_cosine(call.step.told, call.known.action))
         mean = call.known.numbers.get("mean_cosine", cosine)
         mean = self.alpha * cosine + (1 - self.alpha) * mean
         threshold = max(self.tau_floor, mean - self.margin)
@@ -147,10 +148,15 @@ class DualMetric(Trigger):
         return Verdict(reason, scores, {"mean_cosine": mean})
 
 
-def vector_cosine(a: tuple[float, ...] | None, b: tuple[float, ...] | None) -> float:
-    """Cosine of two actions: 1 if both are zero or absent, 0 if one is, or if they differ in dimensions."""
+def told_cosine(a: tuple[tuple[float, ...], ...] | None, b: tuple[tuple[float, ...], ...] | None) -> float:
+    """The least cosine, frame by frame, of what two passes are told; 0 if one has other frames or is told nothing."""
     if a is None or b is None:
         return float(a is b)
+    return min(map(vector_cosine, a, b)) if len(a) == len(b) else 0.0
+
+
+def vector_cosine(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Cosine of two actions: 1 if both are zero, 0 if one is, or if they differ in dimensions."""
     if len(a) != len(b):
         return 0.0
     norm_a, norm_b = math.hypot(*a), math.hypot(*b)

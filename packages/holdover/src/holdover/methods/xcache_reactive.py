@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from holdover.method import Call, Policy
@@ -16,7 +17,8 @@ def xcache_reactive(*, scale: float | Sequence[float] = 0.05, **options: Any) ->
     """`xcache`, but a new action recomputes the whole chunk.
 
     An action is new when ``max_i |a_i - b_i| / scale_i >= 1``, ``b`` being the action of the latest chunk that was
-    computed in full. This replaces the action's entry in X-Cache's cosine.
+    computed in full. Where the step says what each frame is told (``Step.frame_actions``), every frame is compared.
+    This replaces the action's entry in X-Cache's cosine.
 
     Args:
         scale: change of the action that counts, in its normalised units: one number, or one per dimension.
@@ -38,7 +40,7 @@ class NewAction:
     """Computes the chunk whose action moved by its scale or more in any dimension.
 
     It is compared with the action of the latest chunk that was computed in full, so that small changes add up, and
-    one answer holds for the whole chunk.
+    one answer holds for the whole chunk. Where the step says what each frame is told, every frame is compared.
 
     Attributes:
         scale: change that counts, in the action's units: one number, or one per dimension.
@@ -54,16 +56,20 @@ class NewAction:
             )
 
     def __call__(self, call: Call) -> str | None:
-        action = call.step.action_vector
-        if action is None:
+        told, known = call.step.told, call.full_action
+        if told is None:
             raise ValueError("this policy decides by the action, and the step has none; pass step(action=...)")
-        scales = (self.scale,) * len(action) if isinstance(self.scale, int | float) else self.scale
-        if len(scales) != len(action):
+        scales = (self.scale,) * len(told[0]) if isinstance(self.scale, int | float) else self.scale
+        if len(scales) != len(told[0]):
             raise ValueError(
-                f"scale has {len(scales)} dimensions, the action {len(action)}; give one scale per dimension"
+                f"scale has {len(scales)} dimensions, the action {len(told[0])}; give one scale per dimension"
             )
-        known = call.full_action
-        if known is None or len(known) != len(action):
+        if known is None or len(known) != len(told):
             return "action"
-        moved = max(abs(a - b) / scale for a, b, scale in zip(action, known, scales, strict=True))
-        return "action" if moved >= 1 else None
+        return "action" if any(map(partial(_moved, scales), told, known)) else None
+
+
+def _moved(scales: Sequence[float], action: tuple[float, ...], known: tuple[float, ...]) -> bool:
+    if len(known) != len(action):
+        return True
+    return max(abs(a - b) / scale for a, b, scale in zip(action, known, scales, strict=True)) >= 1

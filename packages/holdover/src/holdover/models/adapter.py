@@ -14,6 +14,9 @@ from holdover.slot import Slot, ViewGroup
 #: Attributes by which accelerate and diffusers mark a module whose weights they move around its forward.
 ACCELERATE, DIFFUSERS, GROUP = "_hf_hook", "_diffusers_hook", "group_offloading"
 
+#: The tap of `Adapter.embedding`.
+EMBEDDING = "time embedding"
+
 
 def any_model(model: nn.Module) -> bool:
     return True
@@ -35,6 +38,7 @@ class Adapter:
         beside: a function of a block: what a reused block returns beside the hidden state. None: what it returned when
             last computed.
         taps: functions of a block: tensors that a policy may read, by name, such as ``modulated``.
+        embedding: the module whose first output is the embedding of the timestep, for blocks that are not given it.
         rows: a function of row numbers and a block's arguments: the arguments for these rows of the batch.
         writes_kv: blocks write keys and values in place in denoising passes, too.
         block_kv_update: a function of a block: whether this call writes the persistent KV cache. None: blocks are not
@@ -62,6 +66,7 @@ class Adapter:
     returns: int = 0
     beside: Callable[..., tuple[Any, ...]] | None = None
     taps: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict, hash=False)
+    embedding: str = ""
     rows: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     writes_kv: bool = False
     block_kv_update: Callable[..., bool] | None = None
@@ -75,8 +80,8 @@ class Adapter:
     tells: Callable[[nn.Module], bool] = any_model
     tested: Literal["class", "pipeline", "contract"] = "class"
 
-    def slots(self, model: nn.Module) -> list[Slot]:
-        """The model's blocks.
+    def slots(self, model: nn.Module, more_taps: Mapping[str, Callable[..., Tensor]] = {}) -> list[Slot]:
+        """The model's blocks; ``more_taps`` are those that belong to this very model.
 
         Raises:
             ValueError: the model is not built as declared, its blocks cannot be reused, or they are offloaded already.
@@ -97,8 +102,13 @@ class Adapter:
                     f"{self.model} has no list of blocks {name!r}, unlike the version that is known; name its blocks: "
                     f"attach(model, policy, slots=[...])"
                 )
-            found += [self._slot(f"{name}.{index}", block) for index, block in enumerate(blocks)]
+            found += [self._slot(f"{name}.{index}", block, more_taps) for index, block in enumerate(blocks)]
         return found
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """The names of all tensors that a policy may read."""
+        return (*self.taps, *([EMBEDDING] if self.embedding else []))
 
     def view_groups(self, model: nn.Module, *args: Any, **kwargs: Any) -> Sequence[ViewGroup]:
         """The layout of the tokens in this pass."""
@@ -114,7 +124,7 @@ class Adapter:
         scale = (told.get("attention_kwargs") or {}).get("scale")  # the strength of a LoRA for this pass
         return condition if scale is None else condition | {"scale": scale}
 
-    def _slot(self, name: str, block: nn.Module) -> Slot:
+    def _slot(self, name: str, block: nn.Module, more_taps: Mapping[str, Callable[..., Tensor]]) -> Slot:
         parameters = inspect.signature(block.forward).parameters
         passed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         if self.hidden not in parameters and not passed_on:
@@ -129,7 +139,7 @@ class Adapter:
             beside=self.beside,
             kv_update=self.block_kv_update,
             writes_kv=self.writes_kv,
-            taps=self.taps,
+            taps={**self.taps, **more_taps},
             rows=self.rows,
         )
 

@@ -11,6 +11,8 @@ from holdover.engine import attach as engine
 from holdover.engine.audit import Audit
 from holdover.engine.cache import Cache
 from holdover.method import Policy
+from holdover.models.adapter import EMBEDDING
+from holdover.models.embedding import Embedding
 from holdover.models.registry import find, unwrapped
 from holdover.slot import Slot, ViewGroup
 
@@ -56,12 +58,15 @@ def attach(
         model = unwrapped(model)
     adapter = None if hasattr(model, "holdover_slots") else find(model)
     innermost = policy if isinstance(policy, Policy) else policy[-1] if policy else None
+    embedding = None
     if adapter is not None and innermost is not None and innermost.level == "block":
         if slots is None:
-            slots = adapter.slots(model)
+            if adapter.embedding and getattr(innermost.trigger.signal, "of", None) == EMBEDDING:
+                embedding = Embedding(model.get_submodule(adapter.embedding))
+            slots = adapter.slots(model, {} if embedding is None else {EMBEDDING: embedding.tap})
         if view_groups is None and adapter.grid is not None:
             view_groups = adapter.view_groups
-    return engine.attach(
+    cache = engine.attach(
         model,
         policy,
         slots=slots,
@@ -71,3 +76,7 @@ def attach(
         process_group=process_group,
         trace=trace,
     )
+    if embedding is not None:
+        embedding.watch()
+        cache.remove_with(embedding)
+    return cache

@@ -33,6 +33,16 @@ def modulated(block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, 
     return output
 
 
+def told(name: str) -> Callable[..., Tensor]:
+    """An argument of a block."""
+
+    def argument(block: Any, *args: Any, **kwargs: Any) -> Tensor:
+        value: Tensor = inspect.signature(block.forward).bind(*args, **kwargs).arguments[name]
+        return value
+
+    return argument
+
+
 def modulated_ltx(block: Any, *, hidden_states: Tensor, temb: Tensor, **kwargs: Any) -> Tensor:
     values = block.scale_shift_table + temb.unflatten(-1, (len(block.scale_shift_table), -1))
     shift, scale = values.unbind(-2)[:2]
@@ -112,7 +122,8 @@ def _wan(model: str, family: str, **more: Any) -> Adapter:
     """A model of Wan's blocks: ``block(hidden_states, encoder_hidden_states, temb, ...)``."""
     fields = {
         "blocks": ("blocks",),
-        "taps": {"modulated": modulated},
+        "taps": {"modulated": modulated, "time projection": told("temb")},
+        "embedding": "condition_embedder",
         "rows": first_three,
         "grid": patches,
         "condition": WAN,
@@ -132,8 +143,16 @@ DIFFUSERS = (
     _wan("WanAnimateTransformer3DModel", "Wan Animate", condition=(*WAN, "pose_hidden_states", "face_pixel_values")),
     _wan("ChronoEditTransformer3DModel", "ChronoEdit"),
     _wan("SkyReelsV2Transformer3DModel", "SkyReels-V2, diffusion forcing too", condition=(*WAN, "fps")),
-    # Its tokens begin with a history of other sizes. Each video has its own rotary embedding.
-    _wan("HeliosTransformer3DModel", "Helios", grid=None, rows=None, given=None),
+    # Its tokens begin with a history of other sizes and noise. Each video has its own rotary embedding.
+    _wan(
+        "HeliosTransformer3DModel",
+        "Helios",
+        grid=None,
+        rows=None,
+        given=None,
+        taps={"modulated": modulated},
+        embedding="",
+    ),
     _wan("AnyFlowTransformer3DModel", "AnyFlow", given=None),
     _wan(
         "AnyFlowFARTransformer3DModel",
@@ -213,6 +232,7 @@ DIFFUSERS = (
     Adapter(
         model="CogVideoXTransformer3DModel",
         family="CogVideoX",
+        taps={"time embedding": told("temb")},
         grid=patches,
         condition=("encoder_hidden_states", "ofs"),
         given=beside(2),

@@ -45,7 +45,7 @@ def models_markdown() -> str:
         "contract": "a contract of its blocks",
     }
     lines = [
-        "| model | class | tokens | KV writes | batch | modulated input | tested |",
+        "| model | class | tokens | KV writes | batch | taps | tested |",
         "|---|---|---|---|---|---|---|",
     ]
     for adapter in adapters():
@@ -58,7 +58,7 @@ def models_markdown() -> str:
             "on a grid" if adapter.grid else "a sequence",
             told,
             "row by row" if adapter.rows else "whole",
-            "yes" if "modulated" in adapter.taps else "no",
+            ", ".join(adapter.tapped) or "none",
             f"refused: {adapter.refused}" if adapter.refused else tested[adapter.tested],
         ]
         lines.append(f"| {' | '.join(cells)} |")

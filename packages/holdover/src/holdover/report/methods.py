@@ -9,11 +9,12 @@ from dataclasses import fields
 from rich.table import Table
 
 from holdover.method import Trigger
+from holdover.methods.light_interaction import CameraOverlap
 from holdover.methods.parts.guards import AnyOf
 from holdover.methods.registry import method, policies, presets
 
 #: Options without which a method cannot be made. Their values do not matter here.
-CALIBRATED = {"magcache": {"ratios": (1.0,)}}
+CALIBRATED = {"magcache": {"ratios": (1.0,)}, "light_interaction": {"familiar": CameraOverlap}}
 COLUMNS = ("method", "axis", "span", "signal", "trigger", "predictor", "guards", "source")
 
 
@@ -38,7 +39,7 @@ def method_rows() -> Iterator[tuple[str, ...]]:
 
 def _options(trigger: Trigger) -> str:
     """A trigger as its repr has it, without guard and signal, which have columns of their own."""
-    own = [field.name for field in fields(trigger) if field.name not in ("guard", "signal")]
+    own = [field.name for field in fields(trigger) if field.repr and field.name not in ("guard", "signal")]
     return f"{type(trigger).__name__}({', '.join(f'{name}={getattr(trigger, name)!r}' for name in own)})"
 
 
