@@ -35,7 +35,7 @@ def play(model: ToyModel, cache: holdover.Cache, loop: ToyLoop, chunks: int) -> 
 @pytest.mark.parametrize("spans", [2, 3, BLOCKS])
 def test_decisions_are_those_of_block_after_block(spans: int) -> None:
     runs = []
-    for policy in (holdover.xcache(), ahead(spans)):
+    for policy in (ahead(1), ahead(spans)):
         model = ToyModel()
         with holdover.attach(model, policy) as cache:
             outputs = play(model, cache, ToyLoop(), CHUNKS)
@@ -53,7 +53,7 @@ def test_decisions_are_those_of_block_after_block(spans: int) -> None:
 def test_a_run_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads, tolist = [], Tensor.tolist
     counts = []
-    for policy in (holdover.xcache(), ahead(BLOCKS)):
+    for policy in (ahead(1), ahead(BLOCKS)):
         model = ToyModel()
         with holdover.attach(model, policy) as cache:
             loop = ToyLoop()
@@ -89,7 +89,7 @@ def test_a_run_ends_at_the_first_block_that_must_be_computed() -> None:
     model = ToyModel()
     with holdover.attach(model, replace(holdover.xcache(tau_dev=0.22, alpha=1.0), look_ahead=BLOCKS)) as cache:
         play(model, cache, ToyLoop(), CHUNKS)
-    with holdover.attach(model, holdover.xcache(tau_dev=0.22, alpha=1.0)) as alone:
+    with holdover.attach(model, replace(holdover.xcache(tau_dev=0.22, alpha=1.0), look_ahead=1)) as alone:
         play(model, alone, ToyLoop(), CHUNKS)
     assert [d.reason for d in cache.trace] == [d.reason for d in alone.trace]
     assert cache.stats().reasons["deviation"] > 5

@@ -184,7 +184,7 @@ class XCache:
 
 
 def case(**options: Any) -> Case:
-    return Case("xcache", XCache, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS})
+    return Case("xcache", XCache, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS}, tolerance=1e-5)
 
 
 DEFAULT = case()

@@ -54,7 +54,7 @@ class XCacheReactive(XCache):
 
 
 def case(**options: Any) -> Case:
-    return Case("xcache_reactive", XCacheReactive, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS})
+    return Case("xcache_reactive", XCacheReactive, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS}, tolerance=1e-5)
 
 
 DEFAULT = case()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from holdover.decision import ACTION, WARM_UP
+from holdover.engine.ahead import LookAhead
 from holdover.engine.blocks import Block
 from holdover.engine.gradients import recorded, warn
 from holdover.engine.rows import Rows
@@ -66,13 +66,7 @@ class Decider:
         parts = self._rows.split(x)
         signal = self._runtime.signal(parts[0])
         calls = self._make_calls(block, span, parts, pass_input, args, kwargs)
-        if foreseen is not None:
-            decided = [Decided(span, calls, foreseen)]
-        elif signal is not None and self._runtime.policy.look_ahead > 1 and (ahead := self._runtime.spans_after(span)):
-            decided = self._judge_ahead(span, calls, signal, ahead)
-        else:
-            verdicts = [self._judge(row, call, signal) for row, call in zip(self._transactions, calls, strict=True)]
-            decided = [Decided(span, calls, verdicts)]
+        decided = [Decided(span, calls, foreseen)] if foreseen is not None else self._judge_all(span, calls, signal)
         if self._alone:
             return decided
         verdicts = self._agree(decided[0].verdicts, x, self._rows.batched and self._runtime.splits(span))
@@ -123,11 +117,38 @@ class Decider:
             taps[name] = self._rows.split(block.tap(name, args, kwargs))
         return taps[name][row]
 
+    def _judge_all(self, span: Span, calls: list[Call], signal: Signal | None) -> list[Decided]:
+        """Judge a span and, where the policy looks ahead, those after it, up to the first that is not reused."""
+        rows = self._transactions
+        if signal is None or self._runtime.policy.look_ahead == 1:
+            verdicts = [self._judge(row, call, signal) for row, call in zip(rows, calls, strict=True)]
+            return [Decided(span, calls, verdicts)]
+        forced = [self._forced(row, call) for row, call in zip(rows, calls, strict=True)]
+        ahead = self._runtime.spans_after(span, min(row.reach for row in rows))
+        if not ahead or any(reason is not None for reason in forced):
+            triples = zip(rows, calls, forced, strict=True)
+            found = [Decided(span, calls, [self._verdict(*triple, signal) for triple in triples])]
+            asked = 1
+        else:
+            look, found = LookAhead(self._runtime, rows, calls, ahead, self._forced), []
+            for own_calls, metrics in zip(look.lineup, look.measure(signal), strict=True):
+                verdicts = [self._weigh(*each) for each in zip(rows, own_calls, metrics, strict=True)]
+                found.append(Decided(own_calls[0].span, own_calls, verdicts))
+                if not found[-1].reused:
+                    break
+            asked = len(look.lineup)
+        if all(reason is None for reason in forced):
+            for row in rows:
+                row.ran_on(sum(each.reused for each in found), asked)
+        return found
+
     def _judge(self, row: Transaction, call: Call, signal: Signal | None) -> Verdict:
         """Whether a span is computed: what forces it, else the trigger by its signal."""
-        reason = self._forced(row, call)
-        if reason is not None:
-            return Verdict(reason)
+        return self._verdict(row, call, self._forced(row, call), signal)
+
+    def _verdict(self, row: Transaction, call: Call, forced: str | None, signal: Signal | None) -> Verdict:
+        if forced is not None:
+            return Verdict(forced)
         metrics: dict[str, float] = {}
         if signal is not None:
             call.signal = signal.read(call)
@@ -169,53 +190,6 @@ class Decider:
             row.update(call, verdict.numbers)
         led = policy.one_for_all_branches and row.led.get(call.span.first)
         return verdict._replace(reason=None) if led else verdict
-
-    def _judge_ahead(self, span: Span, calls: list[Call], signal: Signal, ahead: Sequence[Span]) -> list[Decided]:
-        """Judge a span and those after it, up to the first that is not reused; the device is read once for all."""
-        forced = [self._forced(row, call) for row, call in zip(self._transactions, calls, strict=True)]
-        asked = [call for call, reason in zip(calls, forced, strict=True) if reason is None]
-        for call in asked:
-            call.signal = signal.read(call)
-        lineup = [(span, calls)]
-        if len(asked) == len(calls):
-            lineup += self._line_up(calls, ahead)
-        measured = self._measure(signal, [*asked, *(call for _, own in lineup[1:] for call in own)])
-        found = []
-        for each, own_calls in lineup:
-            verdicts = [
-                Verdict(reason) if reason is not None else self._weigh(row, call, next(measured))
-                for row, call, reason in zip(self._transactions, own_calls, forced, strict=True)
-            ]
-            found.append(Decided(each, own_calls, verdicts))
-            if not found[-1].reused:
-                break
-        return found
-
-    def _line_up(self, calls: list[Call], ahead: Sequence[Span]) -> list[tuple[Span, list[Call]]]:
-        """The later spans that can be judged from here: what the spans before them add to the signal is known."""
-        found = []
-        for each in ahead:
-            following = [self._following(row, call, each) for row, call in zip(self._transactions, calls, strict=True)]
-            calls = [call for call in following if call is not None]
-            if len(calls) < len(following):
-                break
-            found.append((each, calls))
-        return found
-
-    def _following(self, row: Transaction, call: Call, span: Span) -> Call | None:
-        """A later span's call, if the one before is reused; None where the signal of its input is not to be known."""
-        change, entry = call.known.tensors.get("signal change"), row.entry(span.first)
-        if change is None or call.known.extras or call.signal is None:
-            return None
-        following = replace(call, span=span, kind=self._runtime.blocks[span.first].slot.kind, entry=entry)
-        following.signal = call.signal + change
-        return following if self._forced(row, following) is None else None
-
-    def _measure(self, signal: Signal, asked: Sequence[Call]) -> Iterator[dict[str, float]]:
-        """The metrics of calls, read from the device at once."""
-        signals = [(call.signal, call.known.tensors["signal"]) for call in asked]
-        numbers = [signal.compare(now, then) for now, then in signals if now is not None]
-        yield from map(signal.metrics, torch.stack(numbers).tolist() if numbers else ())
 
     def _agree(self, verdicts: list[Verdict], x: Tensor, apart: bool) -> list[Verdict]:
         """What each row does, given what other rows, or other ranks, need."""

@@ -95,12 +95,12 @@ class Runtime:
         """Whether a block, when computed, also gives the memory that parts of it need later."""
         return block.slot.kind in self.policy.parts and block.slot.part not in (None, by_token)
 
-    def spans_after(self, span: Span) -> Sequence[Span]:
-        """The spans that may be decided together with this one."""
-        if self.policy.look_ahead == 1 or self.audit.rate > 0 or self.process_group is not None:
+    def spans_after(self, span: Span, spans: int) -> Sequence[Span]:
+        """The spans that may be decided together with this one, so many with it."""
+        if self.audit.rate > 0 or self.process_group is not None:
             return ()
         at = self.spans.index(span) + 1
-        ahead = self.spans[at : at + self.policy.look_ahead - 1]
+        ahead = self.spans[at : at + spans - 1]
         probe = next((n for n, span in enumerate(ahead) if span.computed is not None), len(ahead))
         return ahead[:probe]
 

@@ -190,6 +190,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
         "conditions": known,
         "full_actions": {branch: _listed(action) for branch, action in stream.full_actions.items()},
         "passes": stream.passes,
+        "reach": [[*place, spans] for place, spans in stream.reach.items()],
         "reuses": stream.reuses,
         "alarmed": stream.alarmed,
         "barren": stream.barren,
@@ -204,6 +205,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
         count=plain["count"],
         latest=plain["latest"],
         passes=dict(plain["passes"]),
+        reach={(branch, index): spans for branch, index, spans in plain["reach"]},
         reuses=plain["reuses"],
         alarmed=plain["alarmed"],
         barren=plain["barren"],
@@ -241,7 +243,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
         stream.conditions[branch] = Condition(known["epoch"], digest=known["digest"], by_digest=True)
     for branch, action in plain["full_actions"].items():
         stream.full_actions[branch] = _told(action)
-    stream.nbytes = sum(entry.nbytes for entry in stream.entries.values())
+    stream.count_bytes()
     return stream
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holdover.decision import REUSE
+from holdover.engine.ahead import predict_run
 from holdover.engine.blocks import Block
 from holdover.engine.decide import Decided
 from holdover.engine.rows import Rows
@@ -87,7 +87,7 @@ class SpanRun:
             self._beside = self._beside or bool(known.extras)
         else:
             calls = [each.calls[n] for each in self._spans]
-            y, known = self._predictor.predict_run(calls), calls[-1].known
+            y, known = predict_run(self._runtime, self._transactions[n], calls), calls[-1].known
             self._beside = self._beside or any(call.known.extras for call in calls)
         dtype = known.out_dtype
         self._predictions[n] = y if y.dtype == dtype else y.to(dtype)
@@ -216,17 +216,13 @@ class SpanRun:
 
     def _remember(self, block: Block, hidden: Tensor) -> None:
         """Make the entries of the rows that were computed."""
-        extras, signal = self._lasting(), self._runtime.policy.trigger.signal
+        extras = self._lasting()
         left_out = self._left_out(self._spans[0], self._labels[0]) if self.first < self.last else ()
         for at, (n, y) in enumerate(zip(self._computed, self._rows.split(hidden), strict=True)):
             call, count = self._calls[n], len(self._computed)
             beside: dict[str, Tensor] = {}
             if call.signal is not None:
                 beside["signal"] = call.signal.detach()
-                if self._runtime.policy.look_ahead > 1 and y.shape == call.x.shape and signal is not None:
-                    after = self._runtime.signal(y)
-                    assert after is not None
-                    beside["signal change"] = after.read(replace(call, x=y)) - call.signal
             own = {b: self._rows.extras(at, count, block, items) for b, items in extras.items()}
             memory = self._rows.memory(at, count, self._memory)
             self._transactions[n].hold(call, y, beside, own, memory, left_out)

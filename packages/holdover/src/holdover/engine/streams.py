@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from weakref import ReferenceType
+
+from torch import Tensor
 
 from holdover.engine import condition as conditions
 from holdover.method import Entry
@@ -84,6 +87,35 @@ class Condition:
         return not conditions.same(self.frozen, condition)
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is known of several spans in a row before they run. It holds as long as their entries do.
+
+    Attributes:
+        signals: of the entries; an entry that is made anew has another one.
+        then: these signals, stacked.
+        change: stacked, what the spans before each of them add to the signal of the first one's input.
+        spans, added: what so many of them, reused as a whole, add to the hidden state.
+    """
+
+    signals: tuple[ReferenceType[Tensor], ...]
+    then: Tensor
+    change: Tensor
+    spans: int = 0
+    added: Tensor | None = None
+
+    def holds_for(self, signals: Sequence[Tensor]) -> bool:
+        """Whether it was made of entries with these signals."""
+        return len(signals) == len(self.signals) and all(
+            known() is own for known, own in zip(self.signals, signals, strict=True)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the entries do not hold."""
+        return self.change.nbytes + (0 if self.added is None else self.added.nbytes)
+
+
 @dataclass(slots=True)
 class Stream:
     """Everything that is remembered of one video under one policy.
@@ -94,10 +126,12 @@ class Stream:
         conditions: per branch the current condition.
         full_actions: per branch what the latest chunk that was computed in full was told.
         passes: per branch how many there were.
+        runs: what is known of spans in a row, by the first one's key; made anew from the entries.
+        reach: per branch and pass index, how many spans to decide at once.
         reuses: reused spans since reset; the audit draws its sample by it.
         alarmed: an audit found an error past its limit.
         barren: chunks in a row in which no trigger was asked; None once one was.
-        nbytes: bytes of the entries' tensors.
+        nbytes: bytes of the entries' tensors, and of what is known of runs.
     """
 
     entries: dict[Key, Entry] = field(default_factory=dict)
@@ -107,6 +141,8 @@ class Stream:
     conditions: dict[str, Condition] = field(default_factory=dict)
     full_actions: dict[str, tuple[tuple[float, ...], ...] | None] = field(default_factory=dict)
     passes: dict[str, int] = field(default_factory=dict)
+    runs: dict[Key, Run] = field(default_factory=dict)
+    reach: dict[tuple[str, int], int] = field(default_factory=dict)
     reuses: int = 0
     alarmed: bool = False
     barren: int | None = 0
@@ -123,6 +159,8 @@ class Stream:
             conditions=dict(self.conditions),
             full_actions=dict(self.full_actions),
             passes=dict(self.passes),
+            runs=dict(self.runs),
+            reach=dict(self.reach),
         )
 
     def find(self, step: Step) -> tuple[ChunkState, BranchRun | None] | tuple[None, None]:
@@ -210,8 +248,13 @@ class Stream:
 
     def keep(self, keys: Sequence[Key]) -> None:
         """Keep these entries alone."""
-        self.entries = {key: self.entries[key] for key in keys}
+        self.entries, self.runs = {key: self.entries[key] for key in keys}, {}
+        self.count_bytes()
+
+    def count_bytes(self) -> None:
+        """Count the bytes of all tensors anew."""
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
+        self.nbytes += sum(run.nbytes for run in self.runs.values())
 
     def _close_latest(self) -> None:
         """Count how many chunks in a row asked no trigger, warm-up left out."""

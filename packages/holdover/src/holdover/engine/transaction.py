@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from holdover.engine import condition as conditions
-from holdover.engine.streams import BranchRun, Condition, Key, Stream
+from holdover.engine.streams import BranchRun, Condition, Key, Run, Stream
 from holdover.engine.trace import place
 from holdover.method import Call, Entry, Policy
 from holdover.step import Step
@@ -31,6 +31,7 @@ class Transaction:
         self.audit_errors: list[float] = []
         self.reuses = self.stream.reuses
         self._policy, self._max_bytes = policy, max_bytes
+        self._reach = self.stream.reach.get((step.branch, step.index), policy.look_ahead)
         chunk, run = self.stream.find(step)
         if run is None and policy.lifetime == "chunk":
             self.stream.free(step.branch)
@@ -59,6 +60,28 @@ class Transaction:
         """The entry of the span that begins at a block, this pass included; or of that span in another branch."""
         key = self._key(block, branch)
         return self._pending.get(key) or self.stream.entries.get(key)
+
+    def run(self, block: int) -> Run | None:
+        """What is known of the spans in a row that begin at a block."""
+        return self.stream.runs.get(self._key(block))
+
+    def keep_run(self, block: int, run: Run) -> None:
+        """Keep what is known of the spans in a row that begin at a block, if it fits."""
+        key = self._key(block)
+        old = self.stream.runs.pop(key, None)
+        self.stream.nbytes -= old.nbytes if old else 0
+        if self._max_bytes is None or self.stream.nbytes + run.nbytes <= self._max_bytes:
+            self.stream.runs[key] = run
+            self.stream.nbytes += run.nbytes
+
+    @property
+    def reach(self) -> int:
+        """How many spans to decide at once in this pass."""
+        return self._reach
+
+    def ran_on(self, reused: int, asked: int) -> None:
+        """So many of the spans that were decided at once were reused: look further ahead next time, or less far."""
+        self._reach = min(2 * self._reach, self._policy.look_ahead) if reused == asked else max(1, reused)
 
     def refusal(self, call: Call) -> str | None:
         """The engine's own reasons to compute a span."""
@@ -165,6 +188,8 @@ class Transaction:
         stream.conditions[step.branch] = self.condition
         stream.entries.update(self._pending)
         stream.reuses = self.reuses
+        if self._policy.look_ahead > 1:
+            stream.reach[step.branch, step.index] = self._reach
         if self._policy.lifetime == "chunk" and len(run.indices) == run.num_steps:
             stream.end(chunk)
 
@@ -177,7 +202,7 @@ class Transaction:
             old = stream.entries.get(key)
             if old is not None and old.tensors:
                 stream.entries[key] = old.voided("interrupted")
-        stream.nbytes = sum(entry.nbytes for entry in stream.entries.values())
+        stream.count_bytes()
 
     def _replace(self, call: Call, entry: Entry) -> None:
         assert call.entry is not None

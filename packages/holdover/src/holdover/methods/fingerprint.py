@@ -100,17 +100,17 @@ class PreparedFingerprint(Signal):
         """The sums of now·then, now², then² and abs(then), each by entry; after these, per group the largest change."""
         dot = torch.linalg.vecdot
         with _in_float32(now.device):
-            held_2S = self._of_held.get(then)
-            if held_2S is None:
-                held_2S = self._of_held[then] = self._by_entry(dot(then, then), then.abs().sum(2))
-            moved_2S = self._by_entry(dot(now, then), dot(now, now))
-        change_N = (now - then).abs_().amax((0, 2))[: self._sampled]
-        largest_G = (self._member_GN * change_N).amax(1)
-        return torch.cat([moved_2S.flatten(), held_2S.flatten(), largest_G])
+            held = self._of_held.get(then)
+            if held is None:
+                held = self._of_held[then] = self._by_entry(dot(then, then), then.abs().sum(-1))
+            moved = self._by_entry(dot(now, then), dot(now, now))
+        change_N = (now - then).abs_().amax((-3, -1))[..., : self._sampled]
+        largest_G = (self._member_GN * change_N[..., None, :]).amax(-1)
+        return torch.cat([moved, held, largest_G], -1)
 
     def _by_entry(self, *sums_BN: Tensor) -> Tensor:
-        """Sums over the tokens of each entry."""
-        return (torch.stack(sums_BN)[:, None] * self._member_SN[:, None]).sum((2, 3))
+        """Sums over the tokens of each entry, ``[..., 2·S]``."""
+        return torch.cat([(sums.sum(-2)[..., None, :] * self._member_SN).sum(-1) for sums in sums_BN], -1)
 
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
         """``cosine`` and ``deviation``, NaN where either fingerprint is not finite."""

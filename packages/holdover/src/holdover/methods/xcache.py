@@ -16,6 +16,9 @@ from holdover.methods.parts.spans import EachBlock
 #: The threshold of the relaxed step-0 protection.
 STRICT = 0.999
 
+#: So many blocks are decided at once at most.
+MOST = 128
+
 
 def xcache(
     *,
@@ -77,6 +80,7 @@ def xcache(
         ),
         predictor=Residual(),
         per_index=True,
+        look_ahead=MOST,
     )
 
 

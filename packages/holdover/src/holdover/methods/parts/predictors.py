@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,12 +26,8 @@ class Residual(Predictor):
     def predict(self, call: Call) -> Tensor:
         return call.x + call.known.tensors["residual"]
 
-    def predict_run(self, calls: Sequence[Call]) -> Tensor:
-        """The residuals of several spans are summed, and added at once."""
-        total = calls[0].known.tensors["residual"]
-        for call in calls[1:]:
-            total = total + call.known.tensors["residual"]
-        return calls[0].x + total
+    def added(self, entry: Entry) -> Tensor:
+        return entry.tensors["residual"]
 
 
 @dataclass(frozen=True)
