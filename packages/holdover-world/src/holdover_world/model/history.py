@@ -46,6 +46,19 @@ class WorldHistory:
         """Latent frames in the KV cache."""
         return self.kv.length
 
+    @property
+    def conditions(self) -> tuple[object, ...]:
+        """What a window is drawn from, besides noise and actions: whatever changes is another object then."""
+        return self.last, self.ego, self.sites
+
+    def poses(self, action_BFA: Tensor) -> Tensor:
+        """The poses of the next latent frames under these actions, relative to the newest one's.
+
+        Returns:
+            x, y (m) and yaw (rad), ``[B, F, K, 3]``, for each of the K video frames of a latent frame.
+        """
+        return self.ego.ahead(action_BFA).unflatten(1, (-1, FRAMES))
+
     def commit(self, latents_BFNP: Tensor, action_BFA: Tensor | None, done_BFA: Tensor | None = None) -> None:
         """Add latent frames, whose keys and values are staged.
 
