@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import holdover
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.measure.race import Arm, ArmRun, Race, fork
 from holdover_world.model.transformer import WorldModel

@@ -24,6 +24,7 @@ import pyarrow.parquet
 import ray
 import yaml
 
+from holdover.decision import WINDOW
 from holdover_world.env.drive_env import Course, DriveEnv, shipped_course
 from holdover_world.scene.vehicles import MAX_SPEED, normalise_action
 
@@ -125,8 +126,8 @@ def drive_episode(course: Course, episode: Episode) -> dict[str, Any]:
         assert made is not None
         steps, total, seconds = steps + 1, total + reward, seconds + made.seconds
         offset = max(offset, abs(info["offset"]))
-        reused += sum(not d.computed for d in made.decisions)
-        calls += sum(d.role == "denoise" for d in made.decisions)
+        reused += sum(d.reused for d in made.decisions)
+        calls += sum(d.role == "denoise" and d.reason != WINDOW for d in made.decisions)
         for camera in sorted(made.frames):
             digest.update(np.ascontiguousarray(made.frames[camera]).tobytes())
         if over:

@@ -131,6 +131,7 @@ class Call:
         signal: the trigger's signal of this call, once read.
         part: the tokens that are computed where the verdict asks for a part of the span, None else.
         prediction: what the span's first slot says that a model as a whole returns.
+        view_groups: how the tokens of a latent frame lie; empty where the model does not say.
     """
 
     step: Step
@@ -147,6 +148,7 @@ class Call:
     signal: Tensor | None = None
     part: Tensor | None = None
     prediction: Prediction | None = None
+    view_groups: tuple[ViewGroup, ...] = ()
 
     @property
     def known(self) -> Entry:
@@ -211,8 +213,12 @@ def no_guard(call: Call) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Trigger(ABC):
-    """When a span is computed: the guard may force it, else `judge` decides by the signal's metrics."""
+    """When a span is computed: the guard may force it, else `judge` decides by the signal's metrics.
 
+    ``by_frame``: it tells latent frames apart, so that a model without view groups is refused.
+    """
+
+    by_frame: ClassVar[bool] = False
     guard: Guard = no_guard
     signal: Signal | None = None
 

@@ -89,6 +89,29 @@ class Located(Protocol):
 
 
 @runtime_checkable
+class Conditioned(Protocol):
+    """A history of which more than clean passes may change what a window is drawn from."""
+
+    @property
+    def conditions(self) -> tuple[object, ...]:
+        """What a window is drawn from, besides the noise and the actions. Whatever changes is another object then."""
+        ...
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """A history that knows how the camera moves."""
+
+    def poses(self, action_BFA: Tensor) -> Tensor:
+        """The poses from which the next latent frames are seen under these actions: x, y (m) and yaw (rad).
+
+        Returns:
+            ``[B, F, K, 3]``, for each of the K video frames of a latent frame.
+        """
+        ...
+
+
+@runtime_checkable
 class Saved(Protocol):
     """A history that can be written to a file."""
 
@@ -106,4 +129,17 @@ class LoopCache(Protocol):
 
     def exact(self, stream: str) -> bool:
         """Whether every block of the stream's newest chunk was computed."""
+        ...
+
+    def hold(self, *, chunk: int, num_steps: int, stream: str, branches: Sequence[str]) -> None:
+        """Note a chunk that shows the next frame of the window in hand and runs no pass."""
+        ...
+
+
+@runtime_checkable
+class Drafts(Protocol):
+    """A cache whose policies may compute some latent frames of a window and leave the others."""
+
+    def drafts(self, stream: str) -> Sequence[int]:
+        """The latent frames that the stream's newest chunk left."""
         ...

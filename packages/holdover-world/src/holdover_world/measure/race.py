@@ -24,8 +24,10 @@ from holdover.decision import Decision, Stats
 from holdover.engine.attach import attach
 from holdover.engine.cache import Cache
 from holdover.method import Policy
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig, Piece
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import Scenario
+from holdover_world.loop.state import Piece
 from holdover_world.model.transformer import WorldModel
 
 STREAM = "default"
@@ -187,6 +189,9 @@ class _Echo:
 
     def exact(self, _stream: str) -> bool:
         return self._leader.exact[-1]
+
+    def hold(self, **_fields: Any) -> None:
+        """A reference runs all its passes."""
 
 
 class Follower:

@@ -292,13 +292,13 @@ class Hub:
                 seat.reader.wake.set()
 
     def _count(self, seat: Seat, made: SessionChunk, late: bool, latency: float | None) -> None:
-        metrics, reused = self.metrics, sum(not d.computed for d in made.decisions)
+        metrics, reused = self.metrics, sum(d.reused for d in made.decisions)
         if seat.created is not None:
             metrics.first_frame.observe(time.monotonic() - seat.created)
             seat.created = None
         metrics.chunk.observe(made.seconds)
         metrics.calls.labels("reused").inc(reused)
-        metrics.calls.labels("computed").inc(len(made.decisions) - reused)
+        metrics.calls.labels("computed").inc(sum(d.computed for d in made.decisions))
         metrics.misses.inc(late)
         if latency is not None:
             metrics.latency.observe(latency)

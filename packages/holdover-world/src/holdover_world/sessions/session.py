@@ -18,8 +18,9 @@ from torch import Tensor
 
 from holdover.decision import Decision
 from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
-from holdover_world.loop import closed_loop
-from holdover_world.loop.closed_loop import ClosedLoop, LoopState
+from holdover_world.loop import batch
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.state import LoopState
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.sessions.world import World
@@ -311,7 +312,7 @@ def advance(
     """
     commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
     results: dict[int, SessionChunk | Exception] = {}
-    for members in closed_loop.batches([session.loop for session in sessions]):
+    for members in batch.batches([session.loop for session in sessions]):
         made = _advance([sessions[n] for n in members], [commands[n] for n in members])
         results |= zip(members, made, strict=True)
     return [results[n] for n in range(len(sessions))]
@@ -323,7 +324,7 @@ def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> li
     cache = world.attached(sessions[0].policy).cache
     save_points = [session.save_point() for session in sessions]
     try:
-        pieces = closed_loop.advance([session.loop for session in sessions], commands)
+        pieces = batch.advance([session.loop for session in sessions], commands)
         shown = [(world.frames(piece), world.depth(piece)) for piece in pieces]
     except BaseException as error:
         for session, saved in zip(sessions, save_points, strict=True):

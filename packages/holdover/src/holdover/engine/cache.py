@@ -165,6 +165,11 @@ class Cache:
         return tuple(self._runtimes[0].streams)
 
     @property
+    def open_steps(self) -> Sequence[Step]:
+        """The open step, one per row of the batch; empty between passes."""
+        return self._steps
+
+    @property
     def in_step(self) -> bool:
         """Whether a step is open."""
         return bool(self._passes)
@@ -194,6 +199,17 @@ class Cache:
         for runtime in self._runtimes:
             if stream in runtime.streams:
                 runtime.streams[stream] = runtime.streams[stream].restarted()
+
+    def hold(self, *, chunk: int, num_steps: int = 1, stream: str = "default", branches: Sequence[str] = ("",)) -> None:
+        """Note a chunk that shows the next frame of the window in hand, and runs none of its passes.
+
+        Raises:
+            ValueError: the stream holds nothing, or the chunk ran passes or was held already.
+        """
+        self._require_no_pass("hold")
+        self._require_stream(stream)
+        for runtime in self._runtimes:
+            runtime.hold(chunk, num_steps, stream, branches)
 
     def give_up(self, chunk: int, stream: str = "default") -> None:
         """Free what a chunk holds for itself: it ends before its last pass, or another model runs the rest."""

@@ -189,6 +189,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
         "latest": stream.latest,
         "conditions": known,
         "full_actions": {branch: _listed(action) for branch, action in stream.full_actions.items()},
+        "held": stream.held,
         "reuses": stream.reuses,
         "alarmed": stream.alarmed,
         "barren": stream.barren,
@@ -202,6 +203,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
     stream = Stream(
         count=plain["count"],
         latest=plain["latest"],
+        held=plain["held"],
         reuses=plain["reuses"],
         alarmed=plain["alarmed"],
         barren=plain["barren"],

@@ -94,6 +94,7 @@ class Stream:
         chunks: the recent chunks by number; ``latest`` is the newest one's, ``count`` how many there were since reset.
         conditions: per branch the current condition.
         full_actions: per branch what the latest chunk that was computed in full was told.
+        held: the number of the latest chunk that ran no pass.
         reuses: reused spans since reset; the audit draws its sample by it.
         alarmed: an audit found an error past its limit.
         barren: chunks in a row in which no trigger was asked; None once one was.
@@ -106,6 +107,7 @@ class Stream:
     latest: int | None = None
     conditions: dict[str, Condition] = field(default_factory=dict)
     full_actions: dict[str, tuple[tuple[float, ...], ...] | None] = field(default_factory=dict)
+    held: int | None = None
     reuses: int = 0
     alarmed: bool = False
     barren: int | None = 0
@@ -132,6 +134,7 @@ class Stream:
         """
         chunk = self.chunks.get(step.chunk)
         if chunk is None:
+            self._require_not_held(step.chunk, step.stream)
             return None, None
         where = f"within chunk {step.chunk} of stream {step.stream!r}"
         if chunk.commits != step.commits:
@@ -165,6 +168,21 @@ class Stream:
                 del self.chunks[next(iter(self.chunks))]
         self.latest = step.chunk
         return chunk
+
+    def hold(self, chunk: int, stream: str) -> None:
+        """A chunk runs no pass. It counts neither for warm-up nor for staleness.
+
+        Raises:
+            ValueError: it ran passes, or was held already.
+        """
+        if chunk in self.chunks:
+            raise ValueError(f"chunk {chunk} of stream {stream!r} ran passes, so it is not held; number chunks anew")
+        self._require_not_held(chunk, stream)
+        self.held, self.barren = chunk, None  # there is nothing wrong with a loop that needs no pass at all
+
+    def _require_not_held(self, chunk: int, stream: str) -> None:
+        if chunk == self.held:
+            raise ValueError(f"chunk {chunk} of stream {stream!r} was held, without a pass; number every chunk anew")
 
     def exact(self, branch: str) -> bool:
         """Whether every block call of the branch's latest chunk was computed so far; False before the first."""
