@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from holdover.engine import condition as conditions
@@ -87,10 +88,23 @@ class Transaction:
         """Change the entry of a span that was not computed."""
         self._replace(call, call.known.updated(numbers, tensors))
 
+    def open_memory(self, call: Call, block: int) -> Mapping[str, Tensor]:
+        """What an entry remembers of a block, to be written into; if the pass fails, the entry is given up."""
+        held = call.known.memory.get(block, {})
+        if call.known.shared:
+            return {name: tensor.clone() for name, tensor in held.items()}
+        self._overwritten.add(self._key(call.span.first))
+        return {name: _writable(tensor) for name, tensor in held.items()}
+
     def update_memory(self, call: Call, memory: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Change what an entry remembers of tokens, after a part of the span was computed."""
         entry = call.known.updated({}, {})
         entry.memory = {**entry.memory, **memory}
+        if entry.shared:  # the memory is this stream's own from now on, so the rest is made so
+            for block in entry.memory.keys() - memory.keys():
+                entry.memory[block] = {name: tensor.clone() for name, tensor in entry.memory[block].items()}
+            entry.tensors = {name: tensor.clone() for name, tensor in entry.tensors.items()}
+            entry.shared = False
         self._replace(call, entry)
 
     def hold(
@@ -192,6 +206,11 @@ class Transaction:
             self.step.index if policy.per_index else None,
             block,
         )
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """A tensor that can be written into: itself, unless it was made in inference mode, which is over."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _copied(item: Any) -> Any:
