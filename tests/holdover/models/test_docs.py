@@ -29,6 +29,7 @@ def example(page: str, heading: str) -> str:
 def tiny_wan(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A Wan pipeline whose weights need no download, and which makes small videos."""
     diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
+    pytest.importorskip("transformers", reason="needs the extra: pip install 'holdover[diffusers]'")
 
     class TinyWan(diffusers.WanPipeline):
         def __call__(self, prompt: str) -> Any:

@@ -113,6 +113,11 @@ def commanded(model: Any, action_tokens: Any = None, action_noisy_frame_indexes:
     return {} if action_tokens is None or noisy else {"action_tokens": action_tokens}
 
 
+def of_diffusers(model: Any) -> bool:
+    """HY-WorldPlay has a chunk-causal model of the same name."""
+    return "is_cache" not in inspect.signature(model.forward).parameters
+
+
 #: What steers a model of Wan's family: text, and tokens of an image.
 WAN = ("encoder_hidden_states", "encoder_hidden_states_image")
 TEXT = ("encoder_hidden_states", "encoder_attention_mask")
@@ -133,7 +138,13 @@ def _wan(model: str, family: str, **more: Any) -> Adapter:
 
 
 DIFFUSERS = (
-    _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", given=image, tested="pipeline"),
+    _wan(
+        "WanTransformer3DModel",
+        "Wan 2.1 and 2.2, text and image to video",
+        given=image,
+        tells=of_diffusers,
+        tested="pipeline",
+    ),
     _wan(
         "WanVACETransformer3DModel",
         "Wan VACE",
