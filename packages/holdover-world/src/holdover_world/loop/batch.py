@@ -53,11 +53,12 @@ def advance(
     made = iter(windows)
     pieces = [loop.finish(each, None if each.held else next(made)) for loop, each in zip(loops, inputs, strict=True)]
     full, writing = [loop for loop in loops if loop.complete], 0.0
-    if full:
-        committed = [loop.committed for loop in full if loop.committed is not None]
+    committed = [loop.committed for loop in full if loop.committed is not None]
+    if full and loops[0].config.kv == "clean":
         writing = write_history(full, committed, torch.cat([torch.stack(loop.actions, 1) for loop in full]))
-        for loop in full:
-            loop.begin_cycle()
+    for loop, (latents, _) in zip(full, committed, strict=True):
+        loop.last = latents[:, -1].clone()  # a view would keep the whole window in memory
+        loop.begin_cycle()
     for loop in loops:
         loop.chunk += 1
     return [
@@ -90,8 +91,6 @@ def write_history(
     latents, actions = torch.cat([each for each, _ in committed]), torch.cat([each for _, each in committed])
     fields: list[dict[str, Any]] = [{"role": "kv_update"} for _ in loops]
     _, took = _forward(loops, fields, latents, sigma=0.0, action_BFA=actions, write=True, done_BFA=done_BFA)
-    for loop, (own, _) in zip(loops, committed, strict=True):
-        loop.last = own[:, -1].clone()  # a view would keep the whole window in memory
     return took
 
 
@@ -107,7 +106,10 @@ def _denoise(loops: Sequence[Cycle[Any]], inputs: Sequence[ChunkInputs]) -> tupl
     def predict(index: int, noisy: Tensor) -> Tensor:
         nonlocal seconds
         fields = [{**stand, "index": index, "sigma": sigmas[index]} for stand in stands]
-        output, took = _forward(loops, fields, noisy, sigma=sigmas[index], action_BFA=actions_BFA)
+        writes = config.kv == "last_pass" and index == config.steps - 1
+        if writes:  # such a pass is never served from cache
+            fields = [{"role": "kv_update", "sigma": sigmas[index]} for _ in loops]
+        output, took = _forward(loops, fields, noisy, sigma=sigmas[index], action_BFA=actions_BFA, write=writes)
         seconds += took
         if config.guidance == 1:
             return output
@@ -128,7 +130,7 @@ def _denoise(loops: Sequence[Cycle[Any]], inputs: Sequence[ChunkInputs]) -> tupl
 def _stand(loop: Cycle[Any], inputs: ChunkInputs) -> dict[str, Any]:
     """What is the same in all passes of a chunk, of what the cache is told."""
     return {
-        "num_steps": loop.config.steps,
+        "num_steps": loop.config.steps - (loop.config.kv == "last_pass"),
         "action": inputs.actions_BFA[:, inputs.position],
         "frame_actions": inputs.actions_BFA.transpose(0, 1).flatten(1).tolist(),
         "shown": None if loop.config.cadence == "plain" else inputs.position,

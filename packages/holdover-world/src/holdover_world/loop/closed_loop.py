@@ -66,7 +66,7 @@ class ClosedLoop(Cycle[M]):
         if track is not None and not isinstance(history, Located):
             raise ValueError(f"a {type(history).__name__} has no place on a map; leave track out")
         self.remember(history)
-        self.chunk, self.committed = 0, None
+        self.chunk, self.committed, self.last = 0, None, start[:, -1].clone()
         self._noise_source.manual_seed(seed)
         self.begin_cycle()
         length = 1 if self.config.cadence == "plain" else window

@@ -57,6 +57,9 @@ class LoopConfig:
         hold_window: show the next frame of the window in hand without a pass, where it was drawn with the actions that
             now lead to it. It is then *held*. None: every chunk runs its passes. A chunk that is announced as committed
             is held only where the window in hand was computed in full.
+        kv: what writes keys and values into the history: a ``clean`` pass over the committed latents, or the
+            ``last_pass`` of denoising, in the plain cadence and without guidance. That saves a pass. Keys and values
+            are then of noisy latents, an approximation that later chunks attend to. Caches are told that it writes.
         sampler: how a pass continues the pass before: with new noise (``renoise``), or by Euler's step along the flow
             (``euler``), for many steps.
         guidance: scale of classifier-free guidance on the action (Ho & Salimans, arXiv 2207.12598). Every pass is also
@@ -70,6 +73,7 @@ class LoopConfig:
     protected: Literal["first", "last"] = "first"
     fresh_noise: bool = False
     hold_window: HoldWindow | None = None
+    kv: Literal["clean", "last_pass"] = "clean"
     sampler: Sampler = "renoise"
     guidance: float = 1.0
     steps: int = 4
@@ -80,6 +84,7 @@ class LoopConfig:
             ("cadence", self.cadence, get_args(Cadence)),
             ("commit", self.commit, get_args(Commit)),
             ("protected", self.protected, ("first", "last")),
+            ("kv", self.kv, ("clean", "last_pass")),
             ("sampler", self.sampler, get_args(Sampler)),
         ):
             if value not in allowed:
@@ -88,6 +93,8 @@ class LoopConfig:
             raise ValueError(f"guidance={self.guidance}: give 1 for none, or a larger number")
         if self.hold_window is not None and (self.cadence == "plain" or self.fresh_noise):
             raise ValueError("hold_window holds the window of a cycle with one noise; leave out plain and fresh_noise")
+        if self.kv == "last_pass" and (self.cadence != "plain" or self.guidance != 1):
+            raise ValueError("kv='last_pass' writes what the last pass saw; give cadence='plain' and guidance=1")
         noise_levels(self.steps, self.shift)
 
     @classmethod

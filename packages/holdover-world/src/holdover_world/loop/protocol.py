@@ -59,11 +59,13 @@ class LoopModel(Protocol):
         """Run the model once and return predicted clean latents ``[B, F, N, P]``.
 
         Args:
-            latents_BFNP: noisy latents; clean ones where ``write``.
+            latents_BFNP: noisy latents; clean ones in the clean pass.
             sigma: their noise level, 0 to 1.
             action_BFA: the action of each latent frame; None is the unguided branch of a loop with guidance.
             history: what `new_history` or `Stacks.stack` returned.
-            write: this is the clean pass, which adds the latents to the history. Its output is not used.
+            write: this is the clean pass, which adds the latents to the history. Its output is not used. With a
+                ``sigma`` above 0 it is the last denoising pass, which writes instead: its keys and values and the
+                latents that it predicts are added, and its output is used.
             done_BFA: with ``write``, the actions that were carried out while these frames were shown. They differ from
                 ``action_BFA`` where a new action arrived after the window was made. None: the same.
         """

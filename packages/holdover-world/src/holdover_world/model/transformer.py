@@ -355,6 +355,7 @@ class WorldModel(ModelMixin, ConfigMixin):
                 None: any action, for the unguided branch of classifier-free guidance.
             history: of the video, or of one video per row. The window attends to its KV cache.
             write: this is the clean pass of a KV update: add these latents, with their keys and values, to the history.
+                With a noise level above 0 it is the last denoising pass, which adds the latents that it predicts.
             done_BFA: with ``write``, the actions that the ego carried out meanwhile; by default ``action_BFA``.
         """
         b, f, n, _ = x_BFNP.shape
@@ -384,8 +385,6 @@ class WorldModel(ModelMixin, ConfigMixin):
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
-        if history is not None and write:
-            history.commit(x_BFNP, action_BFA, done_BFA)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
         final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
         clean = self._each(self.head, final_BFNC)
@@ -393,6 +392,8 @@ class WorldModel(ModelMixin, ConfigMixin):
             # Much of a picture is as expected, so it need not pass through the blocks.
             clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), expected_BFNP)
             clean = torch.addcmul(clean, self.keep_layout(final_BFNC), layout_BFNP)
+        if history is not None and write:
+            history.commit(clean.to(x_BFNP.dtype) if (sigma_B > 0).any() else x_BFNP, action_BFA, done_BFA)
         return clean
 
     def _expected(
