@@ -125,7 +125,7 @@ class CameraOverlap:
     SEED: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 2), ("memory", 0), ("recent", 0), ("points", 1)):
+        for name, least in (("frames", 1), ("memory", 0), ("recent", 0), ("points", 1)):
             at_least(name, getattr(self, name), least)
         if not (self.radius > 0 and all(0 < angle < 180 for angle in self.view)):
             raise ValueError(f"radius={self.radius}, view={self.view}: give a radius above 0, and angles of 0 to 180")

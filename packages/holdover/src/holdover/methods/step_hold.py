@@ -20,7 +20,7 @@ from holdover.slot import Prediction
 def step_hold(
     *,
     hold: Sequence[int] | Literal["auto"] = (1, 2),
-    tolerance: float = 0.03,
+    tolerance: float = 0.06,
     refresh: int = 16,
     last: bool = True,
     prediction: Prediction | None = None,
