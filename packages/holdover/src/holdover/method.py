@@ -165,12 +165,14 @@ class Verdict(NamedTuple):
         scores: the numbers behind the decision, for the trace.
         numbers: numbers to keep in the entry.
         part: with ``reason=None``, the tokens to compute nevertheless, ``int64 [K]`` or ``[B, K]``: see `Slot.part`.
+        drafts: the latent frames that the part leaves out, for `Cache.drafts`.
     """
 
     reason: str | None
     scores: Mapping[str, float] = {}
     numbers: Mapping[str, float] = {}
     part: Tensor | None = None
+    drafts: tuple[int, ...] = ()
 
 
 class Signal:

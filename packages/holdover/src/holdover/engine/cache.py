@@ -159,6 +159,10 @@ class Cache:
         """Whether every block call of the stream's latest chunk was computed so far; False before the first."""
         return all(runtime.streams.get(stream, Stream()).exact(branch) for runtime in self._runtimes)
 
+    def drafts(self, stream: str = "default") -> tuple[int, ...]:
+        """The latent frames that the stream's latest chunk did not compute where it computed others (`frontier`)."""
+        return tuple(sorted(set().union(*(r.streams[stream].drafts for r in self._runtimes if stream in r.streams))))
+
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams that ran since they were reset."""

@@ -167,6 +167,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
                     "action": _listed(run.action),
                     "indices": sorted(run.indices),
                     "exact": run.exact,
+                    "drafts": sorted(run.drafts),
                     "epoch": run.epoch,
                     "idle": run.idle,
                 }
@@ -234,7 +235,8 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
         chunk = ChunkState(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
         for branch, run in item["runs"].items():
             action, indices = _told(run["action"]), set(run["indices"])
-            chunk.runs[branch] = BranchRun(run["num_steps"], action, run["epoch"], indices, run["exact"], run["idle"])
+            told = run["num_steps"], action, run["epoch"]
+            chunk.runs[branch] = BranchRun(*told, indices, run["exact"], run["idle"], set(run["drafts"]))
         chunk.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
         stream.chunks[item["chunk"]] = chunk
     for branch, known in plain["conditions"].items():

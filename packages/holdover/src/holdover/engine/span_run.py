@@ -42,9 +42,11 @@ class SpanRun:
         self._labels: list[list[tuple[str, int]]] = [[] for _ in spans]  # of the blocks that ran
         self.notes: list[Note] = []
         for each, labels in zip(spans, self._labels, strict=True):
-            for row, (reason, scores, _, _) in zip(transactions, each.verdicts, strict=True):
-                self.notes.append(Note(row.place, labels, reason is not None, reason or REUSE, scores))
-                row.decided[each.span.first] = reason is None
+            for row, verdict in zip(transactions, each.verdicts, strict=True):
+                reused = verdict.reason is None
+                self.notes.append(Note(row.place, labels, not reused, verdict.reason or REUSE, verdict.scores))
+                row.decided[each.span.first] = reused
+                row.drafts.update(verdict.drafts)
         self._computed: list[int] = []  # rows
         self._predictions: dict[int, Tensor] = {}  # per row that is not computed, what stands in for the last span
         self._sides: Sides | None = None

@@ -28,7 +28,7 @@ class BranchRun:
     """The passes of one guidance branch of a chunk so far.
 
     ``epoch`` is the branch's count of condition changes before this chunk, ``idle`` the number of passes of the branch
-    since this chunk's latest.
+    since this chunk's latest, ``drafts`` the latent frames that some pass did not compute.
     """
 
     num_steps: int
@@ -37,6 +37,7 @@ class BranchRun:
     indices: set[int] = field(default_factory=set)
     exact: bool = True
     idle: int = 0
+    drafts: set[int] = field(default_factory=set)
 
     @property
     def over(self) -> bool:
@@ -44,7 +45,7 @@ class BranchRun:
         return len(self.indices) == self.num_steps or self.idle >= self.num_steps
 
     def copy(self) -> BranchRun:
-        return replace(self, indices=set(self.indices))
+        return replace(self, indices=set(self.indices), drafts=set(self.drafts))
 
 
 @dataclass(slots=True)
@@ -189,6 +190,12 @@ class Stream:
         chunk = self.chunks.get(self.latest) if self.latest is not None else None
         run = chunk.runs.get(branch) if chunk else None
         return run is not None and run.exact
+
+    @property
+    def drafts(self) -> set[int]:
+        """The latent frames that some pass of the latest chunk did not compute."""
+        chunk = self.chunks.get(self.latest) if self.latest is not None else None
+        return set().union(*(run.drafts for run in chunk.runs.values())) if chunk else set()
 
     def free(self, branch: str) -> None:
         """Drop the entries that serve a chunk of this branch which is over."""

@@ -50,6 +50,8 @@ class Transaction:
             if index == step.index and branch != step.branch
         }
         self.decided: dict[int, bool] = {}
+        #: The latent frames that were not computed.
+        self.drafts: set[int] = set()
         self._pending: dict[Key, Entry] = {}
         self._overwritten: set[Key] = set()
 
@@ -165,6 +167,7 @@ class Transaction:
         run = chunk.runs.setdefault(step.branch, BranchRun(step.num_steps, step.told, self._begun))
         run.indices.add(step.index)
         run.exact &= not self.reused
+        run.drafts |= self.drafts
         for other in stream.chunks.values():
             if step.branch in other.runs:
                 other.runs[step.branch].idle += 1

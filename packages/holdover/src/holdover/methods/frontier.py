@@ -91,7 +91,8 @@ class FrameToShow(Trigger):
         revised = any(known.get(name) != value for name, value in ahead.items())
         until = frames if revised or self.later == "always" else shown + 1
         part = torch.arange(shown * per_frame, until * per_frame, device=call.x.device)
-        return Verdict(None, {"recomputed": (until - shown) / frames}, numbers, part)
+        drafts = (*range(shown), *range(until, frames))
+        return Verdict(None, {"recomputed": (until - shown) / frames}, numbers, part, drafts)
 
     def learn(self, call: Call, y: Tensor) -> Mapping[str, float]:
         frames = _tokens(call.x) // _tokens_per_frame(call)
