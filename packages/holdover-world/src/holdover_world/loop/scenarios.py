@@ -47,6 +47,10 @@ class Scenario:
     truth: Mapping[str, NDArray[np.uint8]] | None
     track: Track | None = None
 
+    def plan(self, chunk: int) -> Tensor:
+        """The oracle plan of a chunk, ``[T, A]``: a plan that is always kept, because it is all that follows."""
+        return self.actions[chunk + 1 :]
+
     @property
     def steady(self) -> bool:
         return self.truth is None
