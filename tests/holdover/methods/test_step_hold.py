@@ -40,7 +40,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, sigma: float = 1.0) -> Tensor:
         self.calls += 1
-        clean = self.run(self.target + 0.01 * torch.tanh(x))
+        clean: Tensor = self.run(self.target + 0.01 * torch.tanh(x))
         alpha = (1 - sigma**2) ** 0.5
         if self.kind == "flow":
             return (x - clean) / sigma
@@ -156,8 +156,8 @@ def test_a_network_that_is_compiled_whole(how: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 4 * x
 
-    network = Fourfold()
-    model: nn.Module = network
+    network: Any = Fourfold()
+    model = network
     if how == "module":
         model = torch.compile(network, backend=backend, fullgraph=True)
     else:
@@ -207,7 +207,10 @@ def test_rows_of_a_batch_hold_their_own_whatever_chunk_they_are_at() -> None:
             for stream, chunk, index in rows
         ]
         with cache.step(rows=steps):
-            return model(torch.cat([ones(10 * chunk + index + 1, tokens=12) for _, chunk, index in rows]), sigma=0.5)
+            output: Tensor = model(
+                torch.cat([ones(10 * chunk + index + 1, tokens=12) for _, chunk, index in rows]), sigma=0.5
+            )
+            return output
 
     network = Network("flow")
     with holdover.attach(network, hold(prediction="flow")) as cache:

@@ -73,6 +73,7 @@ class Adapter:
             a clean one ends it. None: the pass does not say.
         latents: the argument of the model that carries the noisy latents.
         prediction: what the model returns of them. None: not known.
+        noise: a function of the model: their noise level in this call. None: the model is not told one that is known.
         refused: why nothing can be reused; empty if it can.
         refuses: a function of a model: why nothing can be reused at its settings; empty if it can.
         tells: whether a model of this class name is the one that is meant.
@@ -100,6 +101,7 @@ class Adapter:
     place: Callable[..., Place | None] | None = None
     latents: int | str = 0
     prediction: Prediction | None = None
+    noise: Callable[..., Tensor] | None = None
     refused: str = ""
     refuses: Callable[[nn.Module], str] | None = None
     tells: Callable[[nn.Module], bool] = any_model
@@ -136,6 +138,7 @@ class Adapter:
             hidden=self.latents,
             kv_update=self.kv_update,
             writes_kv=self.writes_kv,
+            taps={} if self.noise is None else {"sigma": self.noise},
             prediction=self.prediction,
         )
 

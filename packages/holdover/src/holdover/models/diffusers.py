@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdover.models.adapter import Adapter
+from holdover.models.noise import of_timestep
 
 
 def patches(model: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -121,6 +122,10 @@ def of_diffusers(model: Any) -> bool:
 #: What steers a model of Wan's family: text, and tokens of an image.
 WAN = ("encoder_hidden_states", "encoder_hidden_states_image")
 TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+#: A model that returns a flow, and is told ``1000·σ``.
+FLOW: dict[str, Any] = {"prediction": "flow", "noise": of_timestep}
+#: A distilled one, whose stages have noise levels of their own, or which returns a mean flow over a step.
+UNKNOWN: dict[str, Any] = {"prediction": None, "noise": None}
 
 
 def _wan(model: str, family: str, **more: Any) -> Adapter:
@@ -133,6 +138,7 @@ def _wan(model: str, family: str, **more: Any) -> Adapter:
         "grid": patches,
         "condition": WAN,
         "given": beside(1),
+        **FLOW,
     }
     return Adapter(model=model, family=family, **{**fields, **more})
 
@@ -161,13 +167,15 @@ DIFFUSERS = (
         grid=None,
         rows=None,
         given=None,
+        **UNKNOWN,
         taps={"modulated": modulated},
         embedding="",
     ),
-    _wan("AnyFlowTransformer3DModel", "AnyFlow", given=None),
+    _wan("AnyFlowTransformer3DModel", "AnyFlow", given=None, **UNKNOWN),
     _wan(
         "AnyFlowFARTransformer3DModel",
         "AnyFlow FAR, chunk-causal with a KV cache",
+        **UNKNOWN,
         given=None,
         rows=None,  # the KV cache counts its batch on another axis
         block_kv_update=far_block_writes,
@@ -201,6 +209,7 @@ DIFFUSERS = (
         grid=patches,
         condition=(*TEXT, "pooled_projections", "guidance"),
         given=beside(1),
+        **FLOW,
     ),
     Adapter(
         model="HunyuanVideo15Transformer3DModel",
@@ -209,6 +218,7 @@ DIFFUSERS = (
         grid=patches,
         condition=(*TEXT, "encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds"),
         given=beside(1),
+        **FLOW,
     ),
     # Its tokens begin with a history of other sizes.
     Adapter(
@@ -217,6 +227,7 @@ DIFFUSERS = (
         blocks=("transformer_blocks", "single_transformer_blocks"),
         taps={"modulated": modulated_hunyuan},
         condition=(*TEXT, "pooled_projections", "image_embeds", "guidance"),
+        **FLOW,
     ),
     Adapter(
         model="LTXVideoTransformer3DModel",
@@ -225,6 +236,7 @@ DIFFUSERS = (
         grid=packed,
         condition=TEXT,
         given=without_noise,
+        **FLOW,
     ),
     Adapter(
         model="LTX2VideoTransformer3DModel",
@@ -248,6 +260,7 @@ DIFFUSERS = (
         condition=("encoder_hidden_states", "ofs"),
         given=beside(2),
         tested="pipeline",
+        prediction="v",
     ),
     Adapter(model="MochiTransformer3DModel", family="Mochi", grid=patches, condition=TEXT),
     Adapter(model="AllegroTransformer3DModel", family="Allegro", grid=patches, condition=(*TEXT, "attention_mask")),

@@ -45,8 +45,8 @@ def models_markdown() -> str:
         "contract": "a contract of its blocks",
     }
     lines = [
-        "| model | class | tokens | KV writes | batch | taps | tested |",
-        "|---|---|---|---|---|---|---|",
+        "| model | class | tokens | returns | KV writes | batch | taps | tested |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for adapter in adapters():
         told = "told by the step" if adapter.autoregressive else "none"
@@ -57,6 +57,7 @@ def models_markdown() -> str:
             adapter.family,
             f"`{adapter.model}`",
             "on a grid" if adapter.grid else "a sequence",
+            adapter.prediction or "not known",
             told,
             "row by row" if adapter.rows else "whole",
             ", ".join(adapter.tapped) or "none",

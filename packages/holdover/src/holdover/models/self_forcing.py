@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from holdover.models.adapter import Adapter, Place, any_model
 from holdover.models.diffusers import patches
+from holdover.models.noise import of_t
 
 
 def takes(argument: str) -> Callable[[Any], bool]:
@@ -131,6 +132,7 @@ def _causal_wan(family: str, **more: Any) -> Adapter:
         "condition": ("context", "clip_fea", "y"),
         "place": place,
         "prediction": "flow",
+        "noise": of_t,
         "writes_kv": True,
     }
     return Adapter(
