@@ -42,11 +42,8 @@ class Network(nn.Module):
         self.calls += 1
         clean: Tensor = self.run(self.target + 0.01 * torch.tanh(x))
         alpha = (1 - sigma**2) ** 0.5
-        if self.kind == "flow":
-            return (x - clean) / sigma
-        if self.kind == "noise":
-            return (x - alpha * clean) / sigma
-        return clean if self.kind == "clean" else (alpha * x - clean) / sigma
+        terms = {"flow": x - clean, "noise": x - alpha * clean, "v": alpha * x - clean}
+        return clean if self.kind == "clean" else terms[self.kind] / sigma
 
 
 def hold(**options: Any) -> Policy:
