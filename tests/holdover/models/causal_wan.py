@@ -272,7 +272,7 @@ class MatrixGameBlock(Base):
 
 
 class CausalWanModel(nn.Module):
-    """Latents ``[B, C, F, H, W]`` in, predicted clean latents out. ``t [B, F]`` is the noise level, 0 to 1."""
+    """Latents ``[B, C, F, H, W]`` in, a prediction out. ``t [B, F]`` says how much noise there is."""
 
     patch_size = (1, 1, 1)
     num_frame_per_block = CHUNK
@@ -295,7 +295,7 @@ class CausalWanModel(nn.Module):
     ):  # fmt: skip
         context = visual_context if context is None else context
         h = self.patch(x.flatten(2).transpose(1, 2))
-        e = self.time(t[..., None]).unflatten(-1, (6, DIM))
+        e = self.time(torch.log1p(t[..., None].float())).unflatten(-1, (6, DIM))
         updates = []
         for number, block in enumerate(self.blocks):
             per_block = {name: value[number] for name, value in places.items() if name.startswith("kv_cache")}
