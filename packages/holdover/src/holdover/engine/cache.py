@@ -114,7 +114,8 @@ class Cache:
         names = [(step.stream, step.branch) for step in rows]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"rows name {max(names, key=names.count)} twice; a stream and branch has one row in a batch"
+                f"rows name {max(names, key=names.count)} twice; a stream and branch has one row in a batch, and chunks of "
+                f"one video that are in flight together each take a stream of their own: Step(stream=...)"
             )
         return self._context(list(rows), batched=True)
 
