@@ -1,4 +1,4 @@
-"""The noise level σ of a pass, as a tensor that goes with the latents: see `holdover.Prediction`."""
+"""The noise level σ of a pass, as a tensor that goes with the latents: see `holdover.slot.Prediction`."""
 
 from __future__ import annotations
 
