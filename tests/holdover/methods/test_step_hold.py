@@ -17,7 +17,7 @@ from holdover.methods.parts.predictors import Repeat
 from holdover.methods.parts.spans import ProbeAndTail
 from holdover.methods.parts.triggers import Open
 from holdover.methods.step_hold import NotHeld
-from tests.holdover.engine.models import ones, reasons
+from tests.holdover.engine.models import Scale, Stack, ones, reasons
 from tests.holdover.toy import FEW, ToyLoop, ToyModel, cached, drive, one_thread
 
 HELD = (1, 2)
@@ -373,3 +373,24 @@ def test_a_prediction_held_twice_is_still_the_same(kind: str, then: float, now: 
     alpha = (1 - now**2) ** 0.5
     read = {"flow": x[1] - now * y, "noise": (x[1] - now * y) / alpha, "v": alpha * x[1] - now * y}[kind]
     torch.testing.assert_close(read, network.target + 0.01 * torch.tanh(x[0]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["in a list", "declared"])
+def test_a_model_says_what_it_is_beside_its_blocks(given: bool) -> None:
+    """Its own slot goes to the policy of its level, the others to the inner one; alone, it leaves those declared."""
+
+    class Declared(Stack):
+        def holdover_slots(self) -> Any:
+            own = [] if given else [holdover.Slot("", kind="model", prediction="clean")]
+            return [*super().holdover_slots(), *own]
+
+    whole = holdover.Slot("", kind="model", prediction="clean")
+    lists: list[Any] = [[whole, "blocks.0", "blocks.1"], [whole]] if given else [None]
+    for slots in lists:
+        model = Declared(Scale(), Scale())
+        with holdover.attach(model, [hold(), holdover.never()], slots=slots) as cache:
+            for index in range(4):
+                with cache.step(chunk=0, index=index, num_steps=4):
+                    model(ones(index + 1))
+        assert [block.calls for block in model.blocks] == [2, 2]
+        assert [d.reason for d in cache.trace if not d.slot] == ["interval", "reuse", "reuse", "last step"]
