@@ -18,7 +18,7 @@ from holdover.report.environment import environment
 from holdover.report.fidelity import psnr
 from holdover.report.progress import bar
 from holdover_world.cli.common import Clips, Model, Seed, load, show
-from holdover_world.loop.closed_loop import LoopConfig
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import KINDS, Scenario, load_scenario
 from holdover_world.measure.cards import write_card
 from holdover_world.measure.figures import Metrics, describe, describe_full, finite

@@ -26,7 +26,8 @@ from holdover.report.environment import environment
 from holdover.report.progress import bar
 from holdover.tune.calibrate import fit
 from holdover_world.cli.common import Clips, Model, Seed, load, show
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.measure.cards import write_card
 from holdover_world.measure.fidelity import compare, depth_errors

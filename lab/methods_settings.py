@@ -16,7 +16,7 @@ from torch import Tensor
 from holdover.method import Policy
 from holdover.methods.registry import policy
 from holdover.methods.worldcache_htc import CurvatureDrift, TokenCurvature
-from holdover_world.loop.closed_loop import Cadence, LoopConfig
+from holdover_world.loop.config import Cadence, LoopConfig
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 

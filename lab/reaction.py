@@ -19,7 +19,7 @@ from holdover.report.fidelity import psnr
 from holdover.report.progress import bar
 from holdover.report.tables import decibels, markdown, ratio
 from holdover_world.cli.common import Clips, Model, Seed, load, show
-from holdover_world.loop.closed_loop import LoopConfig
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import KINDS, STEADY, Scenario, load_scenario
 from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.race import Arm, Race

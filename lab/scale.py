@@ -23,7 +23,8 @@ from holdover.report.progress import bar
 from holdover.report.tables import markdown, percent
 from holdover_world.cli.common import Seed, keep_memory, show
 from holdover_world.config import CONFIGS
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.timing import block_share
 from holdover_world.model.transformer import WorldModel

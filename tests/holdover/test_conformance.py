@@ -321,10 +321,11 @@ def poisoned(cache: holdover.Cache, *, everything: bool) -> Any:
 
 
 def poison(cache: holdover.Cache, *, everything: bool) -> None:
-    """Fill what is held with NaN: every tensor, or what the predictor adds alone, which no gate can see."""
+    """Fill what is held with NaN: every tensor, or all but the signal, which is what a gate can see."""
     for stream in cache._runtimes[0].streams.values():
         for held in stream.entries.values():
-            for name, tensor in held.tensors.items():
+            remembered = (item for own in held.memory.values() for item in own.items())
+            for name, tensor in (*held.tensors.items(), *remembered):
                 if tensor.is_floating_point() and (everything or name != "signal"):
                     tensor.fill_(float("nan"))
 
@@ -350,6 +351,7 @@ LETTERS |= {
     "stale": "s",
     "step 0": "0",
     "first": "f",
+    "new window": "w",
 }
 
 #: A method without a golden trace is compared with its twin alone; `write_golden` makes one.

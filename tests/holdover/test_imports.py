@@ -28,6 +28,7 @@ ALLOWED = {
     "methods": CONCEPTS | {"engine"},
     "models": CONCEPTS | {"engine", "factories"},
     "diffusers": CONCEPTS | {"engine", "models"},
+    "pipelines": CONCEPTS | {"diffusers", "models"},
     "report": CONCEPTS | {"engine", "lazy"},
     "tune": CONCEPTS | {"engine", "factories", "methods", "models"},
     "cli": {"extras", "methods", "models", "report", "tune"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,9 +35,16 @@ class ToyAttention(nn.Module):
         self.qkv = nn.Linear(DIM, 3 * DIM)
         self.out = nn.Linear(DIM, DIM)
 
-    def forward(self, x: Tensor, kv: KV | None = None, write: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, kv: KV | None = None, write: bool = False, at: Tensor | None = None, kept: Any = None
+    ) -> Tensor:
+        """``kept`` takes keys and values; given ``at``, x is these tokens alone, and it has those of the others."""
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, DIM // 2).permute(2, 0, 3, 1, 4)
+        if at is not None:
+            k, v = kept["k"].index_copy_(2, at, k), kept["v"].index_copy_(2, at, v)
         own = k, v
+        if kept is not None:
+            kept |= {"k": k, "v": v}
         if kv is not None and self.index in kv:
             k, v = torch.cat([kv[self.index][0], k], 2), torch.cat([kv[self.index][1], v], 2)
         if kv is not None and write:
@@ -52,12 +59,22 @@ class ToyBlock(nn.Module):
         self.attention = ToyAttention(index)
         self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
 
-    def forward(self, hidden_states: Tensor, modulation: Tensor, kv: KV | None = None, write: bool = False) -> Tensor:
-        y = hidden_states + self.attention(self.modulated(hidden_states, modulation), kv, write=write)
+    def forward(
+        self, hidden_states: Tensor, modulation: Tensor, kv: KV | None = None, write: bool = False, **part: Any
+    ) -> Tensor:
+        y = hidden_states + self.attention(self.modulated(hidden_states, modulation), kv, write=write, **part)
         return y + self.mlp(F.layer_norm(y, (DIM,)))
 
     def modulated(self, hidden_states: Tensor, modulation: Tensor, *_: Any, **__: Any) -> Tensor:
         return F.layer_norm(hidden_states, (DIM,)) * (1 + modulation[:, None])
+
+
+def compute_part(
+    run: Callable[..., Any], tokens: Tensor | None, memory: Mapping[str, Tensor], args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """A block for some of its tokens, given the keys and values of the others."""
+    kept = dict(memory)
+    return run(*args, **kwargs, at=tokens, kept=kept), kept
 
 
 @dataclass
@@ -123,7 +140,8 @@ class ToyModel(nn.Module):
 
     def holdover_slots(self) -> list[Slot]:
         slots = [Slot("", kind="model", prediction="clean")]
-        slots += [Slot(f"blocks.{index}", taps={"modulated": ToyBlock.modulated}) for index in range(BLOCKS)]
+        taps = {"modulated": ToyBlock.modulated}
+        slots += [Slot(f"blocks.{index}", taps=taps, part=compute_part) for index in range(BLOCKS)]
         for index, kind in enumerate(KINDS):
             slots += [Slot(f"blocks.{index}.attention", kind=kind), Slot(f"blocks.{index}.mlp", kind="mlp")]
         return slots

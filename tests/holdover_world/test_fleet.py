@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("ray", reason="no Ray; pip install 'holdover-world[fleet]'")
 from holdover_world.fleet import DRIVERS, Episode, drive_episode, keep_lane, read_plan, run_fleet
 from holdover_world.scene.vehicles import EgoState, drive
-from holdover_world.sessions.session import WorldSession
+from holdover_world.sessions.session import SessionChunk, WorldSession
 from tests.holdover_world.env.small import fatal_course, small_course, straight
 
 PLAN = "scenarios: [town, coast]\nseeds: [0, 1]\ndrivers: [keep_lane]\nchunks: 4\n"
@@ -59,10 +59,31 @@ def test_the_lane_keeper_comes_back_to_the_middle() -> None:
     assert DRIVERS["brake"]({"offset": 0.0, "heading_error": 0.0}, 10.0, 8)[0] == 0
 
 
+def test_a_driver_tells_what_it_intends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two latent frames a window: before it brakes, the driver says so; the lane keeper means to steer on."""
+    told: list[tuple[list[float], list[list[float]]]] = []
+    step = WorldSession.step
+
+    def note(session: WorldSession, action: list[float], plan: list[list[float]]) -> SessionChunk:
+        told.append((action, plan))
+        return step(session, action, plan)
+
+    monkeypatch.setattr(WorldSession, "step", note)
+    for driver in ("brake", "straight_on"):
+        told.clear()
+        drive_episode(small_course(), Episode(scenario="town", seed=0, driver=driver, policy="never", chunks=10))
+        speeds, planned = [action[0] for action, _ in told], [plan[0][0] for _, plan in told]
+        assert len(told) == 10
+        assert planned[:-1] == speeds[1:]  # an intention that is kept
+        assert [len(plan) for _, plan in told] == [1] * 10
+        assert (speeds[7] > 0, speeds[8], planned[7]) == ((True, 0, 0) if driver == "brake" else (True, *speeds[:2]))
+        assert all(plan[0][1] == action[1] for action, plan in told)
+
+
 def test_a_collision_does_not_count_as_leaving_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     step = WorldSession.step
     wall = {"front_wide": np.full((2, 32, 48), 0.5, np.float32)}  # half a metre before the camera, inside the car
-    monkeypatch.setattr(WorldSession, "step", lambda session, action: replace(step(session, action), depth=wall))
+    monkeypatch.setattr(WorldSession, "step", lambda session, *told: replace(step(session, *told), depth=wall))
     row = drive_episode(small_course(), Episode(scenario="town", seed=0, driver="brake", policy="never", chunks=3))
     assert (row["steps"], row["reward"], row["collided"], row["left_lane"]) == (1, -1, True, False)
 

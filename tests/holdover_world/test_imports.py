@@ -113,8 +113,8 @@ def test_the_loop_knows_no_model() -> None:
     """It drives whatever satisfies its protocol."""
     reached = closure("holdover_world.loop.closed_loop", "holdover_world.loop.generator")
     assert reached == {
-        *("holdover_world.loop.closed_loop", "holdover_world.loop.generator", "holdover_world.loop.protocol"),
-        "holdover_world.model.sampler",
+        *(f"holdover_world.loop.{file}" for file in ("batch", "closed_loop", "config", "cycle", "generator")),
+        *("holdover_world.loop.protocol", "holdover_world.loop.state", "holdover_world.model.sampler"),
     }
 
 

@@ -103,7 +103,7 @@ def test_snapshot_fork_reset_and_bytes_take_both_levels() -> None:
             play(model, cache, loop, 5)
             snapshot, noise = cache.snapshot(), loop.noise
             assert snapshot.policies == tuple(map(repr, policies))
-            assert cache.nbytes == cache.stats().bytes_held == snapshot.nbytes > 0
+            assert cache.nbytes == cache.stats().bytes_held > snapshot.nbytes > 0  # less what is made anew from the rest
             cache.fork("default", "fork")
             assert cache.nbytes == 2 * snapshot.nbytes
             state = loop.chunk, list(loop.emitted), loop.committed, loop.committed_action, dict(loop.kv[""])

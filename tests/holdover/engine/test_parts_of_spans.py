@@ -89,14 +89,41 @@ def test_a_fork_and_its_original_go_their_own_ways() -> None:
         assert all(map(torch.equal, play(model, cache, range(3, 6)), expected[3 * STEPS :]))
 
 
-def test_a_failed_part_leaves_the_memory_as_it_was() -> None:
-    expected, model = naive(range(4)), Window()
+def test_after_a_failed_part_the_span_is_computed_whole() -> None:
+    """The part has written into the memory by then."""
+    model = Window()
     with holdover.attach(model, FRONTIER) as cache:
         play(model, cache, range(3))
+        before = cache.nbytes
         model.register_forward_hook(FailOnce())
         with pytest.raises(RuntimeError), cache.step(chunk=3, num_steps=STEPS, commits=False):
             model(window(99, 0))
-        assert all(map(torch.equal, play(model, cache, range(3, 4)), expected[3 * STEPS :]))
+        assert cache.nbytes < before
+        first, _ = play(model, cache, range(3, 4))
+        assert cache.nbytes == before
+    assert torch.equal(first, Window()(window(3, 0)))
+    assert [d.reason for d in cache.trace][-STEPS * BLOCKS :] == ["interrupted"] * BLOCKS + ["reuse"] * BLOCKS
+
+
+def test_a_part_writes_into_the_memory_unless_a_fork_has_it_too() -> None:
+    model = Window()
+    with holdover.attach(model, FRONTIER) as cache:
+
+        def held(stream: str) -> list[int]:
+            entries = cache._runtimes[0].streams[stream].entries.values()
+            return [tensor.data_ptr() for entry in entries for own in entry.memory.values() for tensor in own.values()]
+
+        play(model, cache, range(2))
+        at_first = held("default")
+        play(model, cache, range(2, 3))
+        assert held("default") == at_first
+        cache.fork("default", "fork")
+        play(model, cache, range(3, 4), name="fork")
+        forked = held("fork")
+        assert not {*forked} & {*at_first}
+        play(model, cache, range(4, 5), name="fork")
+        assert held("fork") == forked
+        assert held("default") == at_first
 
 
 def test_rows_that_stand_elsewhere_compute_other_parts() -> None:

@@ -63,7 +63,7 @@ def test_a_failed_save_keeps_the_old_file(
         filename.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("holdover.engine.snapshot.save_file", fail)
+    monkeypatch.setattr("holdover.engine.tensor_file.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         snapshot.save(path)
     assert path.read_bytes() == before

@@ -34,7 +34,7 @@ class WindowBlock(nn.Module):
         q, k, v = self.qkv(F.layer_norm(x, (DIM,))).chunk(3, -1)
         if at is not None and others is not None:
             places = (at if at.dim() == 2 else at[None].expand(len(x), -1))[..., None].expand(-1, -1, DIM)
-            k, v = others["k"].scatter(1, places, k), others["v"].scatter(1, places, v)
+            k, v = others["k"].scatter_(1, places, k), others["v"].scatter_(1, places, v)
         if kept is not None:
             kept |= {"k": k, "v": v}
         y = x + F.scaled_dot_product_attention(q, k, v)

@@ -117,7 +117,7 @@ class CausVidBlock(Base):
 class LongLiveBlock(Base):
     """LongLive: attends over a copy and returns the update, which the model applies when all blocks have run.
 
-    With a mask, K/V are written anew and the ends stay.
+    With a mask, K/V are written anew and the ends stay. The mask is an argument of that one call.
     """
 
     def forward(
@@ -136,6 +136,77 @@ class LongLiveBlock(Base):
 
     def ends(self, kv_cache: dict[str, Any]) -> dict[str, Any]:
         return {}
+
+
+class LongLive10Block(Base):
+    """LongLive, branch v1.0: a pass that does not move the end leaves the ends as they are, and spares the sink.
+
+    So does the clean pass, but for a chunk at the beginning. After a switch of prompts K/V are written anew, in a pass
+    that may be told to write the sink as well.
+    """
+
+    def __init__(self, number: int, sink: int = CHUNK) -> None:
+        super().__init__(number)
+        self.self_attn = nn.Module()
+        self.self_attn.sink_size = sink
+
+    def forward(
+        self, x, e, seq_lens, grid_sizes, freqs, context, context_lens, block_mask,
+        kv_cache=None, crossattn_cache=None, current_start=0, cache_start=None, sink_recache_after_switch=False,
+    ):  # fmt: skip
+        h = self.normed(x, e)
+        k, v = self.k(h), self.v(h)
+        sink, current_end = self.self_attn.sink_size * PER_FRAME, current_start + x.shape[1]
+        again = current_end <= int(kv_cache["global_end_index"]) and current_start > 0
+        begin, end, evicted = place(kv_cache, current_start, k.shape[1])
+        first = max(begin, sink) if again and not sink_recache_after_switch else begin
+        update = {
+            "new_k": k[:, first - begin :], "new_v": v[:, first - begin :], "at": (first, end, evicted), "sink": sink,
+            "is_recompute": again,
+        }  # fmt: skip
+        copy = {name: kv_cache[name].clone() for name in ("k", "v")}
+        insert(copy, update)
+        window = slice(max(sink, end - CAPACITY * TOKENS + sink), end)
+        keys, values = (torch.cat([copy[name][:, : min(sink, end)], copy[name][:, window]], 1) for name in ("k", "v"))
+        return self.rest(x, attend(self.q(h), keys, values), context, crossattn_cache), (current_end, end, update)
+
+
+def insert(kv: dict[str, Any], update: dict[str, Any]) -> None:
+    """Roll what lies behind the sink if there is no room, and insert."""
+    (begin, end, evicted), sink = update["at"], update.get("sink", 0)
+    for name in ("k", "v"):
+        if evicted:
+            kv[name][:, sink:-evicted] = kv[name][:, sink + evicted :].clone()
+        kv[name][:, begin:end] = update[f"new_{name}"]
+
+
+class StreamDiffusionBlock(Base):
+    """StreamDiffusionV2: noisy K/V stay. Once the cache is full, each layer's queue of places says what to evict."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.evict = [end * TOKENS for end in range(2, CAPACITY + 1)]
+
+    def forward(
+        self, x, e, seq_lens, grid_sizes, freqs, context, context_lens, block_mask,
+        kv_cache=None, crossattn_cache=None, current_start=0, current_end=0, causal_rope_cache=None,
+    ):  # fmt: skip
+        h, end = self.normed(x, e), int(current_start) + x.shape[1]
+        if end > kv_cache["k"].shape[1]:
+            end = self.evict[0]
+            if kv_cache["current_step"] > 1:
+                kv_cache["current_step"] -= 1
+            else:
+                self.evict.append(self.evict.pop(0))
+                kv_cache["current_step"] = kv_cache["total_steps"]
+            kv_cache["filled"] = kv_cache["k"].shape[1]
+        else:
+            kv_cache["filled"] = max(end, kv_cache.get("filled", 0))
+        kv_cache["k"][:, end - x.shape[1] : end] = self.k(h)
+        kv_cache["v"][:, end - x.shape[1] : end] = self.v(h)
+        filled = kv_cache["filled"]
+        y = attend(self.q(h), kv_cache["k"][:, :filled], kv_cache["v"][:, :filled])
+        return self.rest(x, y, context, crossattn_cache)
 
 
 class LongLive2Block(LongLiveBlock):
@@ -201,10 +272,11 @@ class MatrixGameBlock(Base):
 
 
 class CausalWanModel(nn.Module):
-    """Latents ``[B, C, F, H, W]`` in, predicted clean latents out. ``t [B, F]`` is the noise level, 0 to 1."""
+    """Latents ``[B, C, F, H, W]`` in, a prediction out. ``t [B, F]`` says how much noise there is."""
 
     patch_size = (1, 1, 1)
-    #: Set around a pass that writes the K/V of the whole context anew.
+    num_frame_per_block = CHUNK
+    #: Set before a pass that writes the K/V of the whole context anew. Krea takes it back, LongLive v1.0 does not.
     block_mask: Any = None
 
     def __init__(self, block: type[Base]) -> None:
@@ -218,16 +290,18 @@ class CausalWanModel(nn.Module):
         return self._forward_inference(*args, **kwargs)
 
     def _forward_inference(
-        self, x, t, context=None, visual_context=None, seq_len=None, kv_cache=None, crossattn_cache=None, **places
-    ):
+        self, x, t, context=None, visual_context=None, seq_len=None, kv_cache=None, crossattn_cache=None,
+        block_mask=None, **places,
+    ):  # fmt: skip
         context = visual_context if context is None else context
         h = self.patch(x.flatten(2).transpose(1, 2))
-        e = self.time(t[..., None]).unflatten(-1, (6, DIM))
+        e = self.time(torch.log1p(t[..., None].float())).unflatten(-1, (6, DIM))
         updates = []
         for number, block in enumerate(self.blocks):
             per_block = {name: value[number] for name, value in places.items() if name.startswith("kv_cache")}
             h = block(
-                h, e=e, seq_lens=None, grid_sizes=None, freqs=None, context=context, block_mask=self.block_mask,
+                h, e=e, seq_lens=None, grid_sizes=None, freqs=None, context=context,
+                block_mask=self.block_mask if block_mask is None else block_mask,
                 **({"block_mask_mouse": None, "block_mask_keyboard": None} if per_block else {"context_lens": None}),
                 kv_cache=kv_cache[number],
                 crossattn_cache=crossattn_cache[number],
@@ -252,11 +326,7 @@ class LongLiveModel(CausalWanModel):
         for number, (current_end, local_end_index, update) in updates:
             kv = kv_cache[number]
             if update is not None:
-                begin, end, evicted = update["at"]
-                for name in ("k", "v"):
-                    if evicted:
-                        kv[name][:, :-evicted] = kv[name][:, evicted:].clone()
-                    kv[name][:, begin:end] = update[f"new_{name}"]
+                insert(kv, update)
             if update is None or not update["is_recompute"]:
                 kv["global_end_index"].fill_(current_end)
                 kv["local_end_index"].fill_(local_end_index)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from tests.holdover.models import causal_wan as wan
 from tests.holdover.models.causal_wan import BLOCKS, CAPACITY, CHUNK, DIM, RATE, TOKENS
-from tests.holdover.models.worldplay import FRAMES, TEXT_PASS, HunyuanVideo_1_5_DiffusionTransformer
+from tests.holdover.models.worldplay import (
+    FRAMES,
+    TEXT_PASS,
+    HunyuanVideo_1_5_DiffusionTransformer,
+    WanTransformer3DModel,
+)
 
 
 def kv(
@@ -47,10 +52,15 @@ class Contract:
         """What one video holds: K/V per block, and more."""
         if self.name == "HY-WorldPlay":
             return {"kv_cache": self.model()(**TEXT_PASS)}
+        if self.name == "HY-WorldPlay, Wan":
+            return {"kv_cache": [{"k": None, "v": None} for _ in range(BLOCKS)]}
         held: dict[str, Any] = {
             "kv_cache": kv(self.index),
             "crossattn_cache": [{"is_init": False} for _ in range(BLOCKS)],
         }
+        if self.name == "StreamDiffusionV2":
+            for each in held["kv_cache"]:
+                each.update(current_step=4, total_steps=4)
         if self.name == "Matrix-Game 2":
             held |= {name: kv(places=CAPACITY * CHUNK) for name in ("kv_cache_mouse", "kv_cache_keyboard")}
         return held
@@ -68,8 +78,15 @@ class Contract:
             if clean:  # a new list: the old one stays as it was
                 state["kv_cache"] = output
             return output
+        if self.name == "HY-WorldPlay, Wan":
+            given = {"encoder_hidden_states": context, "window_frames": CHUNK, "action": t[0] * 0 + chunk}
+            given |= {"viewmats": context, "kv_cache": state["kv_cache"], "is_cache": clean, "current_start": 0}
+            output = model(latents, timestep=1000 * t.flatten(), current_end=TOKENS, return_dict=False, **given)
+            if clean:
+                state["kv_cache"] = output
+            return output
         more: dict[str, Any] = {"current_start": chunk * TOKENS}
-        if self.name == "CausVid":
+        if self.name in ("CausVid", "StreamDiffusionV2"):
             more["current_end"] = more["current_start"] + TOKENS
         if self.name == "Rolling Forcing":
             more["updating_cache"] = clean
@@ -86,8 +103,19 @@ CONTRACTS = [
     Contract("Krea realtime", lambda: wan.CausalWanModel(wan.KreaBlock), index=int),
     Contract("CausVid", lambda: wan.CausalWanModel(wan.CausVidBlock), chunks=CAPACITY),
     Contract("LongLive", lambda: wan.LongLiveModel(wan.LongLiveBlock)),
-    Contract("Rolling Forcing", lambda: wan.CausalWanModel(wan.RollingForcingBlock)),
+    Contract("LongLive, branch v1.0", lambda: wan.LongLiveModel(wan.LongLive10Block)),
     Contract("Matrix-Game 2", lambda: wan.CausalWanModel(wan.MatrixGameBlock)),
     Contract("HY-WorldPlay", HunyuanVideo_1_5_DiffusionTransformer, in_place=False),
+    Contract("HY-WorldPlay, Wan", WanTransformer3DModel, in_place=False),
 ]
-REFUSED = Contract("LongLive 2", lambda: wan.LongLiveModel(wan.LongLive2Block))
+#: Of these nothing can be reused.
+REFUSED = [
+    Contract("LongLive 2", lambda: wan.LongLiveModel(wan.LongLive2Block)),
+    Contract("StreamDiffusionV2", lambda: wan.CausalWanModel(wan.StreamDiffusionBlock)),
+    Contract("Rolling Forcing", lambda: wan.CausalWanModel(wan.RollingForcingBlock)),
+]
+
+
+def contract(name: str) -> Contract:
+    """A repository's."""
+    return next(each for each in (*CONTRACTS, *REFUSED) if each.name == name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import holdover
 from tests.holdover.engine.models import Scale, Stack
-from tests.holdover.models import causal_wan, contracts, pipelines
+from tests.holdover.models import causal_wan, contracts, pipelines, rollouts
 
 ROOT = Path(__file__).parents[3]
 
@@ -29,6 +29,7 @@ def example(page: str, heading: str) -> str:
 def tiny_wan(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A Wan pipeline whose weights need no download, and which makes small videos."""
     diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install 'holdover[diffusers]'")
+    pytest.importorskip("transformers", reason="needs the extra: pip install 'holdover[diffusers]'")
 
     class TinyWan(diffusers.WanPipeline):
         def __call__(self, prompt: str) -> Any:
@@ -55,6 +56,17 @@ def test_the_example_with_a_pipeline(
     assert "skipped" in capsys.readouterr().out
     names["enabled"].disable()
     assert torch.equal(tiny_wan("a car turns left").frames, expected)
+
+
+def test_the_example_with_a_pipeline_of_the_self_forcing_family(capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = rollouts.FewSteps(contracts.contract("Self-Forcing"))
+    noise, prompts = torch.randn(1, 8, 3, 2, 3, generator=torch.Generator().manual_seed(0)), ["rain", "rain"]
+    names: dict[str, Any] = {"holdover": holdover, "pipeline": pipeline, "noise": noise, "prompts": prompts}
+    with torch.no_grad():
+        exec(example("docs/own-model.md", "Pipelines of the Self-Forcing family"), names)
+    assert names["video"].shape == noise.shape
+    assert names["enabled"].cache.stats().reused > 0
+    assert "skipped" in capsys.readouterr().out
 
 
 #: Two cycles of four chunks, two steps each.

@@ -277,7 +277,7 @@ def test_the_table_says_what_was_tested() -> None:
         "CogVideoXTransformer3DModel",
         "SanaWMLTX2RefinerTransformer3DModel",
     }
-    contracts = {find(contract.model()) for contract in (*CONTRACTS, REFUSED)}
+    contracts = {find(contract.model()) for contract in (*CONTRACTS, *REFUSED)}
     for adapter in adapters():
         expected = "contract" if adapter in contracts else "pipeline" if adapter.model in piped else "class"
         assert adapter.tested == expected

@@ -1,6 +1,8 @@
-"""HY-WorldPlay, tiny: the signatures of its blocks and of its model, and what they return."""
+"""HY-WorldPlay, tiny: the signatures of its blocks and of its models, and what they return."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -106,3 +108,55 @@ class HunyuanVideo_1_5_DiffusionTransformer(nn.Module):  # noqa: N801
         if cache_vision:
             return kept
         return torch.tanh(self.head(img)).transpose(1, 2).unflatten(2, hidden_states.shape[2:]), None
+
+
+class WanBlock(Base):
+    """HY-WorldPlay's Wan: noisy passes read what a pass over the context returned, and return an empty mapping."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, DIM) / DIM**0.5)
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, temb, rotary_emb, kv_cache, is_cache, idx, viewmats, Ks,
+        context_frames_list=None,
+    ):  # fmt: skip
+        shift, scale = (self.scale_shift_table + temb).unbind(1)[:2]
+        h = (self.norm1(hidden_states).unflatten(1, (len(temb), -1)) * (1 + scale[:, None]) + shift[:, None]).flatten(
+            1, 2
+        )
+        k, v = self.k(h), self.v(h)
+        keys, values = k, v
+        if kv_cache["v"] is not None and not is_cache:
+            keys, values = (torch.cat([kv_cache[name], new], 1) for name, new in (("k", k), ("v", v)))
+        x = self.rest(hidden_states, attend(self.q(h), keys, values), encoder_hidden_states + viewmats, None)
+        return x, {"k": k, "v": v} if is_cache else {}
+
+
+class WanTransformer3DModel(nn.Module):
+    """It has the name of diffusers' class. ``timestep`` and ``action`` have an entry per latent frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(patch_size=(1, 1, 1))
+        self.patch, self.time, self.act = nn.Linear(CHANNELS, DIM), nn.Linear(1, 6 * DIM), nn.Linear(1, 6 * DIM)
+        self.blocks = nn.ModuleList(WanBlock(number) for number in range(BLOCKS))
+        self.head = nn.Linear(DIM, CHANNELS)
+
+    def forward(
+        self, hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image=None, return_dict=True,
+        attention_kwargs=None, current_start=None, current_end=None, kv_cache=None, is_cache=False, viewmats=None,
+        Ks=None, action=None, window_frames=None, context_frames_list=None,
+    ):  # fmt: skip
+        x = self.patch(hidden_states.flatten(2).transpose(1, 2))
+        e = (self.time(timestep[:, None] / 1000) + self.act(action[:, None])).unflatten(1, (6, DIM))
+        kept = []
+        for idx, block in enumerate(self.blocks):
+            x, t_kv = block(
+                x, encoder_hidden_states, e, None, kv_cache[idx] if kv_cache is not None else None, is_cache, idx,
+                viewmats, Ks, context_frames_list=context_frames_list,
+            )  # fmt: skip
+            kept.append(t_kv)
+        if is_cache:
+            return kept
+        return (torch.tanh(self.head(x)).transpose(1, 2).unflatten(2, hidden_states.shape[2:]),)

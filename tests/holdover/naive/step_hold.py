@@ -19,7 +19,7 @@ class StepHold(StepTwin):
         self,
         *,
         hold: Any = (1, 2),
-        tolerance: float = 0.03,
+        tolerance: float = 0.06,
         refresh: int = 16,
         last: bool = True,
         prediction: str = "clean",

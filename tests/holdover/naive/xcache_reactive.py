@@ -54,7 +54,9 @@ class XCacheReactive(XCache):
 
 
 def case(**options: Any) -> Case:
-    return Case("xcache_reactive", XCacheReactive, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS}, tolerance=1e-5)
+    return Case(
+        "xcache_reactive", XCacheReactive, options, known={"blocks": BLOCKS, "groups": TOY_GROUPS}, tolerance=1e-5
+    )
 
 
 DEFAULT = case()

@@ -1,6 +1,8 @@
-"""An expectation is worked out once for each action."""
+"""Each latent frame is worked out once for the actions up to its own."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -9,10 +11,21 @@ from torch import Tensor
 from holdover_world.conditioning.lookup import Expected, Lookup
 
 
-def worked_out(action_BFA: Tensor, known: int = 0) -> Expected:
+def worked_out(action_BFA: Tensor, frames: Sequence[int] | None = None) -> Expected:
     """An expectation in which each latent frame depends on all actions up to it."""
-    told = action_BFA.sum(-1).cumsum(1)[:, known:, None, None]
+    chosen = range(action_BFA.shape[1]) if frames is None else frames
+    told = action_BFA.sum(-1).cumsum(1)[:, list(chosen), None, None]
     return Expected(told, 2 * told, 3 * told)
+
+
+def of(action_BFA: Tensor, asked: list[int]) -> Callable[[Sequence[int]], Expected]:
+    """Works out what is expected under these actions, and notes of which frames."""
+
+    def expect(frames: Sequence[int]) -> Expected:
+        asked.extend(frames)
+        return worked_out(action_BFA, frames)
+
+    return expect
 
 
 CALM = torch.tensor([[[0.3, 0.1], [0.4, 0.1]]])
@@ -22,32 +35,62 @@ OTHER = torch.tensor([[[0.5, 0.1], [0.9, -0.5]]])
 
 @pytest.mark.parametrize("forked", [False, True])
 def test_only_frames_that_a_new_action_changes_are_worked_out(forked: bool) -> None:
-    lookup, asked = Lookup(), list[int]()
-    steps = (CALM, [0]), (CALM, []), (CALM.clone(), []), (LATER, [1]), (OTHER, [0]), (OTHER[:, :1], [0])
-    for action, known in steps:
-        asked.clear()
+    lookup = Lookup()
+    steps = (CALM, [0, 1]), (CALM, []), (CALM.clone(), []), (LATER, [1]), (OTHER, [0, 1]), (OTHER[:, :1], [])
+    for action, frames in steps:
+        asked = list[int]()
         lookup = lookup.fork() if forked else lookup
-        found = lookup.get(action, lambda n, action=action: (asked.append(n), worked_out(action, n))[1])
-        assert asked == known
+        found = lookup.get(action, of(action, asked))
+        assert asked == frames
         for each, expected in zip(found, worked_out(action), strict=True):
-            torch.testing.assert_close(each, expected)
+            assert torch.equal(each, expected)
+
+
+def test_only_frames_that_are_wanted_are_worked_out() -> None:
+    lookup, asked = Lookup(), list[int]()
+    for frames, missing in (([1], [1]), ([1], []), ([1, 0], [0]), (None, []), ([0], [])):
+        asked.clear()
+        found = lookup.get(CALM, of(CALM, asked), frames)
+        assert asked == missing
+        for each, expected in zip(found, worked_out(CALM, frames), strict=True):
+            assert torch.equal(each, expected)
+
+
+def test_earlier_windows_of_a_cycle_are_still_known() -> None:
+    """The newest action is held in each of four generations; then the window of any of them is committed. No more
+    windows than that are kept."""
+    actions = torch.rand(1, 4, 2, generator=torch.Generator().manual_seed(0))
+    held = [torch.cat([actions[:, :n], actions[:, n : n + 1].expand(-1, 4 - n, -1)], 1) for n in range(4)]
+    lookup, asked = Lookup(), list[int]()
+    for action in held:
+        lookup.get(action, of(action, asked))
+    assert asked == [0, 1, 2, 3, 1, 2, 3, 2, 3, 3]
+    asked.clear()
+    for action in (*reversed(held), *held):
+        found = lookup.get(action.clone(), of(action, asked))
+        for each, expected in zip(found, worked_out(action), strict=True):
+            assert torch.equal(each, expected)
+    assert not asked
+    lookup.get(held[3] + 1, of(held[3] + 1, asked))
+    lookup.get(held[0], of(held[0], asked))
+    assert asked == [0, 1, 2, 3, 3]  # of the last frame four windows are kept, of the others all
 
 
 def test_a_row_that_changes_is_worked_out_with_its_batch() -> None:
-    lookup, both = Lookup(), torch.cat([CALM, CALM])
-    lookup.get(both, lambda known: worked_out(both, known))
+    lookup, both, asked = Lookup(), torch.cat([CALM, CALM]), list[int]()
+    lookup.get(both, of(both, asked))
     changed = torch.cat([CALM, LATER])
-    found = lookup.get(changed, lambda known: worked_out(changed, known))
-    torch.testing.assert_close(found.latents_BFNP, worked_out(changed).latents_BFNP)
+    found = lookup.get(changed, of(changed, asked))
+    assert asked == [0, 1, 1]
+    assert torch.equal(found.latents_BFNP, worked_out(changed).latents_BFNP)
 
 
 def test_a_fork_asks_for_itself() -> None:
-    lookup = Lookup()
-    lookup.get(CALM, lambda known: worked_out(CALM, known))
+    lookup, asked = Lookup(), list[int]()
+    lookup.get(CALM, of(CALM, asked))
     twin = lookup.fork()
-    twin.get(OTHER, lambda known: worked_out(OTHER, known))
-
-    def never(known: int) -> Expected:
-        raise AssertionError(f"asked for all but {known} frames")
-
-    lookup.get(CALM, never)
+    twin.get(OTHER, of(OTHER, asked))
+    assert asked == [0, 1, 0, 1]
+    lookup.get(CALM.clone(), of(CALM, asked))
+    lookup.get(OTHER, of(OTHER, asked))
+    assert asked == [0, 1, 0, 1, 0, 1]

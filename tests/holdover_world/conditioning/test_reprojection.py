@@ -126,7 +126,7 @@ def test_cars_are_looked_up_where_they_were_and_what_is_hidden_is_not_seen() -> 
         return torch.stack([dx * yaw.cos() + dy * yaw.sin(), dy * yaw.cos() - dx * yaw.sin(), points_3M[2]])
 
     picture = on_the_car(points, 2).view(3, camera.height, camera.width)
-    colours, depths, seen, own = look_up_in_layout([picture], [view], Move.of(poses), site, poses, 0)
+    colours, depths, seen, own = look_up_in_layout([picture], [view], Move.of(poses), site, poses, range(1, 21))
     later = draw(layout, view, Around.of(layout, poses, list(range(3, 23))))
     torch.testing.assert_close(depths[0], later.depth_KM)
     torch.testing.assert_close(own[0], later.colour_3KM)

@@ -138,6 +138,44 @@ def test_cars_of_a_batch_drive_as_they_would_alone(course: Course) -> None:
             assert not together[step + 2]["front_wide"][n].any()  # and begins anew in the next step
 
 
+def told_by(env: Any, action: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """The actions and plans that sessions are told in one step."""
+    told: list[Any] = []
+    advance = session.advance
+
+    def note(sessions: Any, actions: Any, plans: Any) -> Any:
+        told.append((actions, plans))
+        return advance(sessions, actions, plans)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("holdover_world.sessions.session.advance", note)
+        patch.setattr("holdover_world.env.drive_env.advance", note)
+        env.step(action)
+    return told[0][0], told[0][1]
+
+
+def test_an_action_may_hold_a_plan(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = DriveEnv(scenario="town", planned=1, course=course)
+    check_env(env, skip_close_check=True, skip_render_check=True)
+    assert env.action_space.shape == (2, 2)
+    env.reset(seed=1)
+    actions, plans = told_by(env, np.array([[0.25, 0.5], [-0.5, 2.0]], np.float32), monkeypatch)
+    assert (actions, plans) == ([[0.25, 0.5]], [[[0.0, 1.0]]])  # within the action space
+    ego = env.unwrapped._car.ego
+    plain = DriveEnv(scenario="town", course=course)
+    assert plain.action_space.shape == (2,)
+    plain.reset(seed=1)
+    assert told_by(plain, np.array([0.25, 0.5], np.float32), monkeypatch) == ([[0.25, 0.5]], [None])
+    assert plain._car.ego == ego  # the car moves by the command, and not by the plan
+    batch = DriveVectorEnv(num_envs=2, scenario="town", planned=1, course=course)
+    assert batch.action_space.shape == (2, 2, 2)
+    batch.reset(seed=1)
+    rows = np.array([[[0.25, 0.5], [0.5, 0.75]], [[0.75, 0.0], [1.0, 0.25]]], np.float32)
+    assert told_by(batch, rows, monkeypatch) == ([[0.25, 0.5], [0.75, 0.0]], [[[0.5, 0.75]], [[1.0, 0.25]]])
+    with pytest.raises(ValueError, match="planned=-1"):
+        DriveEnv(planned=-1, course=course)
+
+
 def test_make_vec_gives_the_shared_batch(course: Course) -> None:
     cars = gymnasium.make_vec("holdover/Drive-v1", num_envs=2, course=course)
     assert isinstance(cars.unwrapped, DriveVectorEnv)

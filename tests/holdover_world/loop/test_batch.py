@@ -9,7 +9,10 @@ from torch import Tensor
 
 import holdover
 from holdover_world.config import FRAMES
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig, LoopState, advance, batches
+from holdover_world.loop.batch import advance, batches
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
+from holdover_world.loop.state import LoopState
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.layout import Track
 from tests.holdover_world.small import latents, small_layout, small_model

@@ -13,7 +13,8 @@ from torch import Tensor
 import holdover
 from holdover import Step
 from holdover_world.conditioning.motion import drive as drive_cars
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.model.sampler import noise_levels
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.poses import placed

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import holdover
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.generator import Generator, Shape
 from tests.holdover.models import causal_wan, contracts
 from tests.holdover.models.inputs import WAN, far_kv

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig, LoopState, advance, batches
+from holdover_world.loop.batch import advance, batches
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.protocol import LoopModel
+from holdover_world.loop.state import LoopState
 from tests.holdover_world.small import small_layout
 
 START = torch.zeros(1, 2, 3, 1)

@@ -28,6 +28,8 @@ def test_a_scripted_scenario_is_its_clip(model: WorldModel, clips: Path) -> None
     pieces = clip.actions.reshape(-1, 4, 2).mean(1)
     assert np.allclose(torch.cat([scenario.start_actions[0], scenario.actions]).numpy(), pieces)
     assert not scenario.steady
+    assert torch.equal(scenario.plan(3), scenario.actions[4:])
+    assert len(scenario.plan(15)) == 0
 
 
 def test_a_model_of_colour_alone_starts_from_clips_without_depth(tmp_path: Path) -> None:

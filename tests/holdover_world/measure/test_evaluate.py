@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.measure import motion
 from holdover_world.measure.evaluate import (
     Drive,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import holdover
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import HoldWindow, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.measure.race import Arm, ArmRun, Race, fork
 from holdover_world.model.transformer import WorldModel
@@ -149,6 +150,76 @@ def test_a_reference_that_adopts_chunks_equals_full_compute(model: WorldModel, c
     assert all((np.concatenate([each[name][0] for each in decoded]) == video).all() for name, video in frames.items())
     assert exact == [n in (0, 1, 4, 6, 7, 8, 11) for n in range(12)]
     assert computed == [1, 2, 3, 5, 9, 10]  # it splits at 1, and then computes those that its leader took from cache
+
+
+def told(race: Race, chunks: int) -> dict[str, list[Tensor]]:
+    """What the frames of each run's windows are told, chunk by chunk; nothing where no pass ran."""
+    heard: dict[str, list[Tensor]] = {}
+
+    def listen(name: str, run: ArmRun) -> None:
+        own = heard[name] = []
+
+        def note(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs["sigma"] == 1:
+                own.append(kwargs["action_BFA"][0])
+
+        run.loop.model.register_forward_pre_hook(note, with_kwargs=True)
+
+    for name, run in race.runs.items():
+        listen(name, run)
+    listen("base of held", race.base("held"))
+    for action in race.scenario.actions[:chunks]:
+        race.step(action)
+    return heard
+
+
+def test_an_oracle_plan_is_what_the_scenario_commands_next_and_references_are_told_the_same(
+    model: WorldModel, scenario: Scenario
+) -> None:
+    actions = scenario.actions
+    arms = [
+        Arm(name="newest", policy=holdover.never()),
+        Arm(name="oracle", policy=holdover.never(), plan="oracle"),
+        Arm(name="held", policy=holdover.never(), plan="oracle", loop=LoopConfig(hold_window=HoldWindow())),
+    ]
+    with Race(model, scenario, arms) as race:
+        assert race.base("oracle") is race.base("held") is not race.base("newest")
+        heard = told(race, 6)
+        held = {name: run.held for name, run in race.runs.items()}
+        windows = {name: torch.cat([piece.latents for piece in run.pieces], 1) for name, run in race.runs.items()}
+        expected = torch.cat([piece.latents for piece in race.base("held").pieces], 1)
+    oracle = [actions[:4]] * 4 + [actions[4:8]] * 2
+    newest = [torch.stack([*actions[n - n % 4 : n], *[actions[n]] * (4 - n % 4)]) for n in range(6)]
+    for name, expected_told in {"newest": newest, "oracle": oracle, "held": [oracle[0], oracle[4]]}.items():
+        assert all(map(torch.equal, heard[name], expected_told))
+        assert len(heard[name]) == len(expected_told)
+    assert all(map(torch.equal, heard["base of held"], oracle))
+    assert len(heard["base of held"]) == 6
+    assert held == {"newest": [False] * 6, "oracle": [False] * 6, "held": [n % 4 > 0 for n in range(6)]}
+    assert torch.equal(windows["oracle"], expected)
+    torch.testing.assert_close(windows["held"], expected, atol=0.5, rtol=0)
+    with pytest.raises(ValueError, match="plan='prophecy' is not one of newest, oracle"):
+        Arm(name="x", plan="prophecy")  # type: ignore[arg-type]
+
+
+def test_a_held_window_is_no_chunk_that_was_computed_in_full(model: WorldModel, clips: Path) -> None:
+    """So a reference that follows its arm's commits splits off where that commits another window, and not before."""
+    steady = load_scenario("urban-steady", model, clips=clips, chunks=9)
+    eager = holdover.xcache_reactive(tau_floor=-1.0, margin=2.0, tau_dev=float("inf"))
+    loop = LoopConfig(commit="last_full", hold_window=HoldWindow())
+    with Race(model, steady, [Arm(name="eager", policy=eager, loop=loop)]) as race:
+        for _ in range(5):
+            race.step(steady.actions[0])
+        run = race.runs["eager"]
+        assert (run.held, run.exact) == ([n % 4 > 0 for n in range(5)], [True] * 5)
+        assert race.reference("eager").loop is race.base("eager").loop
+        for _ in range(2):
+            race.step(steady.actions[0] + torch.tensor([0.3, 0.0]))
+        assert run.held[5:] == [False, True]
+        assert race.reference("eager").loop is not race.base("eager").loop
+        race.step(steady.actions[0] + torch.tensor([0.3, 0.0]))
+        own, expected = run.loop.history.state_dict(), race.reference("eager").loop.history.state_dict()
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
 
 
 def test_a_fork_is_independent(model: WorldModel, scenario: Scenario) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import holdover
-from holdover_world.loop.closed_loop import ClosedLoop, Commit, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import Commit, LoopConfig
 from holdover_world.loop.scenarios import load_scenario
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import (

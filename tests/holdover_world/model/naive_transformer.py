@@ -74,9 +74,9 @@ def naive_block_causal(
                     scores = (qs @ ks.T).masked_fill(~allowed, -math.inf).softmax(-1)
                     out[0, :, own, h] = (scores @ v[0, :, own, h].flatten(0, 1)).unflatten(0, (frames, -1))
         else:
-            table = RotaryTables(config).cross(x.device, x.dtype)
+            cos, sin = (t.flatten(0, 2) for t in RotaryTables(config).cross(x.device, x.dtype))
             for f, h in product(range(frames), range(heads)):
-                scores = (rotate(q[0, f, :, h], table) @ rotate(k[0, f, :, h], table).T).softmax(-1)
+                scores = (rotate(q[0, f, :, h], (cos, sin)) @ rotate(k[0, f, :, h], (cos, sin)).T).softmax(-1)
                 out[0, f, :, h] = scores @ v[0, f, :, h]
         hidden = hidden + gate1 * block.out(out.flatten(-2))
         y = F.layer_norm(hidden, hidden.shape[-1:], eps=1.0) * (1 + scale2) + shift2

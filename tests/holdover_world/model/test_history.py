@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -126,9 +128,9 @@ def test_it_follows_a_recording_from_its_beginning() -> None:
 def test_what_is_expected_is_forgotten_with_every_new_frame() -> None:
     model, asked = small_model(), list[int]()
 
-    def expect(last: Tensor, poses: Tensor, sites: object, passed: int) -> Expected:
+    def expect(last: Tensor, poses: Tensor, sites: object, frames: Sequence[int]) -> Expected:
         asked.append(poses.shape[1])
-        return model.reprojection(last, poses, None, passed)
+        return model.reprojection(last, poses, None, frames)
 
     history = written(model, 1)
     later = torch.cat([ACTION[:1, :1], ACTION[1:, 1:]], 1)

@@ -23,8 +23,8 @@ def test_a_token_of_depth_stands_between_the_tokens_of_colour_that_it_covers() -
     """The phases of a token of depth are the mean of those of its four tokens of colour: 3 rows stay below pi."""
     camera = replace(CAMERAS[0], width=64, height=64)
     sizes = small_config(cameras=(camera,), channels=64)
-    [(cos, sin)] = RotaryTables(sizes).temporal([0], 1, torch.device("cpu"), torch.float32)
-    phases = torch.complex(cos, sin)[:, cos.shape[1] // 2 :].angle()
+    cos, sin = RotaryTables(sizes).temporal([0], 1, torch.device("cpu"), torch.float32)
+    phases = torch.complex(cos, sin).flatten(0, 3)[:, cos.shape[-1] // 2 :].angle()
     colour, depth = phases[:16].view(2, 2, 2, 2, -1), phases[16:].view(2, 2, -1)
     assert len(phases) == 16 + 4
     torch.testing.assert_close(depth, colour.mean((1, 3)))

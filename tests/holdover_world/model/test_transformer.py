@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from holdover_world.conditioning.motion import drive
+from holdover_world.config import Plane
 from holdover_world.model.transformer import Block, WorldModel, attention
 from holdover_world.scene.layout import Track
 from tests.holdover_world.model.naive_transformer import naive_action_features, naive_block_causal
@@ -87,6 +88,10 @@ def test_a_row_of_a_batch_is_that_row_alone() -> None:
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=1e-5)
 
 
+def tokens_of(plane: Plane) -> range:
+    return range(plane.tokens.start, plane.tokens.stop)
+
+
 def test_the_tap_is_what_attention_sees() -> None:
     model, seen = small_model(), []
     slot = model.holdover_slots()[0]
@@ -94,4 +99,7 @@ def test_the_tap_is_what_attention_sees() -> None:
     slot.block.register_forward_pre_hook(lambda block, args: seen.append(slot.taps["modulated"](block, *args)))
     slot.block.qkv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(latents(model, 2), sigma=0.5, action_BFA=torch.rand(1, 2, 2))
-    assert torch.equal(seen[0], seen[1].flatten(1, 2))
+    sorted_by_camera = [
+        t for c in model.sizes.cameras for p in model.sizes.planes if p.camera == c for t in tokens_of(p)
+    ]
+    assert torch.equal(seen[0].unflatten(1, (2, -1))[:, :, sorted_by_camera], seen[1])

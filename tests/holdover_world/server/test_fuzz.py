@@ -55,6 +55,7 @@ FIELDS = {
     "type": st.sampled_from(["action", "ack", "policy", "hello", ""]) | VALUES,
     "seq": st.integers(-1, 10) | VALUES,
     "action": st.lists(st.floats(-1.5, 1.5), max_size=3) | VALUES,
+    "plan": st.none() | st.lists(st.lists(st.floats(-1.5, 1.5), max_size=3), max_size=3) | VALUES,
     "chunk": st.integers(-1, 10) | VALUES,
     "policy": st.sampled_from(["eager", "never", "turbo"]) | VALUES,
 }
@@ -63,7 +64,7 @@ MESSAGES = st.one_of(
     st.binary(max_size=300),
     VALUES.map(msgpack.packb),
     st.fixed_dictionaries({}, optional=FIELDS).map(msgpack.packb),
-    st.fixed_dictionaries(ACTIONS).map(msgpack.packb),
+    st.fixed_dictionaries(ACTIONS, optional={"plan": FIELDS["plan"]}).map(msgpack.packb),
 )
 
 

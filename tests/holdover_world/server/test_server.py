@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,54 @@ def test_a_stream_gives_what_a_session_gives(live: Live) -> None:
     assert (info["chunk"], info["seconds"]) == (5, pytest.approx(5 * 4 / 12))
     assert live.http.delete(f"/v1/sessions/{id}").status_code == 204
     assert live.http.get(f"/v1/sessions/{id}").status_code == 404
+
+
+@contextmanager
+def hearing(live: Live) -> Iterator[list[Any]]:
+    """What the frames of each window are told, chunk by chunk."""
+    heard: list[Any] = []
+
+    def note(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["sigma"] == 1:
+            heard.append(kwargs["action_BFA"][0].tolist())
+
+    hook = live.hub.world.attached("eager").model.register_forward_pre_hook(note, with_kwargs=True)
+    yield heard
+    hook.remove()
+
+
+def test_an_action_may_bring_a_plan(live: Live) -> None:
+    a, b = [0.5, 0.25], [1.0, -0.25]
+    with WorldSession(small_world()) as session:
+        session.reset("town", 3)
+        expected = [session.step(*told).frames for told in ((a, [b]), (b, None), (a, None))]
+    with live.stream(live.create(seed=3)) as stream, hearing(live) as heard:
+        made = []
+        for seq, (command, plan) in enumerate(((a, [b, a]), (b, None), (a, []))):
+            stream.send(type="action", seq=seq, action=command, plan=plan)
+            made.append(stream.receive())
+        assert all(near(*pair) for pair in zip(made, expected, strict=True))
+        assert heard == [[a, b], [a, b], [a, a]]
+        for wrong, detail in (
+            ([[0.1]], "plan[0] has 1 numbers; give 2"),
+            ([[0.1, 2.0]], "action.plan.0.1: Input should be less than or equal to 1"),
+            ([[0.1, float("nan")]], "action.plan.0.1: Input should be"),
+            (0.5, "action.plan: Input should be a valid list"),
+            ([[0.1, 0.2]] * 17, "action.plan: List should have at most 16 items"),
+        ):
+            stream.send(type="action", seq=9, action=a, plan=wrong)
+            refused = stream.receive()
+            assert (refused["code"], refused["detail"][: len(detail)]) == ("invalid", detail)
+
+
+def test_a_plan_is_for_one_chunk(live: Live) -> None:
+    """In real time the next chunk comes without a new action; then the newest is held."""
+    with live.stream(live.create(mode="realtime")) as stream, hearing(live) as heard:
+        stream.send(type="action", seq=0, action=[0.5, 0.25], plan=[[1.0, -0.25]])
+        for n in range(3):
+            assert stream.receive()["index"] == n
+            stream.send(type="ack", chunk=n)
+    assert heard[:3] == [[[0.5, 0.25], [1.0, -0.25]], [[0.5, 0.25]] * 2, [[0.5, 0.25]] * 2]
 
 
 def test_late_and_duplicate_actions_are_ignored(live: Live) -> None:
@@ -278,12 +327,21 @@ def test_the_documents(live: Live) -> None:
     spec = live.http.get("/openapi.json").json()
     stream = spec["paths"]["/v1/sessions/{id}/stream"]["get"]
     assert "ActionMessage" in json.dumps(stream["x-websocket"])
+    described = next(x for x in _dictionaries(stream["x-websocket"]) if "plan" in x and "seq" in x)
+    assert {"array", "null"} == {kind["type"] for kind in described["plan"]["anyOf"]}
     assert live.http.get(f"/v1/sessions/{live.create()}/stream").status_code == 426
     metrics = live.metrics()
     assert metrics["holdover_action_to_frame_seconds_count"] > 0
     assert metrics['holdover_block_calls_total{outcome="reused"}'] > 0
     assert metrics["holdover_bytes"] > 0
     assert live.http.get("/v1/scenarios").json() == {"scenarios": ["town", "coast"], "policies": ["eager", "never"]}
+
+
+def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _dictionaries(inner)
+    if isinstance(value, dict):
+        yield value
 
 
 def test_everyone_sees_only_their_own(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import holdover
+from holdover_world.loop.config import LoopConfig
 from holdover_world.sessions.world import Start, World
 from tests.holdover_world.small import latents, small_model
 
@@ -14,7 +15,7 @@ POLICIES = {
 }
 
 
-def small_world() -> World:
+def small_world(loop: LoopConfig | None = None) -> World:
     """The same in every process."""
     model = small_model()
     for parameter in model.parameters():
@@ -23,7 +24,7 @@ def small_world() -> World:
         name: Start(latents=latents(model, 4, seed=n), actions=torch.zeros(1, 4, 2))
         for n, name in enumerate(("town", "coast"))
     }
-    return World(model, starts, policies=POLICIES)
+    return World(model, starts, policies=POLICIES, loop=loop)
 
 
 def action(n: int, seed: int = 0) -> list[float]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from holdover_world.loop.config import HoldWindow, LoopConfig
 from holdover_world.sessions.session import SessionChunk, SessionSnapshot, WorldSession, advance
 from holdover_world.sessions.world import World
 from tests.holdover_world.sessions.small import action, small_world
@@ -152,6 +153,92 @@ def test_the_policy_can_change_in_mid_cycle(world: World) -> None:
     assert "warm-up" in {d.reason for d in drive(session, 1)[0].decisions}  # no cache entries are left
 
 
+#: A world whose sessions show what is right in the window in hand without a pass, of two latent frames.
+HOLDING = LoopConfig(commit="last_full", hold_window=HoldWindow(action=(0.0, 0.01)))
+
+
+def test_a_session_drives_by_plan(world: World) -> None:
+    """As its loop does, whatever form the plan has; and the next chunk may bring another."""
+    a, b = [0.5, 0.1], [0.9, -0.1]
+    for plan in ([b], [tuple(b)], torch.tensor([b, a]), [torch.tensor(b)]):
+        session, told = begun(world), list[torch.Tensor]()
+        hook = session.loop.model.register_forward_pre_hook(
+            lambda _m, _a, kwargs, told=told: told.append(kwargs["action_BFA"][0]), with_kwargs=True
+        )
+        session.step(a, plan)
+        session.step(b, [])
+        hook.remove()
+        assert all(torch.equal(each, torch.tensor([a, b])) for each in told)
+        assert len(told) == 4 + 4 + 1
+        session.close()
+
+
+def test_sessions_of_a_batch_have_plans_of_their_own(world: World) -> None:
+    a, b = [0.5, 0.1], [0.9, -0.1]
+    sessions = [begun(world) for _ in range(3)]
+    together = advance(sessions, [a, a, a], [[b], None, [a]])
+    alone = [begun(world).step(a, plan) for plan in ([b], None, [a])]
+    frames = [each.frames["front_wide"].astype(int) for each in together if isinstance(each, SessionChunk)]
+    for one, expected in zip(frames, alone, strict=True):
+        assert np.abs(one - expected.frames["front_wide"]).mean() < 0.05
+    assert np.array_equal(frames[1], frames[2])  # without a plan the newest is held
+    assert not np.array_equal(frames[0], frames[1])
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ([[0.1]], r"plan\[0\]=\[0.1\]: give 2 finite numbers in \[-1, 1\]"),
+        ([[0.1, 0.2], [0.1, float("nan")]], r"plan\[1\]=\[0.1, nan\]"),
+        ([[0.1, 1.2]], r"plan\[0\]=\[0.1, 1.2\]"),
+        (["ab"], r"plan\[0\]='ab' is not a list of numbers"),
+        (7, "plan=7 is not a list of actions"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(world: World, plan: object, message: str) -> None:
+    sessions = [begun(world), begun(world)]
+    with pytest.raises(ValueError, match=message):
+        advance(sessions, [[0.1, 0.1]] * 2, [None, plan])  # type: ignore[list-item]
+    assert [session.chunk for session in sessions] == [0, 0]
+
+
+def test_a_held_chunk_is_one_of_the_session(tmp_path: Path) -> None:
+    a, b, near = [0.5, 0.1], [0.9, -0.1], [0.9, -0.105]
+    world = small_world(HOLDING)
+    session = begun(world)
+    first = session.step(a, [b])
+    # A snapshot, also as a file, and a fork go on in the middle of the window in hand.
+    session.snapshot().save(tmp_path / "held.safetensors")
+    twin = session.fork()
+    resumed = WorldSession(small_world(HOLDING))
+    resumed.restore(SessionSnapshot.load(tmp_path / "held.safetensors"))
+    second = session.step(near)
+    assert (first.held, second.held, first.exact, second.exact) == (False, True, True, True)
+    assert {(d.role, d.reason) for d in second.decisions} == {("denoise", "window"), ("kv_update", "kv update")}
+    assert same([twin.step(near), resumed.step(near)], [second, second])
+    assert same([session.step(a), session.step(a)], [resumed.step(a), resumed.step(a)])
+    assert session.world.attached(session.policy).cache.stats().held_chunks == 3
+    # Under another policy the window in hand is not shown on: it is not that policy's.
+    twin.step(a, [b])
+    twin.use("never")
+    assert not twin.step(b).held
+
+
+def test_a_held_chunk_that_fails_leaves_the_session_unchanged() -> None:
+    session = begun(small_world(HOLDING))
+    session.step([0.5, 0.1])
+    before, block = tensors(session), session.loop.model.blocks[0]
+    inner, block.norm2.forward = block.norm2.forward, lambda _: [][0]
+    with pytest.raises(IndexError):  # in the KV update
+        session.step([0.5, 0.1])
+    del block.norm2.forward
+    assert inner == block.norm2.forward
+    assert tensors(session) == before
+    made = session.step([0.5, 0.1])
+    assert made.held
+    assert (made.index, session.chunk) == (1, 2)
+
+
 def test_closing_frees_everything(world: World) -> None:
     cache = world.attached(world.default_policy).cache
     for _ in range(3):
@@ -184,7 +271,7 @@ def test_mistakes_are_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no snapshot"):
         SessionSnapshot.load(tmp_path / "none")
     (tmp_path / "junk").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a snapshot of format 'session 2'"):
+    with pytest.raises(ValueError, match="not a snapshot of format 'session 3'"):
         SessionSnapshot.load(tmp_path / "junk")
     snapshot = session.snapshot()
     with pytest.raises(ValueError, match="another model"):

@@ -24,6 +24,7 @@ import pyarrow.parquet
 import ray
 import yaml
 
+from holdover.decision import WINDOW
 from holdover_world.env.drive_env import Course, DriveEnv, shipped_course
 from holdover_world.scene.vehicles import MAX_SPEED, normalise_action
 
@@ -113,20 +114,23 @@ def drive_episode(course: Course, episode: Episode) -> dict[str, Any]:
     Raises:
         ValueError: the course has no such scenario or policy.
     """
-    env = DriveEnv(episode.scenario, policy=episode.policy, course=course)
+    ahead = course.world.model.sizes.window - 1
+    env = DriveEnv(episode.scenario, policy=episode.policy, planned=ahead, course=course)
     digest, reused, calls = hashlib.sha256(), 0, 0
     seen, info = env.reset(seed=episode.seed)
     speed = float(seen["ego"][0]) or MAX_SPEED / 3
     total, offset, seconds, over, steps = 0.0, 0.0, 0.0, False, 0
     for chunk in range(episode.chunks):
-        command = DRIVERS[episode.driver](info, speed, chunk)
-        _, reward, over, _, info = env.step(normalise_action(*command))
+        # A driver intends what it would command in the chunks to come if it saw then what it sees now.
+        commands = [DRIVERS[episode.driver](info, speed, chunk + n) for n in range(1 + ahead)]
+        actions = [normalise_action(*command) for command in commands]
+        _, reward, over, _, info = env.step(np.stack(actions) if ahead else actions[0])
         made = env.newest
         assert made is not None
         steps, total, seconds = steps + 1, total + reward, seconds + made.seconds
         offset = max(offset, abs(info["offset"]))
-        reused += sum(not d.computed for d in made.decisions)
-        calls += sum(d.role == "denoise" for d in made.decisions)
+        reused += sum(d.reused for d in made.decisions)
+        calls += sum(d.role == "denoise" and d.reason != WINDOW for d in made.decisions)
         for camera in sorted(made.frames):
             digest.update(np.ascontiguousarray(made.frames[camera]).tobytes())
         if over:

@@ -22,6 +22,7 @@ _WHERE = {
     "__version__": "holdover.version",
     "attach": "holdover.models.attach",
     "diffusers": "holdover.diffusers",
+    "enable": "holdover.pipelines",
     "fixed_interval": "holdover.methods.fixed_interval",
     "never": "holdover.methods.never",
     "policies": "holdover.methods.registry",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from holdover.methods.xcache import xcache as xcache
     from holdover.methods.xcache_reactive import xcache_reactive as xcache_reactive
     from holdover.models.attach import attach as attach
+    from holdover.pipelines import enable as enable
     from holdover.slot import Slot as Slot
     from holdover.slot import ViewGroup as ViewGroup
     from holdover.step import Step as Step

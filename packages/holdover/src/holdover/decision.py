@@ -20,7 +20,9 @@ from holdover.step import Role
 #:   audit                an audit of this stream found an error past its limit
 #:   batch, group, branch another row of the batch, rank of the group, or guidance branch of the pass needed it
 #:   reuse                served from cache
+#:   window               no pass ran: the chunk shows the next frame of the window in hand
 REUSE = "reuse"
+WINDOW = "window"
 WARM_UP = "warm-up"
 #: Of a guard that looks at the action: it says nothing against the loop.
 ACTION = "action"
@@ -47,6 +49,11 @@ class Decision:
     scores: Mapping[str, float]
     sigma: float | None
 
+    @property
+    def reused(self) -> bool:
+        """Whether it was served from cache, in a pass that ran."""
+        return not self.computed and self.reason != WINDOW
+
 
 @dataclass(frozen=True, kw_only=True)
 class AuditResult:
@@ -66,6 +73,7 @@ class Stats:
         computed: block calls computed, KV updates and prefills included.
         reused: block calls served from cache.
         skip: reused / all block calls of denoising passes after warm-up, anchors and protected chunks included.
+        held_chunks: chunks that ran no pass; their blocks are counted nowhere else. See `Cache.hold`.
         bytes_held: bytes of the entries' tensors; after `detach`, those held until then.
         reasons: block calls per reason.
         audit: what the audit found, None where it looked at nothing.
@@ -77,6 +85,7 @@ class Stats:
     bytes_held: int
     reasons: Mapping[str, int]
     audit: AuditResult | None
+    held_chunks: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -86,6 +95,8 @@ class Stats:
             f"held      {self.bytes_held / 2**20:.1f} MiB",
             "reasons   " + ", ".join(f"{reason} {n}" for reason, n in sorted(self.reasons.items(), key=_by_count)),
         ]
+        if self.held_chunks:
+            lines.append(f"window    {self.held_chunks} chunks without a pass")
         if self.audit:
             lines.append(
                 f"audit     {self.audit.samples} samples, relative error mean {self.audit.mean_error:.2e}, "

@@ -47,8 +47,7 @@ class Entry:
         chunk: how many chunks of the stream came before the one in which the span was computed.
         epoch: how often the branch's condition had changed by then.
         action: what was told then, as `Step.told`.
-        shape, dtype, device: of the hidden state that entered.
-        out_dtype: of the one that left.
+        shape, dtype, device: of the hidden state that entered; ``out_dtype``: of the one that left.
         left_out: blocks of the span that the model did not run then.
         void: why nothing can be reused from it, or None.
         shared: another stream may hold the same tensors, so nobody may write into them.
@@ -80,11 +79,6 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        if not self.extras and not self.memory:
-            total = 0
-            for tensor in self.tensors.values():
-                total += tensor.nbytes
-            return total
         return sum(tensor.nbytes for tensor in self.all_tensors())
 
     def updated(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> Entry:
@@ -131,6 +125,7 @@ class Call:
         signal: the trigger's signal of this call, once read.
         part: the tokens that are computed where the verdict asks for a part of the span, None else.
         prediction: what the span's first slot says that a model as a whole returns.
+        view_groups: how the tokens of a latent frame lie; empty where the model does not say.
     """
 
     step: Step
@@ -147,6 +142,7 @@ class Call:
     signal: Tensor | None = None
     part: Tensor | None = None
     prediction: Prediction | None = None
+    view_groups: tuple[ViewGroup, ...] = ()
 
     @property
     def known(self) -> Entry:
@@ -163,12 +159,14 @@ class Verdict(NamedTuple):
         scores: the numbers behind the decision, for the trace.
         numbers: numbers to keep in the entry.
         part: with ``reason=None``, the tokens to compute nevertheless, ``int64 [K]`` or ``[B, K]``: see `Slot.part`.
+        drafts: the latent frames that the part leaves out, for `Cache.drafts`.
     """
 
     reason: str | None
     scores: Mapping[str, float] = {}
     numbers: Mapping[str, float] = {}
     part: Tensor | None = None
+    drafts: tuple[int, ...] = ()
 
 
 class Signal:
@@ -176,7 +174,8 @@ class Signal:
 
     ``follows``: the signal is compared with that of the latest pass; else with that of the pass in which the span was
     last computed. ``reads_layout``: it needs the view groups. ``linear``: the signal of ``x + r`` is that of x plus
-    that of r, so that the engine can foresee the signals of later spans: see `Policy.look_ahead`.
+    that of r, so that the engine can foresee the signals of later spans (`Policy.look_ahead`), and `compare` takes
+    several, stacked along a first axis, and returns their numbers ``[K, N]``.
     """
 
     follows: bool = False
@@ -211,8 +210,12 @@ def no_guard(call: Call) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Trigger(ABC):
-    """When a span is computed: the guard may force it, else `judge` decides by the signal's metrics."""
+    """When a span is computed: the guard may force it, else `judge` decides by the signal's metrics.
 
+    ``by_frame``: it tells latent frames apart, so that a model without view groups is refused.
+    """
+
+    by_frame: ClassVar[bool] = False
     guard: Guard = no_guard
     signal: Signal | None = None
 
@@ -246,13 +249,9 @@ class Predictor(ABC):
     def predict(self, call: Call) -> Tensor:
         """The span's output for ``call.x``, from the entry."""
 
-    def predict_run(self, calls: Sequence[Call]) -> Tensor:
-        """The output of several spans in a row for the first one's input."""
-        y = self.predict(calls[0])
-        for call in calls[1:]:
-            call.x = y
-            y = self.predict(call)
-        return y
+    def added(self, entry: Entry) -> Tensor | None:
+        """What it adds to whatever enters, if that is all that it does: looking ahead takes this. By default None."""
+        return None
 
     def reused(self, call: Call, y: Tensor) -> Mapping[str, Tensor | float]:
         """What to keep in the entry after ``y`` stood in for the span's output. By default nothing."""
@@ -293,6 +292,7 @@ class Policy:
     guided: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        signal = self.trigger.signal
-        if self.look_ahead < 1 or (self.look_ahead > 1 and (signal is None or not signal.linear)):
+        signal, predictor = self.trigger.signal, type(self.predictor)
+        foresees = signal is not None and signal.linear and getattr(predictor, "added", None) is not Predictor.added
+        if self.look_ahead < 1 or (self.look_ahead > 1 and not foresees):
             raise ValueError(f"look_ahead={self.look_ahead} of {self.name}: give 1, or more where the signal is linear")

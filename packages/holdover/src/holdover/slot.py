@@ -77,11 +77,11 @@ class Slot:
             their numbers and the arguments. None: a batch of several streams is computed whole if any row needs it.
         part: runs the block for some of its tokens, given what it remembers of the others. A function of the block's
             forward, the tokens, the memory and the arguments, which returns the output and the memory of all tokens
-            after it. ``tokens`` are places in the flattened token axis, ``int64 [K]`` or a row of them per row of the
-            batch, ``[B, K]``; the hidden state among the arguments and in the output holds these tokens alone, and
-            whatever else has a row per token is for the function to take. ``tokens=None`` is the whole block, whose
-            memory (keys and values, by name) begins there. A slot of kind ``"mlp"`` needs none. None: the block
-            cannot compute a part.
+            after it. It may write into the memory that it is given. ``tokens`` are places in the flattened token axis,
+            ``int64 [K]`` or a row of them per row of the batch, ``[B, K]``; the hidden state among the arguments and in
+            the output holds these tokens alone, and whatever else has a row per token is for the function to take.
+            ``tokens=None`` is the whole block, whose memory (keys and values, by name, with the batch on their first
+            axis) begins there. A slot of kind ``"mlp"`` needs none. None: the block cannot compute a part.
     """
 
     block: nn.Module | str

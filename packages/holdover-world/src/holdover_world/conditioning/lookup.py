@@ -6,7 +6,7 @@ action.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,34 +28,49 @@ class Expected(NamedTuple):
 
 
 class Lookup:
-    """Remembers the latest expectation, and works out only the frames that a new action changes."""
+    """Remembers what is expected, latent frame by latent frame, and works out only what it does not know.
+
+    A latent frame depends on the actions up to its own. Each is kept for as many different actions as the window has
+    frames: the window that a cycle commits may be an earlier one of it.
+    """
 
     def __init__(self) -> None:
-        self._latest: tuple[Tensor, Expected] | None = None
+        # Per latent frame the actions up to its own and what is expected then, the newest last.
+        self._known: dict[int, tuple[tuple[Tensor, Expected], ...]] = {}
+        self._latest: tuple[Tensor, tuple[int, ...], Expected] | None = None
 
-    def get(self, action_BFA: Tensor, expect: Callable[[int], Expected]) -> Expected:
+    def get(
+        self, action_BFA: Tensor, expect: Callable[[Sequence[int]], Expected], frames: Sequence[int] | None = None
+    ) -> Expected:
         """What is expected under these actions.
 
         Args:
-            expect: works out the frames from this one on, counted from 0.
+            expect: works out some latent frames of the window, given by their numbers from 0.
+            frames: which latent frames are wanted, by default all.
         """
-        if self._latest is None:
-            found = expect(0)
-        else:
-            told_BFA, found = self._latest
-            known = 0  # latent frames that the old and the new actions have in common
-            if told_BFA is action_BFA:
-                known = action_BFA.shape[1]
-            elif told_BFA.shape == action_BFA.shape:
-                known = int((told_BFA == action_BFA).all(-1).all(0).int().cumprod(0).sum())
-            if known < action_BFA.shape[1]:
-                pairs = zip(found, expect(known), strict=True)
-                found = Expected(*(torch.cat([old[:, :known], new], 1) for old, new in pairs))
-        self._latest = action_BFA, found
-        return found
+        wanted = tuple(range(action_BFA.shape[1]) if frames is None else frames)
+        if self._latest is not None and self._latest[0] is action_BFA and self._latest[1] == wanted:
+            return self._latest[2]
+        found = {frame: self._recall(frame, action_BFA) for frame in wanted}
+        missing = [frame for frame, expected in found.items() if expected is None]
+        if missing:
+            parts = zip(*(part.split(1, 1) for part in expect(missing)), strict=True)
+            for frame, part in zip(missing, parts, strict=True):
+                found[frame] = Expected(*part)
+                known = *self._known.get(frame, ()), (action_BFA[:, : frame + 1], Expected(*part))
+                self._known[frame] = known[-action_BFA.shape[1] :]
+        chosen = [expected for expected in found.values() if expected is not None]
+        result = Expected(*(torch.cat(parts, 1) for parts in zip(*chosen, strict=True)))
+        self._latest = action_BFA, wanted, result
+        return result
+
+    def _recall(self, frame: int, action_BFA: Tensor) -> Expected | None:
+        own = action_BFA[:, : frame + 1]
+        known = self._known.get(frame, ())
+        return next((expected for told, expected in reversed(known) if torch.equal(told, own)), None)
 
     def fork(self) -> Lookup:
         """A copy that shares memory."""
         twin = Lookup()
-        twin._latest = self._latest
+        twin._known, twin._latest = dict(self._known), self._latest
         return twin

@@ -91,7 +91,11 @@ class Reprojection(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, last_BNP: Tensor, poses_BK3: Tensor, sites: Sequence[Site | None] | None = None, passed: int = 0
+        self,
+        last_BNP: Tensor,
+        poses_BK3: Tensor,
+        sites: Sequence[Site | None] | None = None,
+        frames: Sequence[int] | None = None,
     ) -> Expected:
         """Look the next latent frames up.
 
@@ -99,20 +103,24 @@ class Reprojection(nn.Module):
             last_BNP: the newest latent frame.
             poses_BK3: poses of the ego in the coming video frames, relative to the pose that the newest frame shows.
             sites: the place of each row in its layout; None if no row has one.
-            passed: video frames between the newest one and the first of the poses.
+            frames: the numbers of the latent frames that show these poses, counted from 0; by default the first ones.
 
         Returns:
             What is expected, in float32. A token counts as seen where some camera sees it now and the ego will not have
             driven through it. The rest of a token stays as it was, or as the layout has it.
         """
+        numbers = range(poses_BK3.shape[1] // FRAMES) if frames is None else frames
+        after = [FRAMES * number + k + 1 for number in numbers for k in range(FRAMES)]
         rows = [
-            self._row(last.float(), poses, site, passed)
+            self._row(last.float(), poses, site, after)
             for last, poses, site in zip(last_BNP, poses_BK3, sites or (None,) * len(last_BNP), strict=True)
         ]
         latents, seen, layouts = zip(*rows, strict=True)
         return Expected(torch.stack(latents), torch.stack(seen), torch.stack(layouts))
 
-    def _row(self, last_NP: Tensor, poses_K3: Tensor, site: Site | None, passed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _row(
+        self, last_NP: Tensor, poses_K3: Tensor, site: Site | None, after: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         views = self._views.get(last_NP.device)
         if views is None:
             ordered = [camera for group in self.sizes.groups for camera in group]
@@ -123,7 +131,7 @@ class Reprojection(nn.Module):
             colours, depths, seen = self._still(last_NP, pictures, views, move)
             latents = self._tokens({"colour": colours, "depth": depths})
             return latents, self._share(seen), torch.zeros_like(latents)
-        colours, depths, seen, drawn = look_up_in_layout(pictures, views, move, site, poses_K3, passed)
+        colours, depths, seen, drawn = look_up_in_layout(pictures, views, move, site, poses_K3, after)
         latents = self._tokens({"colour": colours, "depth": depths})
         layout = self._tokens({"colour": drawn, "depth": depths})
         return latents, self._share(seen), layout
@@ -210,10 +218,10 @@ class Reprojection(nn.Module):
 
 
 def look_up_in_layout(
-    pictures: Sequence[Tensor], views: Sequence[View], move: Move, site: Site, poses_K3: Tensor, passed: int
+    pictures: Sequence[Tensor], views: Sequence[View], move: Move, site: Site, poses_K3: Tensor, after: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Per camera colour ``[3, K, M]``, metres ``[K, M]``, what is seen ``[K, M]``, and the layout's own colour."""
-    frames = [site.frame, *(site.frame + passed + k + 1 for k in range(len(poses_K3)))]
+    frames = [site.frame, *(site.frame + each for each in after)]
     poses = torch.cat([site.pose_3[None], site.ahead(poses_K3)]).to(poses_K3)
     around = Around.of(site.layout, poses, frames)
     drawn = [draw(site.layout, view, around) for view in views]

@@ -154,15 +154,18 @@ class _Car:
             "lane": np.clip(np.array(self.beside, np.float32), *self._lane),
         }
 
-    def spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
+    def spaces(self, planned: int) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
         """The observation space and the action space."""
+        if planned < 0:
+            raise ValueError(f"planned={planned}: give the number of frames that a plan covers, 0 for no plan")
         seen: dict[str, gymnasium.Space[Any]] = {
             name: gymnasium.spaces.Box(0, 255, shape, np.uint8) for name, shape in self.pictures.items()
         }
         most = np.array([MAX_SPEED, MAX_CURVATURE], np.float32) * np.float32(1.01)
         seen["ego"] = gymnasium.spaces.Box(np.array([0, -1], np.float32) * most, most, dtype=np.float32)
         seen["lane"] = gymnasium.spaces.Box(*self._lane, dtype=np.float32)
-        return gymnasium.spaces.Dict(seen), gymnasium.spaces.Box(_LEAST, _MOST, dtype=np.float32)
+        least, most = (np.tile(each, (1 + planned, 1)) if planned else each for each in (_LEAST, _MOST))
+        return gymnasium.spaces.Dict(seen), gymnasium.spaces.Box(least, most, dtype=np.float32)
 
     def _info(self) -> dict[str, Any]:
         self.beside = offset, heading_error = self.road.beside(self.ego)
@@ -175,16 +178,18 @@ def _chosen(course: Course, scenario: str | None, rng: np.random.Generator) -> t
     return scenario or str(rng.choice(list(course.roads))), int(rng.integers(2**31))
 
 
-def _clipped(action: Any) -> NDArray[np.float32]:
-    bounded: NDArray[np.float32] = np.clip(np.asarray(action, np.float32), _LEAST, _MOST)
-    return bounded
+def _clipped(action: Any) -> tuple[NDArray[np.float32], list[list[float]] | None]:
+    """The command within the action space, and the plan, if there is one."""
+    bounded = np.clip(np.asarray(action, np.float32), _LEAST, _MOST)
+    return (bounded, None) if bounded.ndim == 1 else (bounded[0], bounded[1:].tolist())
 
 
 class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     """Keep the lane and drive fast. One step is one chunk: a third of a second with the shipped model.
 
-    The action is normalised speed in [0, 1] and curvature in [-1, 1]. The observation is the newest frame of each
-    camera; ``ego``, speed in m/s and curvature in 1/m; and ``lane``, the reading of a lane sensor: offset from the
+    The action is normalised speed in [0, 1] and curvature in [-1, 1]. With ``planned`` it has more rows, ``[1 +
+    planned, 2]``: after the command a plan, what is intended in the next chunks. The observation is the newest frame of
+    each camera; ``ego``, speed in m/s and curvature in 1/m; and ``lane``, the reading of a lane sensor: offset from the
     centre line in metres, at most ``max_offset``, and heading error in radians, both positive to the left.
 
     The reward is ``speed along the lane / greatest speed * (1 - (offset / max_offset)**2)``. If the model has depth, it
@@ -196,13 +201,15 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         cameras: the cameras to observe; by default all.
         policy: one of the world's policies; by default its first.
         max_offset: the offset in metres at which the car has left the lane.
+        planned: for how many chunks ahead the action holds a plan; 0 for none, then frames that are not yet commanded
+            hold the newest action. A window of W latent frames has use for W - 1.
         course: by default that of the shipped model.
 
     Attributes:
         newest: the newest chunk; None at the beginning of an episode.
 
     Raises:
-        ValueError: there is no such scenario, camera or policy.
+        ValueError: there is no such scenario, camera or policy, or ``planned`` is negative.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012
@@ -213,13 +220,14 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         cameras: Sequence[str] = (),
         policy: str | None = None,
         max_offset: float = 1.75,
+        planned: int = 0,
         course: Course | None = None,
         render_mode: str | None = None,
     ) -> None:
         self.course, self.scenario, self.render_mode = course or shipped_course(), scenario, render_mode
         _chosen(self.course, scenario, np.random.default_rng())
         self._car = _Car(self.course, cameras, policy, max_offset)
-        self.observation_space, self.action_space = self._car.spaces()
+        self.observation_space, self.action_space = self._car.spaces(planned)
         self.newest: SessionChunk | None = None
 
     def reset(
@@ -233,8 +241,8 @@ class DriveEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Generate one chunk under an action, which is clipped to the action space."""
-        bounded = _clipped(action)
-        self.newest = self._car.session.step(bounded.tolist())
+        bounded, plan = _clipped(action)
+        self.newest = self._car.session.step(bounded.tolist(), plan)
         reward, over, info = self._car.move(bounded, self.newest.depth)
         return self._car.observe(self.newest.frames), reward, over, False, info
 
@@ -265,6 +273,7 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
         cameras: Sequence[str] = (),
         policy: str | None = None,
         max_offset: float = 1.75,
+        planned: int = 0,
         course: Course | None = None,
         max_episode_steps: int | None = None,
     ) -> None:
@@ -272,7 +281,7 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
         self.max_episode_steps = max_episode_steps
         _chosen(self.course, scenario, np.random.default_rng())
         self._cars = [_Car(self.course, cameras, policy, max_offset) for _ in range(num_envs)]
-        self.single_observation_space, self.single_action_space = self._cars[0].spaces()
+        self.single_observation_space, self.single_action_space = self._cars[0].spaces(planned)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._over = np.zeros(num_envs, bool)
@@ -290,9 +299,10 @@ class DriveVectorEnv(gymnasium.vector.VectorEnv[dict[str, Any], NDArray[np.float
     def step(
         self, actions: NDArray[np.float32]
     ) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        bounded = [_clipped(action) for action in actions]
+        bounded, plans = zip(*map(_clipped, actions), strict=True)
         going = [n for n in range(self.num_envs) if not self._over[n]]
-        made = advance([self._cars[n].session for n in going], [bounded[n].tolist() for n in going])
+        sessions = [self._cars[n].session for n in going]
+        made = advance(sessions, [bounded[n].tolist() for n in going], [plans[n] for n in going])
         rewards, over = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
         seen: dict[int, dict[str, Any]] = {}
         infos: dict[int, dict[str, Any]] = {}

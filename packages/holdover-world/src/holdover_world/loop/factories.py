@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from holdover.engine.cache import Cache
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import load_scenario, shipped_model
 from holdover_world.model.transformer import WorldModel
 from holdover_world.runtime import keep_memory

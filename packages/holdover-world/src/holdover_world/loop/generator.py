@@ -17,12 +17,12 @@ class Predict(Protocol):
         """Run the generator's transformer once.
 
         Args:
-            latents: noisy latents ``[B, C, F, H, W]``; clean ones with ``write``.
+            latents: noisy latents ``[B, C, F, H, W]``; clean ones in the clean pass.
             sigma: their noise level, 0 to 1.
             kv: what ``new_kv`` returned.
             start: the number of latent frames before them.
             actions: of these frames, ``[B, F, A]``; None in the unguided branch of a loop with guidance.
-            write: this is the clean pass, which writes the KV cache.
+            write: this pass writes the KV cache: the clean one, or, with a ``sigma`` above 0, the last denoising pass.
 
         Returns:
             Predicted clean latents ``[B, C, F, H, W]``. The output of a clean pass is not used.
@@ -89,4 +89,4 @@ class Generator:
         )
         if write:
             history.frames += latents_BFNP.shape[1]
-        return latents_BFNP if write or output is None else output.permute(0, 2, 3, 4, 1).flatten(2, 3)
+        return latents_BFNP if output is None else output.permute(0, 2, 3, 4, 1).flatten(2, 3)

@@ -59,11 +59,13 @@ class LoopModel(Protocol):
         """Run the model once and return predicted clean latents ``[B, F, N, P]``.
 
         Args:
-            latents_BFNP: noisy latents; clean ones where ``write``.
+            latents_BFNP: noisy latents; clean ones in the clean pass.
             sigma: their noise level, 0 to 1.
             action_BFA: the action of each latent frame; None is the unguided branch of a loop with guidance.
             history: what `new_history` or `Stacks.stack` returned.
-            write: this is the clean pass, which adds the latents to the history. Its output is not used.
+            write: this is the clean pass, which adds the latents to the history. Its output is not used. With a
+                ``sigma`` above 0 it is the last denoising pass, which writes instead: its keys and values and the
+                latents that it predicts are added, and its output is used.
             done_BFA: with ``write``, the actions that were carried out while these frames were shown. They differ from
                 ``action_BFA`` where a new action arrived after the window was made. None: the same.
         """
@@ -89,6 +91,29 @@ class Located(Protocol):
 
 
 @runtime_checkable
+class Conditioned(Protocol):
+    """A history of which more than clean passes may change what a window is drawn from."""
+
+    @property
+    def conditions(self) -> tuple[object, ...]:
+        """What a window is drawn from, besides the noise and the actions. Whatever changes is another object then."""
+        ...
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """A history that knows how the camera moves."""
+
+    def poses(self, action_BFA: Tensor) -> Tensor:
+        """The poses from which the next latent frames are seen under these actions: x, y (m) and yaw (rad).
+
+        Returns:
+            ``[B, F, K, 3]``, for each of the K video frames of a latent frame.
+        """
+        ...
+
+
+@runtime_checkable
 class Saved(Protocol):
     """A history that can be written to a file."""
 
@@ -106,4 +131,17 @@ class LoopCache(Protocol):
 
     def exact(self, stream: str) -> bool:
         """Whether every block of the stream's newest chunk was computed."""
+        ...
+
+    def hold(self, *, chunk: int, num_steps: int, stream: str, branches: Sequence[str]) -> None:
+        """Note a chunk that shows the next frame of the window in hand and runs no pass."""
+        ...
+
+
+@runtime_checkable
+class Drafts(Protocol):
+    """A cache whose policies may compute some latent frames of a window and leave the others."""
+
+    def drafts(self, stream: str) -> Sequence[int]:
+        """The latent frames that the stream's newest chunk left."""
         ...

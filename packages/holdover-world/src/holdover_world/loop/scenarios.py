@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover_world.codec.checkpoints import WEIGHTS
-from holdover_world.loop.closed_loop import LoopConfig
+from holdover_world.loop.config import LoopConfig
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.clips import frame_count, list_clips, read_clip, read_track
 from holdover_world.scene.layout import Track
@@ -46,6 +46,10 @@ class Scenario:
     actions: Tensor
     truth: Mapping[str, NDArray[np.uint8]] | None
     track: Track | None = None
+
+    def plan(self, chunk: int) -> Tensor:
+        """The oracle plan of a chunk, ``[T, A]``: a plan that is always kept, because it is all that follows."""
+        return self.actions[chunk + 1 :]
 
     @property
     def steady(self) -> bool:

@@ -17,7 +17,7 @@ from holdover.report.page import build_page
 from holdover.report.recording import command_line
 from holdover.report.run_dir import ChunkRecord, Rollout, remove_rollouts
 from holdover.report.run_write import write_rollout
-from holdover_world.loop.closed_loop import Cadence, LoopConfig
+from holdover_world.loop.config import Cadence, LoopConfig
 from holdover_world.loop.scenarios import NAMES, STEADY, Scenario, load_scenario
 from holdover_world.measure.figures import Metrics, describe, describe_full
 from holdover_world.measure.race import Arm, ArmRun, Race

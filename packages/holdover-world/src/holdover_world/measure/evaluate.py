@@ -18,7 +18,8 @@ from rich.progress import Progress
 from holdover.report.environment import environment
 from holdover.report.fidelity import psnr
 from holdover.report.tables import markdown
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
 from holdover_world.measure.cards import about, write_card
 from holdover_world.measure.fidelity import FAR, compare, depth_errors
 from holdover_world.measure.motion import agreement, camera_ahead, train_motion_reader, true_motion

@@ -1,8 +1,8 @@
 """Runs to be compared, interleaved chunk by chunk in one process.
 
 Every run has its own copy of the model, so each policy has its own cache. The reference of a cached run computes
-everything, with the same cadence, seed and actions, *and commits the same windows*. A commit rule that depends on the
-cache (``last_full``) therefore holds for the reference as well: another history would give another video.
+everything, with the same cadence, seed, actions and plans, *and commits the same windows*. A commit rule that depends
+on the cache (``last_full``) therefore holds for the reference as well: another history would give another video.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,20 +24,36 @@ from holdover.decision import Decision, Stats
 from holdover.engine.attach import attach
 from holdover.engine.cache import Cache
 from holdover.method import Policy
-from holdover_world.loop.closed_loop import ClosedLoop, LoopConfig, Piece
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import Commit, LoopConfig
 from holdover_world.loop.scenarios import Scenario
+from holdover_world.loop.state import Piece
 from holdover_world.model.transformer import WorldModel
 
 STREAM = "default"
+PlanKind = Literal["newest", "oracle"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to run a scenario: a policy and a cadence. Policy None is full compute, with nothing attached."""
+    """One way to run a scenario: a policy, a cadence and a plan.
+
+    Attributes:
+        name: of the arm.
+        policy: None is full compute, with nothing attached.
+        loop: the cadence.
+        plan: what frames are told that are not yet commanded: the ``newest`` action, or what the scenario commands
+            next, an ``oracle`` plan, which is always kept.
+    """
 
     name: str
     policy: Policy | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
+    plan: PlanKind = "newest"
+
+    def __post_init__(self) -> None:
+        if self.plan not in get_args(PlanKind):
+            raise ValueError(f"plan={self.plan!r} is not one of {', '.join(get_args(PlanKind))}")
 
 
 class ArmRun:
@@ -47,16 +63,18 @@ class ArmRun:
         frames: the decoded pieces of each camera, each ``uint8 [frames_per_latent, height, width, 3]``.
         dit_seconds, end_to_end_seconds: seconds of each chunk; the latter include decoding to frames.
         exact: for each chunk, whether every block was computed.
+        held: for each chunk, whether it ran no pass.
         pieces: the newest pieces, at most those of one cycle.
     """
 
-    def __init__(self, arm: Arm, loop: ClosedLoop[WorldModel]) -> None:
-        self.arm, self.loop = arm, loop
+    def __init__(self, arm: Arm, loop: ClosedLoop[WorldModel], scenario: Scenario) -> None:
+        self.arm, self.loop, self.scenario = arm, loop, scenario
         self.frames: dict[str, list[NDArray[np.uint8]]] = {}
         self.pieces: deque[Piece] = deque(maxlen=loop.window_frames)
         self.dit_seconds: list[float] = []
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
+        self.held: list[bool] = []
         self._made: list[tuple[Tensor, Tensor]] = []  # latents, and the latents before them
         self._committed: dict[int, Tensor] = {}  # latents, by the number of chunks shown until then
 
@@ -75,7 +93,7 @@ class ArmRun:
             stream=STREAM,
             track=scenario.track,
         )
-        run = cls(arm, loop)
+        run = cls(arm, loop, scenario)
         own.register_forward_pre_hook(run._see_commit, with_kwargs=True)
         return run
 
@@ -88,10 +106,15 @@ class ArmRun:
         """The position of the next chunk in its cycle."""
         return self.loop.chunk % self.loop.window_frames
 
+    @property
+    def plan(self) -> Tensor | None:
+        """What the arm's plan is in the next chunk."""
+        return self.scenario.plan(self.loop.chunk) if self.arm.plan == "oracle" else None
+
     def step(self, action: Tensor) -> Piece:
         """Generate the next piece under ``action [A]`` and record it."""
         started = perf_counter()
-        piece = self.loop.step(action)
+        piece = self.loop.step(action, self.plan)
         decoded = self.loop.model.codec.decode(piece.latents, piece.before)
         frames = {name: video[0] for name, video in decoded.items()}
         seconds = perf_counter() - started
@@ -166,6 +189,7 @@ class ArmRun:
         self.dit_seconds.append(piece.dit_seconds)
         self.end_to_end_seconds.append(seconds)
         self.exact.append(piece.exact)
+        self.held.append(piece.held)
 
 
 def fork(loop: ClosedLoop[WorldModel], stream: str) -> ClosedLoop[WorldModel]:
@@ -179,14 +203,17 @@ def fork(loop: ClosedLoop[WorldModel], stream: str) -> ClosedLoop[WorldModel]:
 class _Echo:
     """In place of a loop's cache: tells whether the leader computed its newest chunk in full."""
 
-    def __init__(self, leader: ArmRun) -> None:
-        self._leader = leader
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
 
     def step(self, *_args: Any, **_fields: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
     def exact(self, _stream: str) -> bool:
-        return self._leader.exact[-1]
+        return self._follower.full
+
+    def hold(self, **_fields: Any) -> None:
+        """A reference runs all its passes."""
 
 
 class Follower:
@@ -199,8 +226,14 @@ class Follower:
 
     def __init__(self, leader: ArmRun, base: ArmRun) -> None:
         self.leader, self.base = leader, base
-        self.run = ArmRun(Arm(name=f"full, committing as {leader.arm.name}", loop=leader.arm.loop), base.loop)
+        arm = Arm(name=f"full, committing as {leader.arm.name}", loop=leader.arm.loop, plan=leader.arm.plan)
+        self.run = ArmRun(arm, base.loop, base.scenario)
         self._abreast = False
+
+    @property
+    def full(self) -> bool:
+        """Whether the leader's newest chunk ran, and computed every block."""
+        return self.leader.exact[-1] and not self.leader.held[-1]
 
     @property
     def split(self) -> bool:
@@ -212,16 +245,16 @@ class Follower:
 
     def before_base(self, position: int) -> None:
         """Between the leader's chunk and the base's: split if the leader computed this chunk in full in mid-cycle."""
-        if not self.split and position > 0 and self.leader.exact[-1]:
+        if not self.split and position > 0 and self.full:
             twin = fork(self.base.loop, STREAM)
             twin.config = replace(twin.config, commit=self.leader.arm.loop.commit)
-            twin.cache = _Echo(self.leader)
+            twin.cache = _Echo(self)
             self.run.loop = twin
 
     def step(self, action: Tensor) -> None:
         if not self.split:
             self.run.share(self.base)
-        elif self._abreast and self.leader.exact[-1]:
+        elif self._abreast and self.full:
             self.run.adopt(self.leader)
         else:
             self.run.step(action)
@@ -229,7 +262,7 @@ class Follower:
 
 def _abreast(one: ClosedLoop[WorldModel], other: ClosedLoop[WorldModel]) -> bool:
     """Whether two loops that commit `last_full` start their next chunks from the same state, bit for bit."""
-    first, second = one.state.tensors(), other.state.tensors()
+    first, second = (replace(loop.state, window=None).tensors() for loop in (one, other))
     if one.config.protected == "first":  # then a chunk does not depend on the emitted pieces, see `LoopConfig`
         first, second = ({k: v for k, v in each.items() if "emitted." not in k} for each in (first, second))
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -241,7 +274,8 @@ class Race:
     Args:
         model: the model. It is copied, not changed.
         scenario: the scenario to drive.
-        arms: arms with different names. An arm without a policy is full compute, which runs once for each cadence.
+        arms: arms with different names. An arm without a policy is full compute, which runs once for each cadence and
+            plan, and holds no window.
         seed: the seed of the noise, the same for all runs.
 
     Raises:
@@ -252,15 +286,16 @@ class Race:
         twice = [name for name, n in Counter(arm.name for arm in arms).items() if n > 1]
         if twice:
             raise ValueError(f"two arms are called {twice[0]!r}; give every arm its own name")
-        self.arms = {arm.name: arm for arm in arms}
+        self.arms, self.scenario = {arm.name: arm for arm in arms}, scenario
         #: The cached runs, by the names of their arms.
         self.runs: dict[str, ArmRun] = {}
-        self._bases: dict[LoopConfig, ArmRun] = {}
+        self._bases: dict[tuple[LoopConfig, PlanKind], ArmRun] = {}
         self._followers: dict[str, Follower] = {}
         for arm in arms:
-            key = _base_config(arm.loop)
+            key = _base_of(arm)
             if key not in self._bases:
-                self._bases[key] = ArmRun.start(Arm(name="full", loop=key), model, scenario, seed=seed)
+                base = Arm(name="full", loop=key[0], plan=arm.plan)
+                self._bases[key] = ArmRun.start(base, model, scenario, seed=seed)
             if arm.policy is not None:
                 self.runs[arm.name] = ArmRun.start(arm, model, scenario, seed=seed)
                 if arm.loop.commit == "last_full":
@@ -280,8 +315,8 @@ class Race:
         return self.base(name)
 
     def base(self, name: str) -> ArmRun:
-        """The full-compute run of an arm's cadence, with which its time is compared."""
-        return self._bases[_base_config(self.arms[name].loop)]
+        """The full-compute run of an arm's cadence and plan, with which its time is compared."""
+        return self._bases[_base_of(self.arms[name])]
 
     def step(self, action: Tensor) -> None:
         """Generate one chunk of every run under ``action [A]``. Arms go first, because references may follow them."""
@@ -304,7 +339,8 @@ class Race:
             follower.step(action)
 
 
-def _base_config(loop: LoopConfig) -> LoopConfig:
-    """The cadence of a reference. Only a cache reads which chunk is announced as committed."""
-    emitted = loop.commit == "emitted" and loop.cadence == "window"
-    return replace(loop, protected="first", commit="emitted" if emitted else "first")
+def _base_of(arm: Arm) -> tuple[LoopConfig, PlanKind]:
+    """The cadence and the plan of a reference. Only a cache reads which chunk is announced as committed."""
+    emitted = arm.loop.commit == "emitted" and arm.loop.cadence == "window"
+    commit: Commit = "emitted" if emitted else "first"
+    return replace(arm.loop, protected="first", commit=commit, hold_window=None), arm.plan

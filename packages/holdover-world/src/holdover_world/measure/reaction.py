@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from holdover.engine.cache import Cache
-from holdover_world.loop.closed_loop import ClosedLoop, Commit, Piece
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import Commit
+from holdover_world.loop.state import Piece
 from holdover_world.measure.race import Race, fork
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.vehicles import denormalise_action, normalise_action

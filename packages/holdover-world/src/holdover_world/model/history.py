@@ -19,8 +19,8 @@ from holdover_world.model.kv_cache import KVBatch, KVCache
 from holdover_world.scene.layout import Site, Sites, Track
 
 #: Works out what is expected, as `Reprojection` does: from the newest latent frame ``[B, N, P]``, the poses to come
-#: ``[B, K, 3]``, the sites, and the number of video frames before these poses.
-Expect = Callable[[Tensor, Tensor, Sequence[Site | None] | None, int], Expected]
+#: ``[B, K, 3]``, the sites, and the numbers of the latent frames that show these poses, counted from 0.
+Expect = Callable[[Tensor, Tensor, Sequence[Site | None] | None, Sequence[int]], Expected]
 
 
 @dataclass(kw_only=True)
@@ -46,6 +46,20 @@ class WorldHistory:
         """Latent frames in the KV cache."""
         return self.kv.length
 
+    @property
+    def conditions(self) -> tuple[object, ...]:
+        """What a window is drawn from, besides noise and actions: whatever changes is another object then."""
+        return self.last, self.ego, self.sites
+
+    def poses(self, action_BFA: Tensor) -> Tensor:
+        """The poses of the next latent frames under these actions, relative to the newest one's.
+
+        Returns:
+            x, y (m) and yaw (rad), ``[B, F, K, 3]``, for each of the K video frames of a latent frame.
+        """
+        poses_BFK3: Tensor = self.ego.ahead(action_BFA).unflatten(1, (-1, FRAMES))
+        return poses_BFK3
+
     def commit(self, latents_BFNP: Tensor, action_BFA: Tensor | None, done_BFA: Tensor | None = None) -> None:
         """Add latent frames, whose keys and values are staged.
 
@@ -61,16 +75,20 @@ class WorldHistory:
             self.ego, end_B3 = self.ego.moved(action_BFA, done_BFA)
             self.sites = self.sites.moved(end_B3, FRAMES * frames)
 
-    def expect(self, action_BFA: Tensor, expect: Expect) -> Expected:
-        """What is expected after the newest latent frame, under these actions."""
+    def expect(self, action_BFA: Tensor, expect: Expect, frames: Sequence[int] | None = None) -> Expected:
+        """What is expected after the newest latent frame, under these actions.
+
+        Args:
+            frames: of which latent frames, counted from 0; by default of all. Only these are worked out.
+        """
         last_BNP = self.last
         assert last_BNP is not None
 
-        def from_frame(known: int) -> Expected:
-            poses_BK3 = self.ego.ahead(action_BFA)[:, FRAMES * known :]
-            return expect(last_BNP, poses_BK3, self.sites or None, FRAMES * known)
+        def work_out(frames: Sequence[int]) -> Expected:
+            poses_BK3 = self.poses(action_BFA)[:, list(frames)].flatten(1, 2)
+            return expect(last_BNP, poses_BK3, self.sites or None, frames)
 
-        return self.lookup.get(action_BFA, from_frame)
+        return self.lookup.get(action_BFA, work_out, frames)
 
     def stand(self, tracks: Sequence[Track | None], frames: Sequence[int]) -> None:
         """Put each row where its recording was at a video frame; rows without a track have no place.
@@ -142,10 +160,11 @@ class HistoryBatch:
         for history, *each in zip(self.histories, latents_BFNP.split(1), actions, done, strict=True):
             history.commit(*each)
 
-    def expect(self, action_BFA: Tensor, expect: Expect) -> Expected:
-        """`WorldHistory.expect` of every row."""
-        rows = zip(self.histories, action_BFA.split(1), strict=True)
-        found = [history.expect(action, expect) for history, action in rows]
+    def expect(self, action_BFA: Tensor, expect: Expect, frames: Sequence[Sequence[int]] | None = None) -> Expected:
+        """`WorldHistory.expect` of every row. The rows may want different latent frames, but equally many."""
+        chosen = [None] * len(self.histories) if frames is None else frames
+        rows = zip(self.histories, action_BFA.split(1), chosen, strict=True)
+        found = [history.expect(action, expect, own) for history, action, own in rows]
         return Expected(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

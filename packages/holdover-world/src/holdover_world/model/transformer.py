@@ -17,7 +17,7 @@ sequence, A dimensions of the action.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,39 +37,91 @@ from holdover_world.config import WorldConfig
 from holdover_world.model.features import RAY_FEATURES, action_features, neighbourhoods, ray_features, sigma_features
 from holdover_world.model.history import HistoryBatch, WorldHistory
 from holdover_world.model.kv_cache import KVBatch, KVCache
-from holdover_world.model.rotary import RotaryTables, Table, rotate
+from holdover_world.model.rotary import RotaryTables, Table, TemporalOrder, rotate
 from holdover_world.runtime import fast_dtype
 
 #: Large, so that the norms are nearly linear for small activations. Brightness and contrast then pass a norm without
 #: outlier channels, which X-Cache's deviation test (largest element over mean) would take for change.
 NORM_EPS = 1.0
+#: Of the norms of queries and keys.
+RMS_EPS = 1e-6
+
+
+#: Keys and values by name, ``"k0"`` and ``"v0"`` of the first group: ``[B, V, H, S, D]``.
+Memory = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Pass:
     """What the blocks of one forward pass share.
 
-    ``rotary_temporal`` has one table per view group: ``[S, D]``, or ``[B, S, D]`` if the rows start at different times.
+    Attributes:
+        modulation_BF6C: from noise level and actions.
+        order: of the tokens in temporal attention.
+        rotary_temporal: the table of these tokens, ``[F, N, 1, 1, D]``, or ``[B, F, N, 1, 1, D]`` if the rows start at
+            different times.
+        rotary_cross: the table over viewing directions, ``[N, 1, 1, D]``.
+        frames_Bf: of a part: which latent frames of the window it is.
+        parts: what was made of this for rows and for parts, to be made once for all blocks.
     """
 
     modulation_BF6C: Tensor
-    rotary_temporal: tuple[Table, ...]
+    order: TemporalOrder
+    rotary_temporal: Table
     rotary_cross: Table
     kv: KVCache | KVBatch | None
     write: bool
-
-    def rotary(self, group: int, views: int) -> Table:
-        """The temporal table of a group, for queries ``[B*V, H, S, D]``."""
-        cos, sin = self.rotary_temporal[group]
-        if cos.dim() == 2:
-            return cos, sin
-        return cos.repeat_interleave(views, 0)[:, None], sin.repeat_interleave(views, 0)[:, None]
+    frames_Bf: Tensor | None = None
+    parts: dict[Any, tuple[Any, Pass]] = field(default_factory=dict, compare=False, repr=False)
 
     def take(self, rows: Sequence[int]) -> Pass:
         """The same for some rows of the batch."""
-        tables = tuple((cos, sin) if cos.dim() == 2 else (cos[rows], sin[rows]) for cos, sin in self.rotary_temporal)
-        kv = self.kv.take(rows) if self.kv else None
-        return replace(self, modulation_BF6C=self.modulation_BF6C[rows], rotary_temporal=tables, kv=kv)
+        key = tuple(rows)
+        if key not in self.parts:
+            cos, sin = self.rotary_temporal
+            table = (cos, sin) if cos.dim() == 5 else (cos[rows], sin[rows])
+            kv = self.kv.take(rows) if self.kv else None
+            taken = replace(self, modulation_BF6C=self.modulation_BF6C[rows], rotary_temporal=table, kv=kv, parts={})
+            self.parts[key] = rows, taken
+        return self.parts[key][1]
+
+    def part(self, tokens: Tensor) -> Pass:
+        """The same for some latent frames of the window, given by their tokens, ``[K]`` or ``[B, K]``.
+
+        Raises:
+            ValueError: the tokens are not whole latent frames.
+        """
+        key = id(tokens)
+        if key not in self.parts:
+            n, b = len(self.rotary_cross[0]), len(self.modulation_BF6C)
+            frames_Bf = torch.div(tokens[..., ::n], n, rounding_mode="floor").expand(b, -1)
+            whole = (frames_Bf[..., None] * n + torch.arange(n, device=tokens.device)).flatten(1)
+            if not torch.equal(whole, tokens.expand(b, -1)):
+                raise ValueError(
+                    "a part of the world model is whole latent frames; give all tokens of a frame in order"
+                )
+            rows = torch.arange(b, device=tokens.device)[:, None]
+            cos, sin = (t[frames_Bf] if t.dim() == 5 else t[rows, frames_Bf] for t in self.rotary_temporal)
+            taken = replace(
+                self,
+                modulation_BF6C=self.modulation_BF6C[rows, frames_Bf],
+                rotary_temporal=(cos, sin),
+                frames_Bf=frames_Bf,
+                parts={},
+            )
+            self.parts[key] = tokens, taken  # the tokens are kept, so that nothing else can have their id
+        return self.parts[key][1]
+
+    def recall(self, memory: Memory, group: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, V, H, S, D]`` of the whole window; those of this pass are written into the memory."""
+        for name, made in ((f"k{group}", k), (f"v{group}", v)):
+            if self.frames_Bf is None:
+                memory[name] = made.contiguous()  # and no view of more
+                continue
+            per_frame = made.shape[3] // self.frames_Bf.shape[1]
+            for held, new, frames in zip(memory[name], made, self.frames_Bf, strict=True):
+                held.unflatten(2, (-1, per_frame)).index_copy_(2, frames, new.unflatten(2, (-1, per_frame)))
+        return memory[f"k{group}"], memory[f"v{group}"]
 
 
 def take_rows(rows: Sequence[int], hidden_BLC: Tensor, shared: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -77,8 +129,21 @@ def take_rows(rows: Sequence[int], hidden_BLC: Tensor, shared: Pass) -> tuple[tu
     return (hidden_BLC[rows], shared.take(rows)), {}
 
 
+def compute_part(
+    run: Callable[..., Any],
+    tokens: Tensor | None,
+    memory: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """`Slot.part` of a block: whole latent frames, given the keys and values of the others."""
+    hidden, shared = args
+    known = dict(memory)
+    return run(hidden, shared if tokens is None else shared.part(tokens), known), known
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over ``[*, H, S, D]``. The queries are already scaled.
+    """Softmax attention over ``[*, H, S, D]``. The queries are already scaled. Four axes take the fused kernel.
 
     On a CPU in bfloat16 plain matrix products are about three times as fast as PyTorch's fused kernel. Queries and keys
     are normalised, so the scores are bounded and need no maximum subtracted before the exponential.
@@ -101,21 +166,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(c, elementwise_affine=False, eps=NORM_EPS)
         self.qkv = nn.Linear(c, 3 * c, bias=False)
         head = c // config.heads
-        self.norm_q = nn.RMSNorm(head, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head, eps=1e-6)
+        self.norm_q = nn.RMSNorm(head, eps=RMS_EPS)
+        self.norm_k = nn.RMSNorm(head, eps=RMS_EPS)
         nn.init.constant_(self.norm_q.weight, head**-0.5)  # the scale of the dot product, where learning starts
         self.out = nn.Linear(c, c, bias=False)
         self.up = nn.Linear(c, config.mlp_ratio * c)
         self.down = nn.Linear(config.mlp_ratio * c, c)
-        self._parts = group_tokens(config)
 
-    def forward(self, hidden_BLC: Tensor, shared: Pass) -> Tensor:
+    def forward(self, hidden_BLC: Tensor, shared: Pass, memory: Memory | None = None) -> Tensor:
+        """One block. Keys and values of temporal attention are kept in the memory, and a part takes others' from it."""
         x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared)
-        attend = self.attend_temporal if self.temporal else self.attend_cross
-        x_BFNC = torch.addcmul(
-            x_BFNC, gate1, self.out(attend(torch.addcmul(shift1, self.norm1(x_BFNC), 1 + scale1), shared))
-        )
+        y_BFNC = torch.addcmul(shift1, self.norm1(x_BFNC), 1 + scale1)
+        attended = self.attend_temporal(y_BFNC, shared, memory) if self.temporal else self.attend_cross(y_BFNC, shared)
+        x_BFNC = torch.addcmul(x_BFNC, gate1, self.out(attended))
         mlp = self.mlp(torch.addcmul(shift2, self.norm2(x_BFNC), 1 + scale2))
         return torch.addcmul(x_BFNC, gate2, mlp).view(hidden_BLC.shape)
 
@@ -134,34 +198,42 @@ class Block(nn.Module):
         result: Tensor = self.down(F.gelu(self.up(x)))
         return result
 
-    def attend_temporal(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
+    def attend_temporal(self, x_BFNC: Tensor, shared: Pass, memory: Memory | None = None) -> Tensor:
         """Attention of each camera alone, over the window and the windows in the KV cache."""
         b, f, _, c = x_BFNC.shape
-        qkv, heads = self.qkv(x_BFNC), self.config.heads
-        made: list[list[Tensor]] = [[] for _ in self.config.modalities]
-        for g, group in enumerate(self.config.groups):
-            views, parts = len(group), self._parts[g]
-            part = torch.cat([qkv[:, :, p].reshape(b, f, views, -1, 3, heads, c // heads) for p in parts], 3)
-            q, k, v = part.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, b * views, heads, -1, c // heads)
-            table = shared.rotary(g, views)
-            q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
+        qk, values = self._project(x_BFNC.index_select(2, shared.order.tokens_N), shared.rotary_temporal)
+        made = []
+        for g, (tokens, views) in enumerate(shared.order.groups):
+            q, k, v = (
+                t[:, :, tokens]
+                .unflatten(2, (views, -1))
+                .permute(0, 2, 4, 1, 3, 5)
+                .reshape(b, views, t.shape[3], -1, t.shape[4])
+                for t in (qk[..., 0, :, :], qk[..., 1, :, :], values)
+            )
+            if memory is not None:
+                k, v = shared.recall(memory, g, k, v)
             held = shared.kv.get(self.index, g) if shared.kv else None
             if shared.kv and shared.write:
-                shared.kv.stage(self.index, g, k.unflatten(0, (b, views)), v.unflatten(0, (b, views)))
+                shared.kv.stage(self.index, g, k, v)
             if held:
-                k, v = (torch.cat([old.flatten(0, 1), new], 2) for old, new in zip(held, (k, v), strict=True))
-            out = attention(q, k, v).view(b, views, heads, f, -1, c // heads).permute(0, 3, 1, 4, 2, 5)
-            sizes = [(p.stop - p.start) // views for p in parts]
-            for outputs, tokens in zip(made, out.split(sizes, 3), strict=True):
-                outputs.append(tokens.reshape(b, f, -1, c))
-        return torch.cat([tokens for outputs in made for tokens in outputs], 2)
+                k, v = (torch.cat([old, new], 3) for old, new in zip(held, (k, v), strict=True))
+            out = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+            made.append(out.transpose(1, 2).reshape(b, views, f, -1, c).transpose(1, 2).flatten(2, 3))
+        return torch.cat(made, 2).index_select(2, shared.order.places_N)
 
     def attend_cross(self, x_BFNC: Tensor, shared: Pass) -> Tensor:
         """Attention of all cameras at one instant, by viewing direction, so that overlapping cameras agree."""
-        b, f, n, c = x_BFNC.shape
-        q, k, v = self.qkv(x_BFNC).view(b, f, n, 3, self.config.heads, -1).permute(3, 0, 1, 4, 2, 5)
-        q, k = rotate(self.norm_q(q), shared.rotary_cross), rotate(self.norm_k(k), shared.rotary_cross)
-        return attention(q, k, v).transpose(2, 3).reshape(b, f, n, c)
+        qk, values = self._project(x_BFNC, shared.rotary_cross)
+        q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (qk[..., 0, :, :], qk[..., 1, :, :], values))
+        return attention(q, k, v).transpose(1, 2).reshape(x_BFNC.shape)
+
+    def _project(self, x_BFNC: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        """Queries and keys ``[B, F, N, 2, H, D]``, normalised and rotated, and values ``[B, F, N, H, D]``."""
+        qkv = self.qkv(x_BFNC).unflatten(-1, (3, self.config.heads, -1))
+        weights = torch.stack((self.norm_q.weight, self.norm_k.weight))
+        qk = F.rms_norm(qkv[..., :2, :, :], qkv.shape[-1:], eps=RMS_EPS) * weights[:, None]
+        return rotate(qk, table), qkv[..., 2, :, :]
 
 
 class WorldModel(ModelMixin, ConfigMixin):
@@ -283,6 +355,7 @@ class WorldModel(ModelMixin, ConfigMixin):
                 None: any action, for the unguided branch of classifier-free guidance.
             history: of the video, or of one video per row. The window attends to its KV cache.
             write: this is the clean pass of a KV update: add these latents, with their keys and values, to the history.
+                With a noise level above 0 it is the last denoising pass, which adds the latents that it predicts.
             done_BFA: with ``write``, the actions that the ego carried out meanwhile; by default ``action_BFA``.
         """
         b, f, n, _ = x_BFNP.shape
@@ -294,6 +367,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         condition_BFC = F.silu(self.sigma_mlp(sigma_features(sigma_B).to(dtype))[:, None] + action)
         shared = Pass(
             modulation_BF6C=self.modulation(condition_BFC).unflatten(-1, (6, -1)),
+            order=self._rotary.order(x_BFNP.device),
             rotary_temporal=self._rotary.temporal(history.kv.starts if history else (0,), f, x_BFNP.device, dtype),
             rotary_cross=self._rotary.cross(x_BFNP.device, dtype),
             kv=history.kv if history else None,
@@ -311,8 +385,6 @@ class WorldModel(ModelMixin, ConfigMixin):
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
-        if history is not None and write:
-            history.commit(x_BFNP, action_BFA, done_BFA)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
         final_BFNC = torch.addcmul(shift, self.final_norm(hidden.view(b, f, n, -1)), 1 + scale)
         clean = self._each(self.head, final_BFNC)
@@ -320,6 +392,8 @@ class WorldModel(ModelMixin, ConfigMixin):
             # Much of a picture is as expected, so it need not pass through the blocks.
             clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), expected_BFNP)
             clean = torch.addcmul(clean, self.keep_layout(final_BFNC), layout_BFNP)
+        if history is not None and write:
+            history.commit(clean.to(x_BFNP.dtype) if (sigma_B > 0).any() else x_BFNP, action_BFA, done_BFA)
         return clean
 
     def _expected(
@@ -349,7 +423,9 @@ class WorldModel(ModelMixin, ConfigMixin):
 
     def holdover_slots(self) -> list[Slot]:
         """The slots for `holdover.attach`: the model, its blocks, and attention and MLP within them."""
-        slots = [Slot(block, taps={"modulated": Block.modulated}, rows=take_rows) for block in self.blocks]
+        slots = [
+            Slot(block, taps={"modulated": Block.modulated}, rows=take_rows, part=compute_part) for block in self.blocks
+        ]
         for block in self.blocks:
             if block.temporal:
                 slots.append(Slot(block, method="attend_temporal", kind="temporal"))
@@ -390,13 +466,3 @@ class WorldModel(ModelMixin, ConfigMixin):
         write_network(self, folder)
         if self._codec:
             self._codec.save(folder)
-
-
-def group_tokens(config: WorldConfig) -> list[list[slice]]:
-    """Per group of cameras and modality the slice of its tokens."""
-    found = []
-    for group in config.groups:
-        planes = [plane for plane in config.planes if plane.camera in group]
-        by_modality = ([p.tokens for p in planes if p.modality == modality] for modality in config.modalities)
-        found.append([slice(tokens[0].start, tokens[-1].stop) for tokens in by_modality])
-    return found

@@ -257,7 +257,7 @@ async def _receive(ws: WebSocket, hub: Hub, seat: Seat, reader: Reader) -> int:
                 raise ValueError("this is a text frame; send msgpack in binary frames")
             message = parse(data)
             if isinstance(message, ActionMessage):
-                if (stale := hub.act(seat, message.seq, message.action)) is not None:
+                if (stale := hub.act(seat, message.seq, message.action, message.plan)) is not None:
                     reader.note(ErrorMessage(code="stale", detail=stale))
             elif isinstance(message, AckMessage):
                 hub.acknowledge(seat, message.chunk)

@@ -180,14 +180,16 @@ class Hub:
             seat.reader = None
             seat.touched = time.monotonic()
 
-    def act(self, seat: Seat, seq: int, action: list[float]) -> str | None:
-        """Take an action. Returns a reason if the action is too old, otherwise None."""
+    def act(self, seat: Seat, seq: int, action: list[float], plan: list[list[float]] | None = None) -> str | None:
+        """Take an action and its plan. Returns a reason if the action is too old, otherwise None."""
         dims = self.world.model.sizes.action_dims
-        if len(action) != dims:
-            raise ValueError(f"action has {len(action)} numbers; give {dims}")
+        named = [("action", action), *((f"plan[{n}]", row) for n, row in enumerate(plan or ()))]
+        for name, given in named:
+            if len(given) != dims:
+                raise ValueError(f"{name} has {len(given)} numbers; give {dims}")
         if seq <= seat.seq_seen:
             return f"action {seq} is not newer than the newest, {seat.seq_seen}; it is ignored"
-        seat.seq_seen, seat.action = seq, action
+        seat.seq_seen, seat.action, seat.plan = seq, action, plan
         seat.arrived = time.monotonic()
         self.keeper.wake.set()
         return None
@@ -254,10 +256,12 @@ class Hub:
         deadlines = [self.period + (seat.due if seat.arrived is None else seat.arrived) for seat in awake]
         for seat in awake:
             seat.arrived, seat.due = None, max(seat.due + self.period, now)
-        actions = [action for action, _, _ in taken]
+        actions, plans = [action for action, _, _ in taken], [seat.plan for seat in awake]
+        for seat in awake:
+            seat.plan = None  # in real time the next chunk may come without a new action: then it has no plan
 
         def work() -> tuple[list[SessionChunk | Exception], list[dict[str, list[bytes]] | None], list[int]]:
-            made = advance(sessions, actions)
+            made = advance(sessions, actions, plans)
             frames = [
                 None if isinstance(each, Exception) else encode_frames(each.frames, seat.format, each.index)
                 for seat, each in zip(awake, made, strict=True)
@@ -292,13 +296,13 @@ class Hub:
                 seat.reader.wake.set()
 
     def _count(self, seat: Seat, made: SessionChunk, late: bool, latency: float | None) -> None:
-        metrics, reused = self.metrics, sum(not d.computed for d in made.decisions)
+        metrics, reused = self.metrics, sum(d.reused for d in made.decisions)
         if seat.created is not None:
             metrics.first_frame.observe(time.monotonic() - seat.created)
             seat.created = None
         metrics.chunk.observe(made.seconds)
         metrics.calls.labels("reused").inc(reused)
-        metrics.calls.labels("computed").inc(len(made.decisions) - reused)
+        metrics.calls.labels("computed").inc(sum(d.computed for d in made.decisions))
         metrics.misses.inc(late)
         if latency is not None:
             metrics.latency.observe(latency)

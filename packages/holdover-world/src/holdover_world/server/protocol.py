@@ -21,6 +21,10 @@ Mode = Literal["lockstep", "realtime"]
 #: The limit on a client's message, in bytes. Every valid message is shorter.
 MAX_MESSAGE = 16 * 1024
 _MAX_SEQUENCE = 2**53
+Action = Annotated[
+    list[Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]],
+    Field(min_length=1, max_length=64, description="Normalised: for driving, speed and curvature."),
+]
 
 
 class Message(BaseModel):
@@ -32,10 +36,15 @@ class ActionMessage(Message):
 
     type: Literal["action"]
     seq: Annotated[int, Field(ge=0, lt=_MAX_SEQUENCE, description="Grows with every action; others are ignored.")]
-    action: Annotated[
-        list[Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]],
-        Field(min_length=1, max_length=64, description="Normalised: for driving, speed and curvature."),
-    ]
+    action: Action
+    plan: Annotated[
+        list[Action] | None,
+        Field(
+            max_length=16,
+            description="What is intended for the latent frames that are not yet commanded, an action each, in the "
+            "chunk of this action alone. Without it they hold the newest action.",
+        ),
+    ] = None
 
 
 class AckMessage(Message):

@@ -90,6 +90,8 @@ class Seat:
     nbytes: int = 0
     session: WorldSession | None = None
     action: list[float] = field(default_factory=list)
+    #: What is intended after the waiting action.
+    plan: list[list[float]] | None = None
     #: When the waiting action arrived; None if none waits.
     arrived: float | None = None
     #: When the next chunk of a real-time session is due.

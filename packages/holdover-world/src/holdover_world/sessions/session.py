@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -17,14 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover.decision import Decision
-from holdover.engine.snapshot import Snapshot, read_tensors, write_tensors
-from holdover_world.loop import closed_loop
-from holdover_world.loop.closed_loop import ClosedLoop, LoopState
+from holdover.engine.snapshot import Snapshot
+from holdover.engine.tensor_file import read_tensors, write_tensors
+from holdover_world.loop import batch
+from holdover_world.loop.closed_loop import ClosedLoop
+from holdover_world.loop.config import LoopConfig
+from holdover_world.loop.state import LoopState
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import FPS
 from holdover_world.sessions.world import World
 
-FORMAT = "session 2"
+FORMAT = "session 3"
+
+#: A normalised action ``[A]``.
+Command = Sequence[float] | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +70,7 @@ class SessionChunk:
         frames: ``uint8 [T, height, width, 3]`` per camera.
         decisions: one for each block of each pass.
         exact: whether every block was computed.
+        held: whether it shows a frame of the window in hand, without a pass (`LoopConfig.hold_window`).
         seconds: compute time of the batch that it was part of.
         batch: the number of sessions in that batch.
         depth: ``float32 [T, height, width]`` per camera, metres along the viewing axis. Empty if the world has none.
@@ -75,6 +83,14 @@ class SessionChunk:
     seconds: float
     batch: int
     depth: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    held: bool = False
+
+
+class Told(NamedTuple):
+    """What a session is told in one chunk, as the loop takes it."""
+
+    action: Tensor
+    plan: Tensor | None
 
 
 class SavePoint(NamedTuple):
@@ -163,13 +179,18 @@ class WorldSession:
         cache.reset(stream)
         self._loop, self._ran, self.scenario, self.seed = loop, False, scenario, seed
 
-    def step(self, action: Sequence[float] | Tensor) -> SessionChunk:
-        """Generate the next chunk under ``action``, a normalised command ``[A]``.
+    def step(self, action: Command, plan: Sequence[Command] | Tensor | None = None) -> SessionChunk:
+        """Generate the next chunk.
+
+        Args:
+            action: a normalised command ``[A]``.
+            plan: what is intended for the latent frames that are not yet commanded, ``[T, A]``, see `ClosedLoop.step`.
+                None: the newest action is held.
 
         Raises:
-            ValueError: the action does not fit the model. The session is unchanged.
+            ValueError: action or plan do not fit the model. The session is unchanged.
         """
-        result = advance([self], [action])[0]
+        result = advance([self], [action], [plan])[0]
         if isinstance(result, Exception):
             raise result
         return result
@@ -193,7 +214,8 @@ class WorldSession:
         model, cache = self.world.attached(policy)
         if policy == self.policy:
             return
-        loop = ClosedLoop.resume(model, self.loop.state, config=self.loop.config, cache=cache, stream=self._name)
+        state = replace(self.loop.state, window=None)  # the new policy shows what it made itself
+        loop = ClosedLoop.resume(model, state, config=self.loop.config, cache=cache, stream=self._name)
         self._forget()
         self._loop, self.policy = loop, policy
 
@@ -210,7 +232,7 @@ class WorldSession:
             "seed": self.seed,
             "policy": self.policy,
             "model": self.world.digest,
-            "loop": asdict(self.loop.config),
+            "loop": _plain(self.loop.config),
             "held": held,
         }
         return SessionSnapshot(plain=plain, tensors=tensors)
@@ -224,8 +246,8 @@ class WorldSession:
         plain, config = snapshot.plain, self.world.loop
         if plain["model"] != self.world.digest:
             raise ValueError("the snapshot was taken of another model; restore it in a world of that model")
-        if plain["loop"] != asdict(config):
-            raise ValueError(f"the snapshot was taken under {plain['loop']}, this world runs {asdict(config)}")
+        if plain["loop"] != _plain(config):
+            raise ValueError(f"the snapshot was taken under {plain['loop']}, this world runs {_plain(config)}")
         model, cache = self.world.attached(plain["policy"])
         own = {n[5:]: t.to(self.world.device) for n, t in snapshot.tensors.items() if n.startswith("loop.")}
         own["noise_source"] = own["noise_source"].cpu()
@@ -251,7 +273,18 @@ class WorldSession:
         self.world.free(self._stream)
         self._loop = self._stream = None
 
-    def command(self, action: Sequence[float] | Tensor) -> Tensor:
+    def intended(self, plan: Sequence[Command] | Tensor | None) -> Tensor | None:
+        """A plan as the tensor ``[T, A]`` that the loop takes; None for none.
+
+        Raises:
+            ValueError: one of its rows is not A finite numbers in [-1, 1].
+        """
+        if plan is None:
+            return None
+        rows = [self.command(action, f"plan[{n}]") for n, action in enumerate(_listed(plan))]
+        return torch.stack(rows) if rows else None
+
+    def command(self, action: Command, name: str = "action") -> Tensor:
         """An action as the tensor ``[A]`` that the model takes.
 
         Raises:
@@ -261,9 +294,9 @@ class WorldSession:
         try:
             values = [float(value) for value in action]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"action={action!r} is not a list of numbers; give {dims} in [-1, 1]") from error
+            raise ValueError(f"{name}={action!r} is not a list of numbers; give {dims} in [-1, 1]") from error
         if len(values) != dims or not all(math.isfinite(value) and -1 <= value <= 1 for value in values):
-            raise ValueError(f"action={values}: give {dims} finite numbers in [-1, 1]")
+            raise ValueError(f"{name}={values}: give {dims} finite numbers in [-1, 1]")
         return torch.tensor(values)
 
     def save_point(self) -> SavePoint:
@@ -298,32 +331,52 @@ class WorldSession:
         self._ran = False
 
 
+def _plain(config: LoopConfig) -> dict[str, Any]:
+    """A cadence in JSON's terms, in which tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def _listed(plan: Sequence[Command] | Tensor) -> list[Command]:
+    try:
+        return list(plan)
+    except TypeError as error:
+        raise ValueError(f"plan={plan!r} is not a list of actions; give one for each frame ahead, or None") from error
+
+
 def advance(
-    sessions: Sequence[WorldSession], actions: Sequence[Sequence[float] | Tensor]
+    sessions: Sequence[WorldSession],
+    actions: Sequence[Command],
+    plans: Sequence[Sequence[Command] | Tensor | None] | None = None,
 ) -> list[SessionChunk | Exception]:
     """Generate one chunk of every session of one world. Sessions that fit together share a forward pass.
 
     The result holds a chunk or an error for each session. A session whose chunk fails is unchanged, and the others
-    continue.
+    continue. Each session may have a plan, see `WorldSession.step`.
 
     Raises:
-        ValueError: an action does not fit the model. No session has advanced.
+        ValueError: an action or a plan does not fit the model. No session has advanced.
     """
-    commands = [session.command(action) for session, action in zip(sessions, actions, strict=True)]
+    plans = [None] * len(sessions) if plans is None else plans
+    told = [
+        Told(session.command(action), session.intended(plan))
+        for session, action, plan in zip(sessions, actions, plans, strict=True)
+    ]
     results: dict[int, SessionChunk | Exception] = {}
-    for members in closed_loop.batches([session.loop for session in sessions]):
-        made = _advance([sessions[n] for n in members], [commands[n] for n in members])
+    for members in batch.batches([session.loop for session in sessions]):
+        made = _advance([sessions[n] for n in members], [told[n] for n in members])
         results |= zip(members, made, strict=True)
     return [results[n] for n in range(len(sessions))]
 
 
-def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> list[SessionChunk | Exception]:
+def _advance(sessions: Sequence[WorldSession], told: Sequence[Told]) -> list[SessionChunk | Exception]:
     """`advance` for sessions that fit into one batch."""
     world, started = sessions[0].world, perf_counter()
     cache = world.attached(sessions[0].policy).cache
     save_points = [session.save_point() for session in sessions]
     try:
-        pieces = closed_loop.advance([session.loop for session in sessions], commands)
+        loops = [session.loop for session in sessions]
+        pieces = batch.advance(loops, [each.action for each in told], [each.plan for each in told])
         shown = [(world.frames(piece), world.depth(piece)) for piece in pieces]
     except BaseException as error:
         for session, saved in zip(sessions, save_points, strict=True):
@@ -334,7 +387,7 @@ def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> li
         if len(sessions) == 1:
             return [error]
         # Any of them may have caused the error: run each alone.
-        return [_advance([one], [command])[0] for one, command in zip(sessions, commands, strict=True)]
+        return [_advance([one], [each])[0] for one, each in zip(sessions, told, strict=True)]
     decisions: dict[str, list[Decision]] = {}
     for decision in cache.trace:
         decisions.setdefault(decision.stream, []).append(decision)
@@ -350,6 +403,7 @@ def _advance(sessions: Sequence[WorldSession], commands: Sequence[Tensor]) -> li
                 depth=depth,
                 decisions=decisions.get(session.loop.stream, []),
                 exact=piece.exact,
+                held=piece.held,
                 seconds=seconds,
                 batch=len(sessions),
             )

@@ -20,8 +20,9 @@ from holdover.engine.cache import Cache
 from holdover.engine.snapshot import model_digest
 from holdover.method import Policy
 from holdover.methods.registry import policy as policy_by_name
-from holdover_world.loop.closed_loop import LoopConfig, Piece
+from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import KINDS, load_scenario
+from holdover_world.loop.state import Piece
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.layout import Track
 

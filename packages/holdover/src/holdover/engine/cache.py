@@ -14,13 +14,13 @@ from torch import nn
 
 from holdover.decision import Stats
 from holdover.engine.blocks import Block
-from holdover.engine.context import StepContext
+from holdover.engine.context import StepContext, check_rows
 from holdover.engine.gradients import in_backward
 from holdover.engine.hooks import Hook
 from holdover.engine.layout import LayoutHook
 from holdover.engine.passes import Pass
 from holdover.engine.runtime import Runtime
-from holdover.engine.snapshot import Snapshot, decode, encode, model_digest
+from holdover.engine.snapshot import Snapshot, put_back, take
 from holdover.engine.streams import Stream
 from holdover.engine.trace import Tally, Trace
 from holdover.engine.written import WrittenLatents
@@ -41,6 +41,7 @@ class Cache:
         self._runtimes = runtimes  # outermost policy first
         self._policies = tuple(repr(runtime.policy) for runtime in runtimes)
         self._passes: list[Pass] = []  # of the open step, one per policy
+        self._steps: Sequence[Step] = ()  # of the open step, one per row
         self._thread: int | None = None  # the one that opened it
         self._bytes_at_detach: dict[str, int] | None = None
         self._hooks: list[Removable] = [
@@ -104,17 +105,7 @@ class Cache:
         self._require_attached()
         if rows is None:
             return self._context([Step(**fields)], batched=False)
-        if fields:
-            raise ValueError(f"rows came together with {', '.join(fields)}; put these into each row's Step")
-        if not rows:
-            raise ValueError("rows is empty; pass one Step per row of the batch")
-        if len({step.role for step in rows}) > 1:
-            raise ValueError("rows differ in role; a pass either denoises or writes the KV cache")
-        names = [(step.stream, step.branch) for step in rows]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"rows name {max(names, key=names.count)} twice; a stream and branch has one row in a batch"
-            )
+        check_rows(rows, fields)
         return self._context(list(rows), batched=True)
 
     def _context(self, steps: Sequence[Step], *, batched: bool) -> StepContext:
@@ -122,11 +113,13 @@ class Cache:
             self._require_attached()
             self._require_no_pass("a step")
             self._thread = None if torch.compiler.is_compiling() else get_ident()
+            self._steps = steps
             self._written.begin(steps)
             self._passes = [Pass(runtime, steps, batched) for runtime in self._runtimes]
 
         def end() -> Sequence[Pass]:
-            passes, self._passes = self._passes, []
+            passes, self._passes, self._steps = self._passes, [], ()
+            self._written.end()
             return passes
 
         return StepContext(begin, end)
@@ -158,10 +151,19 @@ class Cache:
         """Whether every block call of the stream's latest chunk was computed so far; False before the first."""
         return all(runtime.streams.get(stream, Stream()).exact(branch) for runtime in self._runtimes)
 
+    def drafts(self, stream: str = "default") -> tuple[int, ...]:
+        """The latent frames that the stream's latest chunk did not compute where it computed others (`frontier`)."""
+        return tuple(sorted(set().union(*(r.streams[stream].drafts for r in self._runtimes if stream in r.streams))))
+
     @property
     def streams(self) -> tuple[str, ...]:
         """The streams that ran since they were reset."""
         return tuple(self._runtimes[0].streams)
+
+    @property
+    def open_steps(self) -> Sequence[Step]:
+        """The open step, one per row of the batch; empty between passes."""
+        return self._steps
 
     @property
     def in_step(self) -> bool:
@@ -194,6 +196,17 @@ class Cache:
             if stream in runtime.streams:
                 runtime.streams[stream] = runtime.streams[stream].restarted()
 
+    def hold(self, *, chunk: int, num_steps: int = 1, stream: str = "default", branches: Sequence[str] = ("",)) -> None:
+        """Note a chunk that shows the next frame of the window in hand, and runs none of its passes.
+
+        Raises:
+            ValueError: the stream holds nothing, or the chunk ran passes or was held already.
+        """
+        self._require_no_pass("hold")
+        self._require_stream(stream)
+        for runtime in self._runtimes:
+            runtime.hold(chunk, num_steps, stream, branches)
+
     def give_up(self, chunk: int, stream: str = "default") -> None:
         """Free what a chunk holds for itself: it ends before its last pass, or another model runs the rest."""
         self._require_no_pass("give_up")
@@ -225,13 +238,7 @@ class Cache:
         """
         self._require_no_pass("snapshot")
         self._require_stream(stream)
-        encoded = [encode(runtime.streams[stream], f"{n}.") for n, runtime in enumerate(self._runtimes)]
-        return Snapshot(
-            policies=self._policies,
-            model=self._digest(),
-            streams=tuple(plain for plain, _ in encoded),
-            tensors={name: tensor for _, tensors in encoded for name, tensor in tensors.items()},
-        )
+        return take(self._runtimes, stream)
 
     def restore(self, stream: str, snapshot: Snapshot) -> None:
         """Put a stream where a snapshot was taken. In another model every slot is computed once before it is reused.
@@ -241,21 +248,7 @@ class Cache:
         """
         self._require_attached()
         self._require_no_pass("restore")
-        if snapshot.policies != self._policies:
-            raise ValueError(
-                f"the snapshot was taken under {', '.join(snapshot.policies)}, attached is "
-                f"{', '.join(self._policies)}; attach with the snapshot's policy"
-            )
-        other_model = snapshot.model != self._digest()
-        for n, runtime in enumerate(self._runtimes):
-            state = decode(snapshot, n, runtime.blocks)
-            if other_model:
-                state.entries = {key: entry.voided("snapshot") for key, entry in state.entries.items()}
-                state.nbytes = 0
-            runtime.streams[stream] = state
-
-    def _digest(self) -> str:
-        return model_digest([block for runtime in self._runtimes for block in runtime.blocks])
+        put_back(self._runtimes, stream, snapshot)
 
     def _bytes(self) -> dict[str, int]:
         """Per stream, bytes of the entries' tensors."""

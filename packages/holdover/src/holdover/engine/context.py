@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import TracebackType
 
 from holdover.engine.passes import Pass
+from holdover.step import Step
 
 
 class StepContext:
@@ -36,3 +37,19 @@ class StepContext:
                 inner.served_outside(outer.served)
         for each in passes:
             each.commit()
+
+
+def check_rows(rows: Sequence[Step], fields: Mapping[str, object]) -> None:
+    """Raise a ValueError unless these are the steps of a batch, a row each, with no other fields beside them."""
+    if fields:
+        raise ValueError(f"rows came together with {', '.join(fields)}; put these into each row's Step")
+    if not rows:
+        raise ValueError("rows is empty; pass one Step per row of the batch")
+    if len({step.role for step in rows}) > 1:
+        raise ValueError("rows differ in role; a pass either denoises or writes the KV cache")
+    names = [(step.stream, step.branch) for step in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"rows name {max(names, key=names.count)} twice; a stream and branch has one row in a batch, and chunks "
+            f"of one video that are in flight together each take a stream of their own: Step(stream=...)"
+        )

@@ -132,10 +132,14 @@ class Hook:
         """Run what `Module.compile` made, in the module as it was when that was made."""
         module = self._block.module
         assert self._compiled is not None
-        if module.__dict__.get("forward") is not self._forward or module._forward_hooks or module._forward_pre_hooks:
-            return self._original(*args, **kwargs)  # a wrapper or hooks around this dispatcher must not run twice
+        if module.__dict__.get("forward") is not self._forward:
+            return self._original(*args, **kwargs)  # a wrapper around this dispatcher must not run twice
+        # Hooks must not either: they run around the dispatcher.
+        hooks = {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
         self._withdraw()
+        module.__dict__.update({name: type(own)() for name, own in hooks.items()})
         try:
             return self._compiled(*args, **kwargs)
         finally:
+            module.__dict__.update(hooks)
             self._insert()

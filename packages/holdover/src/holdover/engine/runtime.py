@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from holdover.decision import WINDOW
 from holdover.engine.audit import Audit
 from holdover.engine.blocks import Block
 from holdover.engine.hooks import Shortcuts
 from holdover.engine.streams import Stream
-from holdover.engine.trace import Tally, Trace
+from holdover.engine.trace import Note, Tally, Trace, place
 from holdover.method import Policy, Predictor, Signal, Span
 from holdover.slot import ViewGroup, by_token
+from holdover.step import Step
 
 #: Of how many streams that were reset the counts are kept apart.
 TALLIES = 1000
@@ -72,6 +74,16 @@ class Runtime:
         for name in gone[: -TALLIES or None]:
             self.tallies[""].add(self.tallies.pop(name))
 
+    def hold(self, chunk: int, num_steps: int, stream: str, branches: Sequence[str]) -> None:
+        """Note a chunk of a stream that runs no pass."""
+        self.streams[stream].hold(chunk, stream)
+        labels = [block.label for block in self.blocks]
+        steps = [Step(chunk=chunk, index=i, num_steps=num_steps, stream=stream) for i in range(num_steps)]
+        places = [replace(place(step), branch=branch) for step in steps for branch in branches]
+        self.trace.extend(Note(at, labels, False, WINDOW, {}) for at in places)
+        if self.innermost:
+            self.tallies[stream].held_chunks += 1
+
     def lay_out(self, view_groups: tuple[ViewGroup, ...]) -> None:
         """Take tokens to lie so from now on."""
         if view_groups != self.view_groups:
@@ -81,8 +93,8 @@ class Runtime:
     @property
     def reads_layout(self) -> bool:
         """Whether the policy looks at the view groups."""
-        signal = self.policy.trigger.signal
-        return signal is not None and signal.reads_layout
+        trigger = self.policy.trigger
+        return trigger.by_frame or (trigger.signal is not None and trigger.signal.reads_layout)
 
     def blocks_of(self, span: Span) -> Sequence[Block]:
         return self.blocks[span.first : span.last + 1]

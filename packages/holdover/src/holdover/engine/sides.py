@@ -68,7 +68,7 @@ class Sides:
             if side.tokens is None:
                 output = block.compute(*own[0], **own[1])
             else:
-                known = [self._calls[n].known.memory.get(block.index, {}) for n in side.rows]
+                known = [self._transactions[n].open_memory(self._calls[n], block.index) for n in side.rows]
                 before = {name: self._rows.join([each[name] for each in known]) for name in known[0]}
                 output, after = block.run_part(side.tokens, before, *own)
                 if after:

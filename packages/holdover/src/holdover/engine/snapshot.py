@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from holdover.engine import condition as conditions
 from holdover.engine.blocks import Block
+from holdover.engine.runtime import Runtime
 from holdover.engine.streams import BranchRun, ChunkState, Condition, Key, Stream
+from holdover.engine.tensor_file import read_tensors, write_tensors
 from holdover.method import Entry
 
 FORMAT = "stream 5"
@@ -73,39 +72,7 @@ class Snapshot:
         return cls.of(header, tensors)
 
 
-def write_tensors(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a header and tensors, which may share memory, to one safetensors file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(copies, temporary, metadata={"holdover": json.dumps(header)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_tensors(path: Path, hint: str, *, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_tensors` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message ends with ``hint``.
-        ValueError: the file is damaged or something else, or its header's ``format`` is another.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no snapshot at {path}; {hint}")
-    wrong = f"{path} is not a snapshot of format {format!r}; {hint}"
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("holdover", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(wrong) from error
-    if header.get("format") != format:
-        raise ValueError(wrong)
-    return header, tensors
-
-
-def model_digest(blocks: Sequence[Block]) -> str:
+def model_digest(blocks: Iterable[Block]) -> str:
     """Tells models apart by the names, shapes and sampled values of their slots' parameters and buffers."""
     sha = hashlib.sha256()
     for block in blocks:
@@ -116,6 +83,46 @@ def model_digest(blocks: Sequence[Block]) -> str:
             sha.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
             sha.update(sample.numpy().tobytes())
     return sha.hexdigest()
+
+
+def take(runtimes: Sequence[Runtime], stream: str) -> Snapshot:
+    """A copy of a stream's state under every policy."""
+    encoded = [encode(runtime.streams[stream], f"{n}.") for n, runtime in enumerate(runtimes)]
+    return Snapshot(
+        policies=_policies(runtimes),
+        model=_digest(runtimes),
+        streams=tuple(plain for plain, _ in encoded),
+        tensors={name: tensor for _, tensors in encoded for name, tensor in tensors.items()},
+    )
+
+
+def put_back(runtimes: Sequence[Runtime], stream: str, snapshot: Snapshot) -> None:
+    """Put a stream where a snapshot was taken. In another model the entries give up their tensors.
+
+    Raises:
+        ValueError: the snapshot was taken under another policy.
+    """
+    policies = _policies(runtimes)
+    if snapshot.policies != policies:
+        raise ValueError(
+            f"the snapshot was taken under {', '.join(snapshot.policies)}, attached is {', '.join(policies)}; attach "
+            f"with the snapshot's policy"
+        )
+    other_model = snapshot.model != _digest(runtimes)
+    for n, runtime in enumerate(runtimes):
+        state = decode(snapshot, n, runtime.blocks)
+        if other_model:
+            state.entries = {key: entry.voided("snapshot") for key, entry in state.entries.items()}
+            state.count_bytes()
+        runtime.streams[stream] = state
+
+
+def _policies(runtimes: Sequence[Runtime]) -> tuple[str, ...]:
+    return tuple(repr(runtime.policy) for runtime in runtimes)
+
+
+def _digest(runtimes: Sequence[Runtime]) -> str:
+    return model_digest(block for runtime in runtimes for block in runtime.blocks)
 
 
 def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -167,6 +174,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
                     "action": _listed(run.action),
                     "indices": sorted(run.indices),
                     "exact": run.exact,
+                    "drafts": sorted(run.drafts),
                     "epoch": run.epoch,
                     "latest": run.latest,
                 }
@@ -189,6 +197,7 @@ def encode(stream: Stream, prefix: str) -> tuple[dict[str, Any], dict[str, Tenso
         "latest": stream.latest,
         "conditions": known,
         "full_actions": {branch: _listed(action) for branch, action in stream.full_actions.items()},
+        "held": stream.held,
         "passes": stream.passes,
         "reach": [[*place, spans] for place, spans in stream.reach.items()],
         "reuses": stream.reuses,
@@ -204,6 +213,7 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
     stream = Stream(
         count=plain["count"],
         latest=plain["latest"],
+        held=plain["held"],
         passes=dict(plain["passes"]),
         reach={(branch, index): spans for branch, index, spans in plain["reach"]},
         reuses=plain["reuses"],
@@ -236,7 +246,8 @@ def decode(snapshot: Snapshot, n: int, blocks: Sequence[Block]) -> Stream:
         chunk = ChunkState(item["ordinal"], item["commits"], asked=item["asked"], warm_up=item["warm_up"])
         for branch, run in item["runs"].items():
             action, indices = _told(run["action"]), set(run["indices"])
-            chunk.runs[branch] = BranchRun(run["num_steps"], action, run["epoch"], indices, run["exact"], run["latest"])
+            told = run["num_steps"], action, run["epoch"]
+            chunk.runs[branch] = BranchRun(*told, indices, run["exact"], run["latest"], set(run["drafts"]))
         chunk.shared = {(index, block): (branch, reused) for index, block, branch, reused in item["shared"]}
         stream.chunks[item["chunk"]] = chunk
     for branch, known in plain["conditions"].items():

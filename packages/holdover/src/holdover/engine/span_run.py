@@ -49,9 +49,11 @@ class SpanRun:
         for span, _, verdicts in spans:
             labels: list[tuple[str, int]] = []
             self._labels.append(labels)
-            for row, (reason, scores, _, _) in zip(transactions, verdicts, strict=True):
-                self.notes.append(Note(row.place, labels, reason is not None, reason or REUSE, scores))
-                row.decided[span.first] = reason is None
+            for row, verdict in zip(transactions, verdicts, strict=True):
+                reused = verdict.reason is None
+                self.notes.append(Note(row.place, labels, not reused, verdict.reason or REUSE, verdict.scores))
+                row.decided[span.first] = reused
+                row.drafts.update(verdict.drafts)
         self._computed: list[int] = []  # rows
         self._predictions: dict[int, Tensor] = {}  # per row that is not computed, what stands in for the last span
         self._extras: dict[int, tuple[Any, ...]] = {}  # per block, of the rows computed

@@ -31,7 +31,7 @@ class BranchRun:
     """The passes of one guidance branch of a chunk so far.
 
     ``epoch`` is the branch's count of condition changes before this chunk, ``latest`` its count of passes at this
-    chunk's latest.
+    chunk's latest, ``drafts`` the latent frames that some pass did not compute.
     """
 
     num_steps: int
@@ -40,13 +40,14 @@ class BranchRun:
     indices: set[int] = field(default_factory=set)
     exact: bool = True
     latest: int = 0
+    drafts: set[int] = field(default_factory=set)
 
     def over(self, passes: int) -> bool:
         """All its passes ran, or as many passes of other chunks as it has came after its latest: it was given up."""
         return len(self.indices) == self.num_steps or passes - self.latest >= self.num_steps
 
     def copy(self) -> BranchRun:
-        return replace(self, indices=set(self.indices))
+        return replace(self, indices=set(self.indices), drafts=set(self.drafts))
 
 
 @dataclass(slots=True)
@@ -125,6 +126,7 @@ class Stream:
         chunks: the recent chunks by number; ``latest`` is the newest one's, ``count`` how many there were since reset.
         conditions: per branch the current condition.
         full_actions: per branch what the latest chunk that was computed in full was told.
+        held: the number of the latest chunk that ran no pass.
         passes: per branch how many there were.
         runs: what is known of spans in a row, by the first one's key; made anew from the entries.
         reach: per branch and pass index, how many spans to decide at once.
@@ -140,6 +142,7 @@ class Stream:
     latest: int | None = None
     conditions: dict[str, Condition] = field(default_factory=dict)
     full_actions: dict[str, tuple[tuple[float, ...], ...] | None] = field(default_factory=dict)
+    held: int | None = None
     passes: dict[str, int] = field(default_factory=dict)
     runs: dict[Key, Run] = field(default_factory=dict)
     reach: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -172,6 +175,7 @@ class Stream:
         """
         chunk = self.chunks.get(step.chunk)
         if chunk is None:
+            self._require_not_held(step.chunk, step.stream)
             return None, None
         where = f"within chunk {step.chunk} of stream {step.stream!r}"
         if chunk.commits != step.commits:
@@ -206,11 +210,32 @@ class Stream:
         self.latest = step.chunk
         return chunk
 
+    def hold(self, chunk: int, stream: str) -> None:
+        """A chunk runs no pass. It counts neither for warm-up nor for staleness.
+
+        Raises:
+            ValueError: it ran passes, or was held already.
+        """
+        if chunk in self.chunks:
+            raise ValueError(f"chunk {chunk} of stream {stream!r} ran passes, so it is not held; number chunks anew")
+        self._require_not_held(chunk, stream)
+        self.held, self.barren = chunk, None  # there is nothing wrong with a loop that needs no pass at all
+
+    def _require_not_held(self, chunk: int, stream: str) -> None:
+        if chunk == self.held:
+            raise ValueError(f"chunk {chunk} of stream {stream!r} was held, without a pass; number every chunk anew")
+
     def exact(self, branch: str) -> bool:
         """Whether every block call of the branch's latest chunk was computed so far; False before the first."""
         chunk = self.chunks.get(self.latest) if self.latest is not None else None
         run = chunk.runs.get(branch) if chunk else None
         return run is not None and run.exact
+
+    @property
+    def drafts(self) -> set[int]:
+        """The latent frames that some pass of the latest chunk did not compute."""
+        chunk = self.chunks.get(self.latest) if self.latest is not None else None
+        return set().union(*(run.drafts for run in chunk.runs.values())) if chunk else set()
 
     def free(self, branch: str) -> None:
         """Drop the entries that serve a chunk of this branch which is over."""

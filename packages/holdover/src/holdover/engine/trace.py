@@ -140,6 +140,7 @@ class Tally:
     computed: int = 0
     #: Denoising block calls after warm-up: what the skip rate is a share of.
     skippable: int = 0
+    held_chunks: int = 0
     audits: int = 0
     audit_sum: float = 0.0
     audit_max: float = 0.0
@@ -165,6 +166,7 @@ class Tally:
         self.reused += other.reused
         self.computed += other.computed
         self.skippable += other.skippable
+        self.held_chunks += other.held_chunks
         self.audits += other.audits
         self.audit_sum += other.audit_sum
         self.audit_max = max(self.audit_max, other.audit_max)
@@ -186,4 +188,5 @@ class Tally:
             bytes_held=bytes_held,
             reasons=dict(self.reasons),
             audit=audit,
+            held_chunks=self.held_chunks,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from holdover.engine import condition as conditions
@@ -47,6 +48,8 @@ class Transaction:
         #: What the guidance branch that came first in this pass decided, by first block, and what this one decides.
         self.led: dict[int, bool] = {}
         self.decided: dict[int, bool] = {}
+        #: The latent frames that were not computed.
+        self.drafts: set[int] = set()
         if chunk is not None and chunk.shared:
             self.led = {
                 block: reused
@@ -54,6 +57,7 @@ class Transaction:
                 if index == step.index and branch != step.branch
             }
         self._pending: dict[Key, Entry] = {}
+        self._runs: dict[Key, Run] = {}
         self._overwritten: set[Key] = set()
 
     def entry(self, block: int, branch: str | None = None) -> Entry | None:
@@ -63,16 +67,16 @@ class Transaction:
 
     def run(self, block: int) -> Run | None:
         """What is known of the spans in a row that begin at a block."""
-        return self.stream.runs.get(self._key(block))
+        key = self._key(block)
+        return self._runs.get(key) or self.stream.runs.get(key)
 
     def keep_run(self, block: int, run: Run) -> None:
         """Keep what is known of the spans in a row that begin at a block, if it fits."""
-        key = self._key(block)
-        old = self.stream.runs.pop(key, None)
-        self.stream.nbytes -= old.nbytes if old else 0
-        if self._max_bytes is None or self.stream.nbytes + run.nbytes <= self._max_bytes:
-            self.stream.runs[key] = run
-            self.stream.nbytes += run.nbytes
+        old = self.run(block)
+        grown = run.nbytes - (old.nbytes if old else 0)
+        if self._max_bytes is None or self.stream.nbytes + grown <= self._max_bytes:
+            self._runs[self._key(block)] = run
+            self.stream.nbytes += grown
 
     @property
     def reach(self) -> int:
@@ -113,10 +117,23 @@ class Transaction:
         """Change the entry of a span that was not computed."""
         self._replace(call, call.known.updated(numbers, tensors))
 
+    def open_memory(self, call: Call, block: int) -> Mapping[str, Tensor]:
+        """What an entry remembers of a block, to be written into; if the pass fails, the entry is given up."""
+        held = call.known.memory.get(block, {})
+        if call.known.shared:
+            return {name: tensor.clone() for name, tensor in held.items()}
+        self._overwritten.add(self._key(call.span.first))
+        return {name: _writable(tensor) for name, tensor in held.items()}
+
     def update_memory(self, call: Call, memory: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Change what an entry remembers of tokens, after a part of the span was computed."""
         entry = call.known.updated({}, {})
         entry.memory = {**entry.memory, **memory}
+        if entry.shared:  # the memory is this stream's own from now on, so the rest is made so
+            for block in entry.memory.keys() - memory.keys():
+                entry.memory[block] = {name: tensor.clone() for name, tensor in entry.memory[block].items()}
+            entry.tensors = {name: tensor.clone() for name, tensor in entry.tensors.items()}
+            entry.shared = False
         self._replace(call, entry)
 
     def hold(
@@ -179,6 +196,7 @@ class Transaction:
         run.indices.add(step.index)
         run.exact &= not self.reused
         run.latest = stream.passes[step.branch] = stream.passes.get(step.branch, 0) + 1
+        run.drafts |= self.drafts
         if self._policy.one_for_all_branches:
             for block, reused in self.decided.items():
                 if block not in self.led:
@@ -187,6 +205,7 @@ class Transaction:
             stream.full_actions[step.branch] = step.told
         stream.conditions[step.branch] = self.condition
         stream.entries.update(self._pending)
+        stream.runs.update(self._runs)
         stream.reuses = self.reuses
         if self._policy.look_ahead > 1:
             stream.reach[step.branch, step.index] = self._reach
@@ -218,6 +237,11 @@ class Transaction:
             self.step.index if policy.per_index else None,
             block,
         )
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """A tensor that can be written into: itself, unless it was made in inference mode, which is over."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _copied(item: Any) -> Any:

@@ -60,6 +60,10 @@ class WrittenLatents:
             last = step.role == "denoise" and step.index == step.num_steps - 1
             self._step = step if last or step.role == "kv_update" else None
 
+    def end(self) -> None:
+        """The pass is over, however it ended."""
+        self._step = self._x = None
+
     def _insert(self) -> None:
         self._handles = [
             self._model.register_forward_pre_hook(self._enter, with_kwargs=True),

@@ -125,7 +125,7 @@ class CameraOverlap:
     SEED: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 2), ("memory", 0), ("recent", 0), ("points", 1)):
+        for name, least in (("frames", 1), ("memory", 0), ("recent", 0), ("points", 1)):
             at_least(name, getattr(self, name), least)
         if not (self.radius > 0 and all(0 < angle < 180 for angle in self.view)):
             raise ValueError(f"radius={self.radius}, view={self.view}: give a radius above 0, and angles of 0 to 180")
@@ -168,7 +168,8 @@ def _ball(points: int, seed: int) -> Tensor:
     source = torch.Generator().manual_seed(seed)
     directions = torch.randn(points, 3, generator=source, dtype=torch.float64)
     radii: Tensor = torch.rand(points, 1, generator=source, dtype=torch.float64) ** (1 / 3)
-    return directions / directions.norm(dim=1, keepdim=True) * radii
+    ball: Tensor = directions / directions.norm(dim=1, keepdim=True) * radii
+    return ball
 
 
 def _angles(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from holdover.slot import Prediction
 def step_hold(
     *,
     hold: Sequence[int] | Literal["auto"] = (1, 2),
-    tolerance: float = 0.03,
+    tolerance: float = 0.06,
     refresh: int = 16,
     last: bool = True,
     prediction: Prediction | None = None,
@@ -133,10 +133,11 @@ class CleanPrediction(Predictor):
         if kind == "clean":
             return clean.clone()  # the model may write into what it is given
         x, sigma = _noisy(call, clean.shape).to(clean.dtype), _noise_level(call, kind)
-        if kind == "flow":
-            return (x - clean) / sigma
         alpha = (1 - sigma**2) ** 0.5
-        return (x - alpha * clean) / sigma if kind == "noise" else (alpha * x - clean) / sigma
+        rest = {"flow": x - clean, "noise": x - alpha * clean, "v": alpha * x - clean}[kind]
+        if isinstance(sigma, Tensor):
+            sigma = sigma.where(sigma > 0, torch.inf)  # latents that are given without noise: nothing is returned
+        return rest / sigma
 
     def clean(self, call: Call, y: Tensor) -> Tensor:
         """x̂ from what the model returned."""

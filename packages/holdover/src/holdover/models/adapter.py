@@ -5,17 +5,33 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from holdover.slot import Slot, ViewGroup
+from holdover.slot import Prediction, Slot, ViewGroup
 
 #: Attributes by which accelerate and diffusers mark a module whose weights they move around its forward.
 ACCELERATE, DIFFUSERS, GROUP = "_hf_hook", "_diffusers_hook", "group_offloading"
 
 #: The tap of `Adapter.embedding`.
 EMBEDDING = "time embedding"
+
+
+class Place(NamedTuple):
+    """Where a pass stands in a KV cache, as its own arguments say.
+
+    Attributes:
+        cache: the KV cache; a guidance branch has one of its own.
+        start: the place of its first token.
+        timestep: the largest of its latent frames; 0 is no noise.
+        staggered: frames differ in noise.
+    """
+
+    cache: object
+    start: int
+    timestep: float
+    staggered: bool
 
 
 def any_model(model: nn.Module) -> bool:
@@ -53,7 +69,13 @@ class Adapter:
         given: a function of the model: what else steers the video, by name, such as an image beside the noise. None:
             nothing.
         action: the argument of the model that carries the action. None: it has none.
-        refused: why its blocks cannot be reused; empty if they can.
+        place: a function of the model: where this pass stands in its KV cache, in which noisy passes begin a chunk and
+            a clean one ends it. None: the pass does not say.
+        latents: the argument of the model that carries the noisy latents.
+        prediction: what the model returns of them. None: not known.
+        noise: a function of the model: their noise level in this call. None: the model is not told one that is known.
+        refused: why nothing can be reused; empty if it can.
+        refuses: a function of a model: why nothing can be reused at its settings; empty if it can.
         tells: whether a model of this class name is the one that is meant.
         tested: on the ``class`` itself; also in a ``pipeline``; or on a ``contract``: modules of our own that take,
             return and write the same as its blocks.
@@ -76,7 +98,12 @@ class Adapter:
     condition: tuple[str, ...] = ("encoder_hidden_states",)
     given: Callable[..., dict[str, Any]] | None = None
     action: str | None = None
+    place: Callable[..., Place | None] | None = None
+    latents: int | str = 0
+    prediction: Prediction | None = None
+    noise: Callable[..., Tensor] | None = None
     refused: str = ""
+    refuses: Callable[[nn.Module], str] | None = None
     tells: Callable[[nn.Module], bool] = any_model
     tested: Literal["class", "pipeline", "contract"] = "class"
 
@@ -84,10 +111,8 @@ class Adapter:
         """The model's blocks; ``more_taps`` are those that belong to this very model.
 
         Raises:
-            ValueError: the model is not built as declared, its blocks cannot be reused, or they are offloaded already.
+            ValueError: the model is not built as declared, or its blocks are offloaded already.
         """
-        if self.refused:
-            raise ValueError(f"blocks of {self.family} cannot be reused: {self.refused}")
         for name, module in model.named_modules():
             if name and _offloaded(module):
                 raise ValueError(
@@ -104,6 +129,24 @@ class Adapter:
                 )
             found += [self._slot(f"{name}.{index}", block, more_taps) for index, block in enumerate(blocks)]
         return found
+
+    def whole(self) -> Slot:
+        """The model as a whole."""
+        return Slot(
+            "",
+            kind="model",
+            hidden=self.latents,
+            kv_update=self.kv_update,
+            writes_kv=self.writes_kv,
+            taps={} if self.noise is None else {"sigma": self.noise},
+            prediction=self.prediction,
+        )
+
+    def require_reusable(self, model: nn.Module) -> None:
+        """Raises: ValueError: nothing of this model can be reused."""
+        reason = self.refused or (self.refuses(model) if self.refuses is not None else "")
+        if reason:
+            raise ValueError(f"{self.family} cannot be reused: {reason}; attach holdover.never() to trace it")
 
     @property
     def tapped(self) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from holdover.engine import attach as engine
 from holdover.engine.audit import Audit
 from holdover.engine.cache import Cache
 from holdover.method import Policy
-from holdover.models.adapter import EMBEDDING
+from holdover.models.adapter import EMBEDDING, Adapter
+from holdover.models.announced import Announced
 from holdover.models.embedding import Embedding
 from holdover.models.registry import find, unwrapped
 from holdover.slot import Slot, ViewGroup
@@ -54,17 +55,23 @@ def attach(
     Raises:
         ValueError: an argument is out of range, the model's blocks cannot be found, or a cache is attached already.
     """
-    if slots is None:
+    policies = [policy] if isinstance(policy, Policy) else list(policy)
+    # A network that was compiled whole stays whole where it is called or not called, and nothing inside is touched.
+    innermost = policies[-1] if policies else None
+    if slots is None and (innermost is None or innermost.level != "model"):
         model = unwrapped(model)
-    adapter = None if hasattr(model, "holdover_slots") else find(model)
-    innermost = policy if isinstance(policy, Policy) else policy[-1] if policy else None
+    adapter = None if hasattr(model, "holdover_slots") else find(unwrapped(model))
     embedding = None
-    if adapter is not None and innermost is not None and innermost.level == "block":
+    if slots is None:
+        _refuse(unwrapped(model), adapter, policies)
+    if adapter is not None and innermost is not None:
         if slots is None:
-            if adapter.embedding and getattr(innermost.trigger.signal, "of", None) == EMBEDDING:
-                embedding = Embedding(model.get_submodule(adapter.embedding))
-            slots = adapter.slots(model, {} if embedding is None else {EMBEDDING: embedding.tap})
-        if view_groups is None and adapter.grid is not None:
+            slots = [adapter.whole()] if any(policy.level == "model" for policy in policies) else []
+            if innermost.level == "block":
+                if adapter.embedding and getattr(innermost.trigger.signal, "of", None) == EMBEDDING:
+                    embedding = Embedding(model.get_submodule(adapter.embedding))
+                slots += adapter.slots(model, {} if embedding is None else {EMBEDDING: embedding.tap})
+        if innermost.level == "block" and view_groups is None and adapter.grid is not None:
             view_groups = adapter.view_groups
     cache = engine.attach(
         model,
@@ -79,4 +86,32 @@ def attach(
     if embedding is not None:
         embedding.watch()
         cache.remove_with(embedding)
+    if adapter is not None and (adapter.kv_update is not None or adapter.place is not None):
+        cache.remove_with(Announced(adapter, model, cache))
     return cache
+
+
+def _refuse(model: nn.Module, adapter: Adapter | None, policies: Sequence[Policy]) -> None:
+    """Say what cannot be attached to a model whose slots are not named, and what can.
+
+    Raises:
+        ValueError: a module within it is the known model, the policy needs slots that known models do not declare, or
+            nothing of this model can be reused.
+    """
+    if adapter is None:
+        known = [name for name, child in model.named_children() if find(unwrapped(child)) is not None]
+        if known and not hasattr(model, "holdover_slots"):
+            raise ValueError(
+                f"{type(model).__name__} is not the model itself, which is its {known[0]!r}; attach to that: "
+                f"holdover.attach(x.{known[0]}, policy)"
+            )
+        return
+    if any(policy.predictor is not None for policy in policies):
+        adapter.require_reusable(model)
+    for policy in policies:
+        if isinstance(policy, Policy) and policy.level == "sublayer":
+            raise ValueError(
+                f"{policy.name} works within blocks, and adapters of known models declare blocks alone; name their "
+                f"attention modules and MLPs: attach(model, policy, "
+                f"slots=[holdover.Slot('{adapter.blocks[0]}.0.attn1', kind='spatial'), ...])"
+            )

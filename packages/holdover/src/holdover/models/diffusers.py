@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdover.models.adapter import Adapter
+from holdover.models.noise import of_timestep
 
 
 def patches(model: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -113,9 +114,18 @@ def commanded(model: Any, action_tokens: Any = None, action_noisy_frame_indexes:
     return {} if action_tokens is None or noisy else {"action_tokens": action_tokens}
 
 
+def of_diffusers(model: Any) -> bool:
+    """HY-WorldPlay has a chunk-causal model of the same name."""
+    return "is_cache" not in inspect.signature(model.forward).parameters
+
+
 #: What steers a model of Wan's family: text, and tokens of an image.
 WAN = ("encoder_hidden_states", "encoder_hidden_states_image")
 TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+#: A model that returns a flow, and is told ``1000·σ``.
+FLOW: dict[str, Any] = {"prediction": "flow", "noise": of_timestep}
+#: A distilled one, whose stages have noise levels of their own, or which returns a mean flow over a step.
+UNKNOWN: dict[str, Any] = {"prediction": None, "noise": None}
 
 
 def _wan(model: str, family: str, **more: Any) -> Adapter:
@@ -128,12 +138,19 @@ def _wan(model: str, family: str, **more: Any) -> Adapter:
         "grid": patches,
         "condition": WAN,
         "given": beside(1),
+        **FLOW,
     }
     return Adapter(model=model, family=family, **{**fields, **more})
 
 
 DIFFUSERS = (
-    _wan("WanTransformer3DModel", "Wan 2.1 and 2.2, text and image to video", given=image, tested="pipeline"),
+    _wan(
+        "WanTransformer3DModel",
+        "Wan 2.1 and 2.2, text and image to video",
+        given=image,
+        tells=of_diffusers,
+        tested="pipeline",
+    ),
     _wan(
         "WanVACETransformer3DModel",
         "Wan VACE",
@@ -150,13 +167,15 @@ DIFFUSERS = (
         grid=None,
         rows=None,
         given=None,
+        **UNKNOWN,
         taps={"modulated": modulated},
         embedding="",
     ),
-    _wan("AnyFlowTransformer3DModel", "AnyFlow", given=None),
+    _wan("AnyFlowTransformer3DModel", "AnyFlow", given=None, **UNKNOWN),
     _wan(
         "AnyFlowFARTransformer3DModel",
         "AnyFlow FAR, chunk-causal with a KV cache",
+        **UNKNOWN,
         given=None,
         rows=None,  # the KV cache counts its batch on another axis
         block_kv_update=far_block_writes,
@@ -190,6 +209,7 @@ DIFFUSERS = (
         grid=patches,
         condition=(*TEXT, "pooled_projections", "guidance"),
         given=beside(1),
+        **FLOW,
     ),
     Adapter(
         model="HunyuanVideo15Transformer3DModel",
@@ -198,6 +218,7 @@ DIFFUSERS = (
         grid=patches,
         condition=(*TEXT, "encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds"),
         given=beside(1),
+        **FLOW,
     ),
     # Its tokens begin with a history of other sizes.
     Adapter(
@@ -206,6 +227,7 @@ DIFFUSERS = (
         blocks=("transformer_blocks", "single_transformer_blocks"),
         taps={"modulated": modulated_hunyuan},
         condition=(*TEXT, "pooled_projections", "image_embeds", "guidance"),
+        **FLOW,
     ),
     Adapter(
         model="LTXVideoTransformer3DModel",
@@ -214,6 +236,7 @@ DIFFUSERS = (
         grid=packed,
         condition=TEXT,
         given=without_noise,
+        **FLOW,
     ),
     Adapter(
         model="LTX2VideoTransformer3DModel",
@@ -237,6 +260,7 @@ DIFFUSERS = (
         condition=("encoder_hidden_states", "ofs"),
         given=beside(2),
         tested="pipeline",
+        prediction="v",
     ),
     Adapter(model="MochiTransformer3DModel", family="Mochi", grid=patches, condition=TEXT),
     Adapter(model="AllegroTransformer3DModel", family="Allegro", grid=patches, condition=(*TEXT, "attention_mask")),

@@ -15,6 +15,7 @@ from holdover.engine import condition as conditions
 from holdover.engine.cache import Cache
 from holdover.engine.copies import mark, unmark
 from holdover.models.adapter import DIFFUSERS
+from holdover.models.noise import of_scheduler
 from holdover.models.registry import find
 from holdover.models.schedule import Chunk, caller, position
 from holdover.models.videos import Videos
@@ -180,9 +181,9 @@ class Passes:
             if chunk.is_over(num_steps):
                 self._videos.free(chunk)
 
-        sigma, sigmas = context.get("sigma"), getattr(scheduler, "sigmas", None)
-        if sigma is None and sigmas is not None and index < len(sigmas):
-            sigma = sigmas[index]
+        sigma = context.get("sigma")
+        if sigma is None:
+            sigma = of_scheduler(scheduler, index, self._adapter.prediction)
         action = told.get(self._adapter.action) if self._adapter.action else None
         return {
             "chunk": chunk.number,

@@ -8,7 +8,7 @@ from torch import nn
 
 from holdover.models.adapter import Adapter
 from holdover.models.diffusers import DIFFUSERS
-from holdover.models.self_forcing import SELF_FORCING
+from holdover.models.self_forcing import RECOMPUTING, SELF_FORCING
 
 #: The attributes with which ``torch.compile`` and data parallelism wrap a model.
 WRAPPERS = ("_orig_mod", "module")
@@ -45,17 +45,19 @@ def models_markdown() -> str:
         "contract": "a contract of its blocks",
     }
     lines = [
-        "| model | class | tokens | KV writes | batch | taps | tested |",
-        "|---|---|---|---|---|---|---|",
+        "| model | class | tokens | returns | KV writes | batch | taps | tested |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for adapter in adapters():
         told = "told by the step" if adapter.autoregressive else "none"
-        if adapter.kv_update or adapter.block_kv_update:
-            told = "told by the pass" if adapter.kv_update else "told by the step, recomputing by the pass"
+        if adapter.kv_update is not None:
+            recomputing = adapter.kv_update in RECOMPUTING
+            told = "told by the step, recomputing by the pass" if recomputing else "told by the pass"
         cells = [
             adapter.family,
             f"`{adapter.model}`",
             "on a grid" if adapter.grid else "a sequence",
+            adapter.prediction or "not known",
             told,
             "row by row" if adapter.rows else "whole",
             ", ".join(adapter.tapped) or "none",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.decision import WARM_UP, Decision
+from holdover.decision import WARM_UP, WINDOW, Decision
 
 #: The category of a decision, for its colour. Reasons that `_OF_REASON` does not name are "computed".
 REUSED, ANCHOR, PROTECTED, WARMING, COMPUTED = "reused", "anchor", "protected", "warm-up", "computed"
@@ -64,7 +64,7 @@ def ribbon(decisions: Sequence[Decision]) -> Ribbon:
 
 def skip_rate(decisions: Iterable[Decision]) -> float | None:
     """The share of denoising block calls after warm-up that was reused; None if there is no such call."""
-    counted = [d.computed for d in decisions if d.role == "denoise" and d.reason != WARM_UP]
+    counted = [d.computed for d in decisions if d.role == "denoise" and d.reason not in (WARM_UP, WINDOW)]
     return counted.count(False) / len(counted) if counted else None
 
 
@@ -72,7 +72,7 @@ def skip_by_block(decisions: Iterable[Decision], blocks: int) -> NDArray[np.floa
     """The share of each block's denoising calls after warm-up that was reused ``[blocks]``; NaN without calls."""
     calls, reused = np.zeros(blocks), np.zeros(blocks)
     for decision in decisions:
-        if decision.role == "denoise" and decision.reason != WARM_UP:
+        if decision.role == "denoise" and decision.reason not in (WARM_UP, WINDOW):
             calls[decision.block] += 1
             reused[decision.block] += not decision.computed
     return _divide(reused, calls)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from typing import Any
 
 from rich.table import Table
 
@@ -14,7 +15,10 @@ from holdover.methods.parts.guards import AnyOf
 from holdover.methods.registry import method, policies, presets
 
 #: Options without which a method cannot be made. Their values do not matter here.
-CALIBRATED = {"magcache": {"ratios": (1.0,)}, "light_interaction": {"familiar": CameraOverlap}}
+CALIBRATED: Mapping[str, Mapping[str, Any]] = {
+    "magcache": {"ratios": (1.0,)},
+    "light_interaction": {"familiar": CameraOverlap},
+}
 COLUMNS = ("method", "axis", "span", "signal", "trigger", "predictor", "guards", "source")
 
 
