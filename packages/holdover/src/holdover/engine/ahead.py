@@ -65,7 +65,22 @@ class LookAhead:
         for row, call in zip(self._rows, self.lineup[-1], strict=True):
             if call.known.extras or call.known.out_dtype != call.x.dtype:
                 return None
-            found.append(replace(call, span=span, kind=kind, entry=row.entry(span.first)))
+            following = Call(  # spelled out: `replace` takes ten times as long, and every span comes by here
+                step=call.step,
+                span=span,
+                blocks=call.blocks,
+                kind=kind,
+                chunk=call.chunk,
+                full_action=call.full_action,
+                x=call.x,
+                pass_input=call.pass_input,
+                entry=row.entry(span.first),
+                tap=call.tap,
+                peer=call.peer,
+                prediction=call.prediction,
+                view_groups=call.view_groups,
+            )
+            found.append(following)
         return found
 
     def _known(self, row: Transaction, calls: Sequence[Call], signal: Signal) -> Run:

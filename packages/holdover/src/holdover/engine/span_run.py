@@ -50,10 +50,11 @@ class SpanRun:
             labels: list[tuple[str, int]] = []
             self._labels.append(labels)
             for row, verdict in zip(transactions, verdicts, strict=True):
-                reused = verdict.reason is None
-                self.notes.append(Note(row.place, labels, not reused, verdict.reason or REUSE, verdict.scores))
-                row.decided[span.first] = reused
-                row.drafts.update(verdict.drafts)
+                reason = verdict.reason
+                self.notes.append(Note(row.place, labels, reason is not None, reason or REUSE, verdict.scores))
+                row.decided[span.first] = reason is None
+                if verdict.drafts:
+                    row.drafts.update(verdict.drafts)
         self._computed: list[int] = []  # rows
         self._predictions: dict[int, Tensor] = {}  # per row that is not computed, what stands in for the last span
         self._extras: dict[int, tuple[Any, ...]] = {}  # per block, of the rows computed
@@ -211,8 +212,11 @@ class SpanRun:
         if len(self._spans) == 1:
             self._labels[0] += labels
             return
+        at = 0
         for label in labels:
-            self._labels[self._at(label[1])].append(label)
+            while label[1] > self._spans[at].span.last:
+                at += 1
+            self._labels[at].append(label)
 
     # Remember.
 
@@ -246,8 +250,7 @@ class SpanRun:
         for each, labels in zip(self._spans, self._labels, strict=True):
             now = self._left_out(each, labels)
             for n in self._predictions:
-                then = each.calls[n].known.left_out
-                if now != then:
+                if now != (then := each.calls[n].known.left_out):
                     name = self._runtime.blocks[min(set(now) ^ set(then))].name
                     raise ValueError(
                         f"the model {'left out' if now > then else 'ran'} block {name!r}, unlike when its span was "
