@@ -85,27 +85,33 @@ class Setting:
 #: Runs that are raced together, beside full compute.
 HEATS = (
     (
-        Setting(name="hold 1", kind="step_hold", hold={"hold": (1,)}),
         Setting(name="hold 1, 2", kind="step_hold", hold={"hold": (1, 2)}),
         Setting(name="hold 1, 2, 3", kind="step_hold", hold={"hold": (1, 2, 3), "last": False}),
-        Setting(name="hold auto", kind="step_hold, auto", hold={"hold": "auto"}),
     ),
     (
-        Setting(name="3 steps", kind="fewer steps", loop=replace(PLAIN, steps=3)),
         Setting(name="2 steps", kind="fewer steps", loop=replace(PLAIN, steps=2)),
         Setting(name="1 step", kind="fewer steps", loop=replace(PLAIN, steps=1)),
-        Setting(name="light_interaction", kind="light_interaction", familiar=True),
     ),
     (
         Setting(name="last pass's K/V", kind="last pass's K/V", loop=LAST_PASS),
-        Setting(name="2 steps, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=2)),
-        Setting(name="1 step, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=1)),
         Setting(
             name="hold 1, 2, last pass's K/V",
             kind="step_hold, last pass's K/V",
             loop=LAST_PASS,
             hold={"hold": (1, 2), "last": False},
         ),
+    ),
+    (
+        Setting(name="hold 1", kind="step_hold", hold={"hold": (1,)}),
+        Setting(name="hold auto", kind="step_hold, auto", hold={"hold": "auto"}),
+    ),
+    (
+        Setting(name="3 steps", kind="fewer steps", loop=replace(PLAIN, steps=3)),
+        Setting(name="light_interaction", kind="light_interaction", familiar=True),
+    ),
+    (
+        Setting(name="2 steps, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=2)),
+        Setting(name="1 step, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=1)),
     ),
 )
 
