@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -84,27 +85,33 @@ class Setting:
 #: Runs that are raced together, beside full compute.
 HEATS = (
     (
-        Setting(name="hold 1", kind="step_hold", hold={"hold": (1,)}),
         Setting(name="hold 1, 2", kind="step_hold", hold={"hold": (1, 2)}),
         Setting(name="hold 1, 2, 3", kind="step_hold", hold={"hold": (1, 2, 3), "last": False}),
-        Setting(name="hold auto", kind="step_hold, auto", hold={"hold": "auto"}),
     ),
     (
-        Setting(name="3 steps", kind="fewer steps", loop=replace(PLAIN, steps=3)),
         Setting(name="2 steps", kind="fewer steps", loop=replace(PLAIN, steps=2)),
         Setting(name="1 step", kind="fewer steps", loop=replace(PLAIN, steps=1)),
-        Setting(name="light_interaction", kind="light_interaction", familiar=True),
     ),
     (
         Setting(name="last pass's K/V", kind="last pass's K/V", loop=LAST_PASS),
-        Setting(name="2 steps, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=2)),
-        Setting(name="1 step, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=1)),
         Setting(
             name="hold 1, 2, last pass's K/V",
             kind="step_hold, last pass's K/V",
             loop=LAST_PASS,
             hold={"hold": (1, 2), "last": False},
         ),
+    ),
+    (
+        Setting(name="hold 1", kind="step_hold", hold={"hold": (1,)}),
+        Setting(name="hold auto", kind="step_hold, auto", hold={"hold": "auto"}),
+    ),
+    (
+        Setting(name="3 steps", kind="fewer steps", loop=replace(PLAIN, steps=3)),
+        Setting(name="light_interaction", kind="light_interaction", familiar=True),
+    ),
+    (
+        Setting(name="2 steps, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=2)),
+        Setting(name="1 step, last pass's K/V", kind="both", loop=replace(LAST_PASS, steps=1)),
     ),
 )
 
@@ -149,8 +156,8 @@ def run_plain(
 ) -> dict[str, Any]:
     """Drive the plain cadence in every setting; writes ``plain.md``, ``.json`` and ``.png``.
 
-    All runs of a heat are interleaved, beside full compute. An interrupted measurement continues with the heat it was
-    in. A card of the heats that are finished is written after each.
+    All runs of a heat are interleaved, beside full compute, and every drive has the first heat before any has the
+    second. An interrupted measurement continues with the heat it was in; the card has all that are finished.
 
     Args:
         chunks: per drive, a third of a second each.
@@ -174,24 +181,21 @@ def run_plain(
         "environment": environment(model, checkpoint),
         "drives": [],
     }
-    done = 0
-    for layout in layouts:
-        for name in scenarios:
-            scenario = load_scenario(name, model, clips=clips, chunks=chunks)
-            if layout == "no layout":
-                scenario = replace(scenario, track=None)
-            heats = []
-            for number, heat in enumerate(HEATS):
-                progress.update(task, description=f"{name}, {layout}, heat {number + 1}")
-                run = partial(_run, model, scenario, heat, share, seed, distance, lambda: progress.advance(task))
-                heats.append(parts.get(f"{name}, {layout}, {number}", run))
-                done += chunks
-                progress.update(task, completed=done)
-                gc.collect()  # a run and the hook on its model refer to each other; only the collector frees them
-            rows = [heats[0][0], *(row for found in heats for row in found[1:])]
-            figures["drives"].append({"name": name, "layout": layout, "rows": rows})
-            write_card(out, "plain", card(figures), figures)
-            plot_fronts(out / "plain.png", {f"{d['name']}, {d['layout']}": front(d["rows"]) for d in figures["drives"]})
+    drives = [(name, layout) for layout in layouts for name in scenarios]
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {drive: [] for drive in drives}
+    for done, (number, (name, layout)) in enumerate(product(range(len(HEATS)), drives), 1):
+        progress.update(task, description=f"{name}, {layout}, heat {number + 1}")
+        scenario = load_scenario(name, model, clips=clips, chunks=chunks)
+        if layout == "no layout":
+            scenario = replace(scenario, track=None)
+        run = partial(_run, model, scenario, HEATS[number], share, seed, distance, lambda: progress.advance(task))
+        full, *others = parts.get(f"{name}, {layout}, {number}", run)
+        rows[name, layout] += [*([] if rows[name, layout] else [full]), *others]
+        progress.update(task, completed=done * chunks)
+        gc.collect()  # a run and the hook on its model refer to each other; only the collector frees their memory
+        figures["drives"] = [{"name": n, "layout": kind, "rows": own} for (n, kind), own in rows.items() if own]
+        write_card(out, "plain", card(figures), figures)
+        plot_fronts(out / "plain.png", {f"{d['name']}, {d['layout']}": front(d["rows"]) for d in figures["drives"]})
     parts.clear()
     return figures
 

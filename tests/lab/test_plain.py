@@ -73,7 +73,7 @@ def test_the_figures_are_those_of_runs_alone(model: WorldModel, clips: Path, tmp
 def test_an_interrupted_run_continues_with_the_heat_it_was_in(
     model: WorldModel, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plain, "HEATS", (HEATS[0][:1], HEATS[1][2:3]))
+    monkeypatch.setattr(plain, "HEATS", (HEATS[0][:1], HEATS[1][1:]))
     begun, run = [], plain._run
 
     def once(model: WorldModel, scenario: Scenario, heat: Any, *more: Any) -> Any:
@@ -88,8 +88,8 @@ def test_an_interrupted_run_continues_with_the_heat_it_was_in(
         run_plain(model, tmp_path, **told, progress=progress)
     with bar() as progress:
         figures = run_plain(model, tmp_path, **told, progress=progress)
-    assert begun == ["hold 1", "1 step", "1 step"]
-    assert [row["name"] for row in figures["drives"][0]["rows"]] == ["four passes", "hold 1", "1 step"]
+    assert begun == ["hold 1, 2", "1 step", "1 step"]
+    assert [row["name"] for row in figures["drives"][0]["rows"]] == ["four passes", "hold 1, 2", "1 step"]
     with bar() as progress, pytest.raises(ValueError, match="chunks=4 are too few"):
         run_plain(model, tmp_path, chunks=4, clips=clips, progress=progress)
 

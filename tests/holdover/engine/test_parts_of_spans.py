@@ -80,6 +80,18 @@ def test_a_snapshot_in_mid_frontier_continues(tmp_path: Path) -> None:
         assert all(map(torch.equal, play(fresh, cache, range(3, 6)), expected[3 * STEPS :]))
 
 
+def test_a_snapshot_can_be_restored_again() -> None:
+    """What was written into since then is the stream's, not the snapshot's."""
+    expected, model = naive(range(6)), Window()
+    with holdover.attach(model, FRONTIER) as cache:
+        play(model, cache, range(3))
+        snapshot = cache.snapshot()
+        for stream in (7, 8):
+            play(model, cache, range(3, 6), stream=stream)
+            cache.restore("default", snapshot)
+        assert all(map(torch.equal, play(model, cache, range(3, 6)), expected[3 * STEPS :]))
+
+
 def test_a_fork_and_its_original_go_their_own_ways() -> None:
     expected, model = naive(range(6)), Window()
     with holdover.attach(model, FRONTIER) as cache:

@@ -235,7 +235,10 @@ class TestByItself:
     def test_unnamed_guidance_branches_differ_in_their_condition(self) -> None:
         model: Any = self.tiny.make()
         pipe = SimpleNamespace(
-            components={"transformer": model}, scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 850.0]))
+            components={"transformer": model},
+            transformer=model,
+            scheduler=SimpleNamespace(timesteps=torch.tensor([900.0, 850.0])),
+            progress_bar=iter,
         )
         enabled = holdover.diffusers.enable(pipe, fbcache(10.0))
         for index in range(2):

@@ -143,8 +143,11 @@ def test_one_schedule_serves_several_chunks(skyreels: Any) -> None:
 
 def test_frames_at_several_steps_are_refused(skyreels: Any) -> None:
     enabled = enable(skyreels.pipe, fbcache())
-    with pytest.raises(ValueError, match=r"frames of this pass stand at 2 steps.*ar_step=0.*disable"):
+    with pytest.raises(
+        ValueError, match=r"ar_step=2: frames of a pass would stand at several steps.*ar_step=0.*disable"
+    ):
         skyreels(ar_step=2, causal_block_size=1)
+    assert enabled.cache.stats().computed == 0  # before the first pass
     skyreels()
     enabled.disable()
 

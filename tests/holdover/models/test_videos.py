@@ -232,6 +232,17 @@ def test_another_transformer_is_noticed() -> None:
     assert not {"check_inputs", "progress_bar"} & vars(pipe).keys()
 
 
+def test_a_pipeline_that_does_not_tell_when_a_call_begins_is_refused() -> None:
+    class Own:
+        def __init__(self) -> None:
+            self.components = {"transformer": pipelines.transformer("WanTransformer3DModel")}
+            self.transformer = self.components["transformer"]
+
+    with pytest.raises(ValueError, match=r"Own has none of check_inputs, progress_bar.*enable\(pipe\.transformer"):
+        enable(Own(), fbcache())
+    enable(Own().transformer, fbcache()).disable()
+
+
 RATIOS = {"cond": [1.0] * 6, "uncond": [1.0] * 6}
 
 

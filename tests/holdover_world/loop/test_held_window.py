@@ -288,6 +288,18 @@ def test_a_draft_is_not_shown_without_a_pass() -> None:
             assert held([*pieces, *drive(run, REVISED[2:])]) == expected
 
 
+@pytest.mark.parametrize(("later", "expected"), [("never", "...."), ("always", "..hh")])
+def test_the_drafts_of_a_frontier_are_drawn_when_they_are_due(later: Any, expected: str) -> None:
+    """With a plan that is kept there are none; once it is revised, the frames ahead are drawn or left."""
+    model = model_of()
+    with holdover.attach(model, holdover.policy("frontier", later=later)) as cache:
+        run = loop(model, cache=cache)
+        assert held(drive(run, KEPT)) == ".hhh"
+        pieces = drive(run, REVISED)
+        assert held(pieces) == expected
+        assert [piece.exact for piece in pieces] == [True, False, False, False]
+
+
 # Tolerance.
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import holdover
 from holdover_world.loop.closed_loop import ClosedLoop
-from holdover_world.loop.config import Commit, LoopConfig
+from holdover_world.loop.config import Commit, HoldWindow, LoopConfig
 from holdover_world.loop.scenarios import load_scenario
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import (
@@ -49,13 +49,14 @@ class FakeLoop:
     stream: str = "default"
 
     def __post_init__(self) -> None:
-        self.actions = [DRIVING]
+        self.actions, self.plans = [DRIVING], list[Tensor | None]()
 
     def fork(self, stream: str) -> FakeLoop:
         return replace(self, stream=stream)
 
-    def step(self, action: Tensor) -> SimpleNamespace:
+    def step(self, action: Tensor, plan: Tensor | None = None) -> SimpleNamespace:
         self.actions.append(action)
+        self.plans.append(plan)
         self.chunk += 1
         shown = self.actions[max(0, len(self.actions) - 1 - self.delay)]
         return SimpleNamespace(latents=0.5 * self.gain * shown.repeat(3), before=None)
@@ -86,6 +87,38 @@ def test_measuring_advances_neither_loop() -> None:
     measure(cached, full, DRIVING, horizon=3)
     assert cached.chunk == full.chunk == 5
     assert len(cast(FakeLoop, cached).actions) == 1
+
+
+def test_an_event_revises_the_plan() -> None:
+    """Without an event the loop is told what follows; with it, what the event commands next."""
+    told: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
+
+    @dataclass
+    class Telling(FakeLoop):
+        def step(self, action: Tensor, plan: Tensor | None = None) -> SimpleNamespace:
+            told.setdefault(self.stream, []).append((action, plan))
+            return super().step(action, plan)
+
+        def fork(self, stream: str) -> FakeLoop:
+            return replace(self, stream=stream)
+
+    plan = torch.stack([DRIVING + 0.1, DRIVING + 0.2, DRIVING + 0.3])
+    measure(fake(1.0), cast(ClosedLoop, Telling(1.0)), DRIVING, plan=plan, horizon=3)
+    (a, first), (b, second), (c, third) = told["reaction calm"]
+    assert torch.equal(torch.stack([a, b, c]), torch.stack([DRIVING, *plan[:2]]))
+    for rest, expected in ((first, plan), (second, plan[1:]), (third, plan[2:])):
+        assert rest is not None
+        assert torch.equal(rest[: len(expected)], expected)
+        assert (rest[len(expected) :] == plan[-1]).all()
+    commands = torch.stack(list(EVENTS[2].actions(DRIVING)))
+    (a, first), (b, second), (c, third) = told["reaction lane_change"]
+    assert torch.equal(torch.stack([a, b, c]), commands)
+    assert first is not None
+    assert torch.equal(first[:2], commands[1:])
+    told.clear()
+    measure(fake(1.0), cast(ClosedLoop, Telling(1.0)), DRIVING, horizon=2)
+    assert all(plan is None for steps in told.values() for _, plan in steps)
+    assert all(torch.equal(action, DRIVING) for action, _ in told["reaction calm"])
 
 
 def test_loops_at_different_chunks_are_refused() -> None:
@@ -162,6 +195,19 @@ def test_a_cache_that_computes_everything_reacts_as_full_compute_does(
         # None: a lane change that is over, under a rule that committed an earlier window
         assert all(ratio is None or ratio == pytest.approx(1.0) for ratio in reaction.ratios)
         assert reaction.error == 0
+
+
+def test_a_loop_that_holds_its_window_reacts_at_once(model: WorldModel, clips: Any) -> None:
+    """What is held was drawn with another action, so it is not shown."""
+    scenario = load_scenario("urban", model, clips=clips, chunks=8)
+    arm = Arm(name="held", policy=holdover.never(), plan="oracle", loop=LoopConfig(hold_window=HoldWindow()))
+    with Race(model, scenario, [arm]) as race:
+        found = run_race(race, scenario.actions, at=[5, 6], horizon=2, advance=lambda: None)["held"]
+        assert race.runs["held"].held == [n % 4 > 0 for n in range(8)]
+    assert len(found) == 6
+    for reaction in found:
+        assert reaction.ratios[0] == pytest.approx(1.0, abs=0.1)
+        assert reaction.late == 0
 
 
 def test_a_cache_that_reuses_whatever_happens_does_not_react(model: WorldModel, clips: Any) -> None:

@@ -159,3 +159,21 @@ def test_a_batch_expects_what_each_of_its_videos_expects() -> None:
             torch.testing.assert_close(each[[row]], expected)
     assert not found.layout_BFNP[1].any()
     assert torch.equal(batch.last, torch.cat([located.last, elsewhere.last]))  # type: ignore[list-item]
+
+
+def test_what_is_expected_is_embedded_once_for_the_passes_of_a_chunk() -> None:
+    model, calls = small_model(), list[int]()
+    model.last_embed[0].register_forward_hook(lambda *_: calls.append(1))
+    history, x = written(model, 2), latents(model, 2)
+    action, other = ACTION[:1].clone(), ACTION[1:].clone()
+    calls.clear()
+    with torch.no_grad():
+        outputs = [model(x, sigma=0.5, action_BFA=each, history=history) for each in (action, action, other, action)]
+        assert len(calls) == 3
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[3])
+        assert torch.equal(outputs[2], model(x, sigma=0.5, action_BFA=other, history=history.fork()))
+        assert len(calls) == 4  # a fork may be another model's
+    model(x, sigma=0.5, action_BFA=action, history=history)
+    model(x, sigma=0.5, action_BFA=action, history=history)
+    assert len(calls) == 6  # while gradients are recorded, nothing is kept

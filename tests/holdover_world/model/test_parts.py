@@ -159,3 +159,17 @@ def test_videos_of_one_batch_show_their_own_frames() -> None:
                 each.append(piece.latents)
     torch.testing.assert_close(outputs[0], alone[0][:3], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(outputs[1], alone[1][:2], atol=1e-4, rtol=1e-4)
+
+
+def test_it_goes_inside_of_a_policy_that_holds_whole_passes() -> None:
+    """What step_hold does not serve is frontier's to decide, pass index by pass index."""
+    model, kinds = world_model(), dict[int, list[str]]()
+    policies = [holdover.policy("step_hold", protection="chunk"), holdover.policy("frontier")]
+    with holdover.attach(model, policies) as cache:
+        video = ClosedLoop(model, latents(model, 4), ACTIONS, cache=cache)
+        for n, action in enumerate(drive(6)):
+            video.step(action)
+            found = [d for d in cache.trace if d.chunk == n and d.role == "denoise" and d.slot == "blocks.0"]
+            kinds[n] = [decision.reason for decision in found]
+    assert kinds[0] == kinds[4] == ["kv cycle"] * 4
+    assert kinds[1] == kinds[3] == kinds[5] == ["reuse", "step_hold", "step_hold", "reuse"]

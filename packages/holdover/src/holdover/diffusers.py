@@ -13,6 +13,7 @@ of its own; in `Enabled.stream`, calls go on with one. diffusers itself is not i
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,9 @@ from holdover.models.videos import Videos
 #: Methods of a pipeline that begin its calls: each looks whether its transformers are still those that were enabled.
 BEGINNING = ("check_inputs", "progress_bar")
 
+#: The method of SkyReels-V2's pipelines that lays out at which step each latent frame stands.
+LAYING_OUT = "generate_timestep_matrix"
+
 
 def enable(target: Any, policy: Policy | Sequence[Policy], **options: Any) -> Enabled:
     """Attach a cache to every transformer of a pipeline, or to one transformer.
@@ -44,10 +48,15 @@ def enable(target: Any, policy: Policy | Sequence[Policy], **options: Any) -> En
         What was enabled. `disable` undoes it.
 
     Raises:
-        ValueError: the target holds no known model, its blocks are offloaded, diffusers' own cache is on, or it is
-            enabled already.
+        ValueError: the target holds no known model, its blocks are offloaded, diffusers' own cache is on, it is
+            enabled already, or nothing tells when a call of it begins.
     """
     models = _transformers(target)
+    if not isinstance(target, nn.Module) and not any(hasattr(target, name) for name in BEGINNING):
+        raise ValueError(
+            f"{type(target).__name__} has none of {', '.join(BEGINNING)}, so another transformer put into it would not "
+            f"be noticed; enable the transformer itself: holdover.diffusers.enable(pipe.{next(iter(models))}, policy)"
+        )
     for name, model in models.items():
         if ENABLED in model.__dict__:
             raise ValueError(f"{name} is enabled already; call holdover.diffusers.disable(...) first")
@@ -126,6 +135,8 @@ class Enabled:
         own |= {
             name: self._forgetting(getattr(self.target, name)) for name in REWEIGHTING if hasattr(self.target, name)
         }
+        if hasattr(self.target, LAYING_OUT):
+            own[LAYING_OUT] = self._synchronous(getattr(self.target, LAYING_OUT))
         if own:
             self._replaced = tuple(own)
             vars(self.target).update(own)
@@ -149,6 +160,21 @@ class Enabled:
             return method(*args, **kwargs)
 
         return looked
+
+    def _synchronous(self, lay_out: Callable[..., Any]) -> Callable[..., Any]:
+        """The same method, where all frames of a pass stand at one step."""
+
+        @functools.wraps(lay_out)
+        def laid_out(*args: Any, **kwargs: Any) -> Any:
+            ar_step = inspect.signature(lay_out).bind(*args, **kwargs).arguments.get("ar_step", 0)
+            if ar_step:
+                raise ValueError(
+                    f"ar_step={ar_step}: frames of a pass would stand at several steps of the schedule, and a cache "
+                    f"needs one step per pass; call the pipeline with ar_step=0, or disable the cache"
+                )
+            return lay_out(*args, **kwargs)
+
+        return laid_out
 
     def _forgetting(self, change: Callable[..., Any]) -> Callable[..., Any]:
         """The same method, which also resets the caches."""

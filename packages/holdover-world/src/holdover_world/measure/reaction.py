@@ -111,6 +111,7 @@ def measure(
     full: ClosedLoop[WorldModel],
     action: Tensor,
     *,
+    plan: Tensor | None = None,
     events: Sequence[Event] = EVENTS,
     horizon: int = 1,
     full_responses: Responses | None = None,
@@ -121,6 +122,8 @@ def measure(
         cached: a running loop with a cache, in mid-cycle.
         full: its full-compute reference, at the same chunk.
         action: the action ``[A]`` without an event.
+        plan: what follows it without an event, ``[T, A]``, for loops that are told so. The event revises it: from then
+            on the driver intends what the event commands next. None: the action is held, and loops are told no plan.
         horizon: the number of chunks to look at, the event's chunk included.
         full_responses: the reference's responses. They are computed if it is empty, so that several cached loops with
             one reference can share it.
@@ -132,7 +135,7 @@ def measure(
         raise ValueError(f"the cached loop is at chunk {cached.chunk}, the full one at {full.chunk}")
     memory = full_responses if full_responses is not None else {}
     if not memory:
-        memory.update(_respond(full, action, events, horizon))
+        memory.update(_respond(full, action, plan, events, horizon))
     position = cached.chunk % cached.window_frames
     return [
         Reaction(
@@ -142,14 +145,14 @@ def measure(
             response=_mean_square(memory[name][0].change) ** 0.5,
             error=_mean_square(responses[0].pictures - memory[name][0].pictures),
         )
-        for name, responses in _respond(cached, action, events, horizon).items()
+        for name, responses in _respond(cached, action, plan, events, horizon).items()
     ]
 
 
 def measure_race(
     race: Race, action: Tensor, *, events: Sequence[Event] = EVENTS, horizon: int = 1
 ) -> dict[str, list[Reaction]]:
-    """`measure` for every cached run of a race, from its current state. The race is not advanced."""
+    """`measure` for every cached run of a race, from its current state and with its plan. The race is not advanced."""
     responses: dict[tuple[int, Commit], Responses] = {}
     reactions = {}
     for name, run in race.runs.items():
@@ -157,7 +160,8 @@ def measure_race(
         full, commit = fork(race.reference(name).loop, "reference"), run.loop.config.commit
         full.cache, full.config = None, replace(full.config, commit=commit)
         memory = responses.setdefault((id(race.reference(name).loop), commit), {})
-        reactions[name] = measure(run.loop, full, action, events=events, horizon=horizon, full_responses=memory)
+        loops = run.loop, full
+        reactions[name] = measure(*loops, action, plan=run.plan, events=events, horizon=horizon, full_responses=memory)
     return reactions
 
 
@@ -222,13 +226,14 @@ def mean_ratio(reactions: Sequence[Reaction], event: str) -> float | None:
     return fmean(ratios) if ratios else None
 
 
-def _respond(loop: ClosedLoop[WorldModel], action: Tensor, events: Sequence[Event], horizon: int) -> Responses:
-    calm = _run(loop, "calm", [action] * horizon)
+def _respond(
+    loop: ClosedLoop[WorldModel], action: Tensor, plan: Tensor | None, events: Sequence[Event], horizon: int
+) -> Responses:
+    planned = plan is not None
+    calm = _run(loop, "calm", [action, *([] if plan is None else plan)], horizon, planned)
     responses = {}
     for event in events:
-        commands = list(event.actions(action))
-        commands += [commands[-1]] * (horizon - len(commands))
-        eventful = _run(loop, event.name, commands[:horizon])
+        eventful = _run(loop, event.name, event.actions(action), horizon, planned)
         responses[event.name] = [Response(pictures=e, change=e - c) for e, c in zip(eventful, calm, strict=True)]
     return responses
 
@@ -238,10 +243,13 @@ def _mean_square(difference: Tensor) -> float:
     return float((difference.double() * 127.5).square().mean())
 
 
-def _run(loop: ClosedLoop[WorldModel], name: str, actions: Sequence[Tensor]) -> list[Tensor]:
+def _run(
+    loop: ClosedLoop[WorldModel], name: str, actions: Sequence[Tensor], horizon: int, planned: bool
+) -> list[Tensor]:
+    """The pictures of a fork under these commands, of which the last continues; each plan is what follows."""
     stream = f"reaction {name}"
-    twin = fork(loop, stream)
-    shown = [_pictures(loop, twin.step(action)) for action in actions]
+    twin, commands = fork(loop, stream), torch.stack([*actions, *[actions[-1]] * horizon])
+    shown = [_pictures(loop, twin.step(commands[n], commands[n + 1 :] if planned else None)) for n in range(horizon)]
     if isinstance(loop.cache, Cache):
         loop.cache.reset(stream)
     return shown

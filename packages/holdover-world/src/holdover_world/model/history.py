@@ -40,6 +40,7 @@ class WorldHistory:
     ego: Ego = field(default_factory=Ego)
     sites: Sites = field(default_factory=Sites)
     lookup: Lookup = field(default_factory=Lookup)
+    _embedded: tuple[Expected, Tensor] | None = field(default=None, init=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -89,6 +90,14 @@ class WorldHistory:
             return expect(last_BNP, poses_BK3, self.sites or None, frames)
 
         return self.lookup.get(action_BFA, work_out, frames)
+
+    def embed(self, expected: Expected, embed: Callable[[Expected], Tensor]) -> Tensor:
+        """What is expected as the model embeds it; the passes of a chunk share that, unless gradients are recorded."""
+        if torch.is_grad_enabled():
+            return embed(expected)
+        if self._embedded is None or self._embedded[0] is not expected:
+            self._embedded = expected, embed(expected)
+        return self._embedded[1]
 
     def stand(self, tracks: Sequence[Track | None], frames: Sequence[int]) -> None:
         """Put each row where its recording was at a video frame; rows without a track have no place.
@@ -166,6 +175,10 @@ class HistoryBatch:
         rows = zip(self.histories, action_BFA.split(1), chosen, strict=True)
         found = [history.expect(action, expect, own) for history, action, own in rows]
         return Expected(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def embed(self, expected: Expected, embed: Callable[[Expected], Tensor]) -> Tensor:
+        """What is expected of all rows as the model embeds it."""
+        return embed(expected)
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

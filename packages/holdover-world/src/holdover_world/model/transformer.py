@@ -377,11 +377,9 @@ class WorldModel(ModelMixin, ConfigMixin):
         expected = self._expected(history, action_BFA, f) if history is not None else None
         if expected is not None:
             # Still things are looked up, because attention alone takes long to learn where to look.
-            expected_BFNP, seen_BFN1, layout_BFNP = (x.to(dtype) for x in expected)
-            around_BFN9P = F.pad(expected_BFNP, (0, 0, 0, 1))[:, :, self.neighbours_N9]
-            hidden_BFNC = (
-                hidden_BFNC + self._each(self.last_embed, around_BFN9P.flatten(3)) + self.seen_embed(seen_BFN1)
-            ) + self._each(self.layout_embed, layout_BFNP)
+            assert history is not None
+            expected_BFNP, _, layout_BFNP = (x.to(dtype) for x in expected)
+            hidden_BFNC = hidden_BFNC + history.embed(expected, self._embed_expected)
         hidden = hidden_BFNC.view(b, f * n, -1)
         for block in self.blocks:
             hidden = block(hidden, shared)
@@ -407,6 +405,13 @@ class WorldModel(ModelMixin, ConfigMixin):
             nothing = last_BFNP.new_zeros(1)
             return Expected(last_BFNP, nothing.expand(*last_BFNP.shape[:3], 1), nothing.expand_as(last_BFNP))
         return history.expect(action_BFA, self.reprojection)
+
+    def _embed_expected(self, expected: Expected) -> Tensor:
+        """What is expected as it enters the blocks, ``[B, F, N, C]``."""
+        expected_BFNP, seen_BFN1, layout_BFNP = (x.to(self.keep.weight.dtype) for x in expected)
+        around_BFN9P = F.pad(expected_BFNP, (0, 0, 0, 1))[:, :, self.neighbours_N9]
+        embedded = self._each(self.last_embed, around_BFN9P.flatten(3)) + self.seen_embed(seen_BFN1)
+        return embedded + self._each(self.layout_embed, layout_BFNP)
 
     def _each(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
         """The tokens ``[..., N, *]`` of each modality through the layer of that modality."""
