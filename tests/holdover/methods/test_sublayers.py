@@ -95,7 +95,7 @@ def test_a_policy_takes_the_slots_of_its_level() -> None:
     assert [d.slot for d in cache.trace] == ["blocks.1"]
     with pytest.raises(ValueError, match="Stack declares no slots of level 'sublayer'"):
         holdover.attach(Stack(Scale()), holdover.policy("pab"))
-    with pytest.raises(ValueError, match="kind='attention' of a slot is not one of block, spatial"):
+    with pytest.raises(ValueError, match="kind='attention' of a slot is not one of model, block, spatial"):
         Slot(model, kind="attention")  # type: ignore[arg-type]
 
 

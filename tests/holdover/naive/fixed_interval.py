@@ -29,16 +29,20 @@ class FixedInterval:
         self.chunks: list[int] = []
         self.condition: dict[str, Any] = {}
         self.renewed: set[Any] = set()
+        self.begun: set[Any] = set()
         self.decisions: list[dict[str, Any]] = []
 
     def runner(self, fields: dict[str, Any], run: Any) -> Any:
         if fields.get("role") == "kv_update":
             return run(apply=lambda block, x, compute: self._note(block, "kv update", compute(x)))
+        new = (fields["chunk"], fields["branch"]) not in self.begun
+        self.begun.add((fields["chunk"], fields["branch"]))
         if fields["chunk"] not in self.chunks:
             self.chunks.append(fields["chunk"])
         if self.condition.setdefault(fields["branch"], fields["condition"]) != fields["condition"]:
             self.condition[fields["branch"]] = fields["condition"]
-            self.renewed.add((fields["chunk"], fields["branch"]))
+            if not (new and self.over == "steps"):  # whose entries serve one chunk
+                self.renewed.add((fields["chunk"], fields["branch"]))
         chunk, t = self.chunks.index(fields["chunk"]), fields["index"]
         whole = range(self.front, self.blocks - self.back)
         entered: list[Any] = []

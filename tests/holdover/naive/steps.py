@@ -18,6 +18,8 @@ class StepTwin(ABC):
 
     retain: Any = 0
     computes_last = False
+    #: Something is remembered from chunk to chunk.
+    lasts = False
     #: Guidance branches, in order, over which passes are counted, if any.
     branches: Any = ()
 
@@ -35,10 +37,12 @@ class StepTwin(ABC):
         if fields.get("role") == "kv_update":
             return run(apply=self.update)
         branch, chunk = fields["branch"], (fields["branch"], fields["chunk"])
-        self.begun.setdefault(chunk, self.changes.setdefault(branch, 0))
+        before = self.changes.setdefault(branch, 0)
         if self.condition.setdefault(branch, fields["condition"]) != fields["condition"]:
             self.condition[branch] = fields["condition"]
             self.changes[branch] += 1
+        # A chunk may begin under another condition, where nothing of those before it is held.
+        self.begun.setdefault(chunk, before if self.lasts else self.changes[branch])
         renewed = self.changes[branch] > self.begun[chunk]
         self.now = {"fields": fields, "memory": self.memory.setdefault(chunk, {}), "renewed": renewed}
         return run(apply=self.block)

@@ -42,7 +42,9 @@ class Transaction:
         epoch = (known.epoch if known else 0) + changed
         unchanged = known is not None and not known.by_digest and not changed
         self.condition = known if known and unchanged else Condition(epoch, conditions.freeze(step.condition))
-        self._begun = run.epoch if run else known.epoch if known else 0
+        # Nothing of a chunk before it is there to be reused where entries serve one chunk alone.
+        before = epoch if policy.lifetime == "chunk" or known is None else known.epoch
+        self._begun = run.epoch if run else before
         #: Once the condition has changed, the rest of the chunks in flight is computed in full.
         self.renewed = epoch != self._begun
         #: What the guidance branch that came first in this pass decided, by first block, and what this one decides.
