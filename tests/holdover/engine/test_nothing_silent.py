@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -60,6 +61,89 @@ def test_a_pass_that_failed_may_be_tried_again() -> None:
             cache.reset("elsewhere")  # no step is open
             with cache.step(chunk=0, num_steps=2):
                 assert torch.equal(model(ones()), ones(4))
+
+
+def several(case: Case, cache: holdover.Cache | None, model: ToyModel, attempt: Any = None) -> list[Tensor]:
+    """Passes of one chunk, of every guidance branch; ``attempt`` runs each."""
+    made, count = [], 6
+    for index in range(count):
+        source = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 4 * PER_FRAME, 6, generator=source) * (1 - 0.02 * index)
+        for branch in case.branches:
+            fields: dict[str, Any] = {"chunk": 0, "index": index, "num_steps": count, "action": [0.1, 0.2]}
+            fields |= {"branch": branch, "commits": False, "sigma": 0.9 - 0.1 * index}
+
+            def run(fields: dict[str, Any] = fields, x: Tensor = x) -> Tensor:
+                with nullcontext() if cache is None else cache.step(**fields):
+                    return model(x, sigma=fields["sigma"], action=torch.full((1, 2), 0.1))
+
+            made.append(run() if attempt is None else attempt(index, run))
+    return made
+
+
+FAILURES = {1: KeyboardInterrupt, 3: MemoryError, 5: RuntimeError}
+
+
+@each
+def test_after_a_failure_every_policy_goes_on_as_if_nothing_had_been(case: Case) -> None:
+    """It fails as the pass begins, when nothing has been decided; at its end something may have been given up."""
+    model = ToyModel()
+    with torch.no_grad(), holdover.attach(model, case.policy()) as cache:
+        expected, trace = several(case, cache, model), list(cache.trace)
+    for where in (0, -1):
+
+        def attempt(index: int, run: Any, where: int = where) -> Tensor:
+            if kind := FAILURES.get(index):
+                block = model.blocks[where]
+                failing = block.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(kind()))
+                try:
+                    run()
+                except kind:
+                    assert not cache.in_step
+                failing.remove()
+                if len(cache.trace) and cache.trace[-1].index == index and cache.trace[-1].branch == case.branches[-1]:
+                    return torch.empty(0)  # the pass was held as a whole, and never came to the block
+            output: Tensor = run()
+            return output
+
+        with torch.no_grad(), holdover.attach(model, case.policy()) as cache:
+            outputs = several(case, cache, model, attempt)
+            assert all(output.isfinite().all() for output in outputs)
+            if where == 0 and case.policy().level == "block":
+                assert all(map(torch.equal, outputs, expected))
+                assert list(cache.trace) == trace
+
+
+@each
+def test_gradients_are_those_without_a_cache_under_every_policy(case: Case) -> None:
+    model = ToyModel().requires_grad_()
+
+    def gradients(cache: holdover.Cache | None) -> list[Tensor]:
+        model.zero_grad()
+        sum(output.square().mean() for output in several(case, cache, model)).backward()  # type: ignore[union-attr]
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients(None)
+    with holdover.attach(model, case.policy()) as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = gradients(cache)
+    assert cache.stats().reused == 0
+    assert expected
+    assert all(map(torch.equal, found, expected))
+
+
+@each
+def test_a_copy_is_a_plain_model_under_every_policy(case: Case) -> None:
+    model, plain = ToyModel(), ToyModel(seed=1)
+    with torch.no_grad(), holdover.attach(model, case.policy()) as cache:
+        several(case, cache, model)
+        for copied in (copy.deepcopy, through_pickle):
+            twin: Any = copied(model)
+            twin.load_state_dict(plain.state_dict())
+            assert all(map(torch.equal, several(case, None, twin), several(case, None, plain)))
+        with pytest.raises(ValueError, match=r"a cache is attached to .* already; call its detach\(\) first"):
+            holdover.attach(model, case.policy())
+    assert all(map(torch.equal, several(case, None, model), several(case, None, ToyModel())))
 
 
 def test_a_stream_that_was_put_back_runs_its_passes_again() -> None:
@@ -198,6 +282,24 @@ def test_leaving_out_the_first_block_of_a_span_says_so() -> None:
         cache.step(chunk=0),
     ):
         model(ones(0), (1,))
+
+
+# Conditions.
+
+
+@pytest.mark.parametrize(("policy", "first"), [(hungry, "first"), (EAGER, "condition")], ids=["steps", "chunks"])
+def test_a_chunk_may_begin_under_another_condition(policy: holdover.Policy, first: str) -> None:
+    """Where what is held serves one chunk, nothing of the condition before is left. A change within it is another."""
+    model = Stack(Scale(), Scale())
+    with torch.no_grad(), holdover.attach(model, policy) as cache:
+        for chunk, conditions in enumerate((("day",) * 3, ("night",) * 3, ("night", "rain", "rain"))):
+            for index, condition in enumerate(conditions):
+                with cache.step(chunk=chunk, index=index, num_steps=3, condition=condition, commits=False):
+                    model(ones())
+    last = [d.reason for d in cache.trace if d.block == 1]
+    per_chunk = [last[3 * chunk : 3 * chunk + 3] for chunk in range(3)]
+    assert per_chunk[1] == ([first, "reuse", "reuse"] if policy is hungry else [first] * 3)
+    assert per_chunk[2][1:] == ["condition"] * 2
 
 
 # Gradients.

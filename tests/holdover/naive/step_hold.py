@@ -28,6 +28,7 @@ class StepHold(StepTwin):
         super().__init__(**options)
         self.hold, self.tolerance, self.refresh = hold, tolerance, refresh
         self.computes_last, self.prediction = last, prediction
+        self.lasts = hold == "auto"
         self.changed: dict[tuple[str, int], float] = {}
         self.chunks: list[int] = []
 

@@ -35,7 +35,8 @@ class Step:
             action: what the frames before were told, and what is intended for those to come.
         shown: which latent frame of the pass this chunk will show, from 0; None where it shows all of them.
         condition: whatever else steers the video (prompt, map, agents): a tensor, a mapping or sequence of tensors, or
-            anything hashable. When it changes, the chunk is computed in full.
+            anything hashable. When it changes, the rest of the chunk is computed in full; so is a chunk that begins
+            under another one where entries outlive their chunk.
         commits: whether the latents of this chunk are what the next KV update writes. True is the safe default.
         role: ``denoise``, ``kv_update`` (the pass that writes the persistent KV cache) or ``prefill``.
         stream: which video this is.
