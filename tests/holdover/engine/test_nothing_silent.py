@@ -65,12 +65,12 @@ def test_a_pass_that_failed_may_be_tried_again() -> None:
 
 def several(case: Case, cache: holdover.Cache | None, model: ToyModel, attempt: Any = None) -> list[Tensor]:
     """Passes of one chunk, of every guidance branch; ``attempt`` runs each."""
-    made, count = [], 6
-    for index in range(count):
+    made, num_steps = [], len(case.options.get("ratios", range(6)))  # MagCache has a ratio per step
+    for index in range(6):
         source = torch.Generator().manual_seed(0)
         x = torch.randn(1, 4 * PER_FRAME, 6, generator=source) * (1 - 0.02 * index)
         for branch in case.branches:
-            fields: dict[str, Any] = {"chunk": 0, "index": index, "num_steps": count, "action": [0.1, 0.2]}
+            fields: dict[str, Any] = {"chunk": 0, "index": index, "num_steps": num_steps, "action": [0.1, 0.2]}
             fields |= {"branch": branch, "commits": False, "sigma": 0.9 - 0.1 * index}
 
             def run(fields: dict[str, Any] = fields, x: Tensor = x) -> Tensor:
