@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holdover_world.conditioning.drawn import GROUND, SKY, Around, draw
-from holdover_world.conditioning.views import View
+from holdover_world.conditioning.drawn import GROUND, SKY, Around, Drawn, Scenery, draw
+from holdover_world.conditioning.views import Rig
+from holdover_world.config import WorldConfig
 from holdover_world.loop.scenarios import shipped_clips
 from holdover_world.scene.cameras import RIG, Camera, camera_rays
 from holdover_world.scene.clips import list_clips, read_clip, read_track
@@ -18,6 +19,15 @@ from holdover_world.scene.layout import Layout
 from tests.holdover_world.small import small_layout
 
 CPU = torch.device("cpu")
+
+
+def rastered(layout: Layout, camera: Camera, poses_K3: Tensor, frames: list[int]) -> Drawn:
+    """What one camera sees, pixels row by row."""
+    rig = Rig.of(WorldConfig(cameras=(camera,)), CPU)
+    drawn = draw(Around.of(layout, Scenery.of(rig), poses_K3[0, :2]), poses_K3, frames)
+    depth, what = (torch.stack([rig.pictures(each[None])[0][0].flatten() for each in x]) for x in drawn[:2])
+    colour = torch.stack([rig.pictures(drawn.colour_3KM[:, k])[0].flatten(1) for k in range(len(frames))], 1)
+    return Drawn(depth, what, colour, drawn.cars)
 
 
 def naive_draw(layout: Layout, camera: Camera, pose: Tensor, frame: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,10 +76,9 @@ def test_boxes_are_where_rays_meet_them() -> None:
     boxes = torch.cat([boxes, torch.tensor([[0, 0, 0.3, 9, 9, 0, 6, 0.5, 0.5, 0.5]])])
     layout = small_layout(boxes, cars=2)
     poses, frames = torch.tensor([[0.0, 0.0, 0.0], [3.0, -2.0, 1.1]]), [2, 30]
-    around = Around.of(layout, poses, frames)
     checked = 0
     for camera in (RIG[0], RIG[4], RIG[6]):
-        drawn = draw(layout, View.of(camera, CPU), around)
+        drawn = rastered(layout, camera, poses, frames)
         for k in range(2):
             depth, hit = naive_draw(layout, camera, poses[k], frames[k])
             made = drawn.depth_KM[k].view(camera.height, camera.width)[::2, ::2].numpy()
@@ -84,15 +93,15 @@ def test_boxes_are_where_rays_meet_them() -> None:
 def test_of_faces_in_one_plane_the_last_is_seen() -> None:
     """With any number of threads, because streams in the same layout must expect the same."""
     walls = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, n / 10, 0.9, 0.2] for n in range(10)])
-    layout, view = small_layout(walls), View.of(RIG[0], CPU)
-    around = Around.of(layout, torch.zeros(3, 3), [2] * 3)
+    scenery = Scenery.of(Rig.of(WorldConfig(cameras=RIG[:1]), CPU))
+    around = Around.of(small_layout(walls), scenery, torch.zeros(2))
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
         for _ in range(10):
-            what = draw(layout, view, around).what_KM
+            what = draw(around, torch.zeros(3, 3), [2] * 3).what_KM
             walls_seen = what[(what > GROUND) & (what < 2 + 6 * len(walls))]
-            assert set(((walls_seen - 2) // 6).tolist()) == {9}
+            assert set(((walls_seen.long() - 2) // 6).tolist()) == {9}
     finally:
         torch.set_num_threads(threads)
 
@@ -104,9 +113,8 @@ def test_drawn_layouts_are_what_the_renderer_saw() -> None:
         assert track is not None
         assert clip.depth is not None
         frames = [0, 11, 23]
-        around = Around.of(track.layout, track.poses_T3[frames].float(), frames)
         for camera in RIG:
-            drawn = draw(track.layout, View.of(camera, CPU), around)
+            drawn = rastered(track.layout, camera, track.poses_T3[frames].float(), frames)
             made, true = drawn.depth_KM.numpy(), clip.depth[camera.name][frames].reshape(3, -1)
             near = true < 100
             assert (np.maximum(made / true, true / made)[near] < 1.25).mean() > 0.9, (path.name, camera.name)

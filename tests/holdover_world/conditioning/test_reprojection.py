@@ -7,15 +7,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdover_world.codec.autoencoder import Autoencoder
-from holdover_world.conditioning.drawn import Around, draw
+from holdover_world.conditioning.drawn import GROUND, Scenery, draw
 from holdover_world.conditioning.ego import Ego
-from holdover_world.conditioning.reprojection import LinearPath, look_up_in_layout
-from holdover_world.conditioning.views import Move, View, look
+from holdover_world.conditioning.reprojection import LinearPath, look_up_in_layout, now_at
+from holdover_world.conditioning.views import Move, Rig, look
+from holdover_world.config import FRAMES, WorldConfig
 from holdover_world.loop.scenarios import load_scenario, shipped_model
 from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.cameras import RIG, Camera, camera_axes, camera_rays
 from holdover_world.scene.layout import Site
-from tests.holdover_world.small import small_layout
+from tests.holdover_world.small import latents, small_layout, small_model
 
 
 def test_the_linear_path_is_an_autoencoder_without_convolutions() -> None:
@@ -30,8 +31,16 @@ def test_the_linear_path_is_an_autoencoder_without_convolutions() -> None:
     path.take(autoencoder)
     with torch.no_grad():
         z = autoencoder.encode(video)
-        torch.testing.assert_close(path.latents(video[0]), z[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(path.newest(z[0, 1]), autoencoder.decode(z)[0, 7], atol=1e-4, rtol=1e-4)
+        camera = Camera(name="a", group="a", width=24, height=16, fov=90, yaw=0, pitch=0, position=(0, 0, 1))
+        rig = Rig.of(
+            WorldConfig(cameras=(camera,), patch=1, latent_channels=192, depth_channels=0), torch.device("cpu")
+        )
+        order = rig.views[0].order_M
+        for n in range(2):
+            shown = video[0, 4 * n : 4 * n + 4].transpose(0, 1).flatten(2)[..., order]
+            torch.testing.assert_close(path.latents(shown), z[0, n].flatten(1).T, atol=1e-4, rtol=1e-4)
+        newest = rig.pictures(path.newest(z[0, 1].flatten(1).T))[0]
+        torch.testing.assert_close(newest, autoencoder.decode(z)[0, 7], atol=1e-4, rtol=1e-4)
 
 
 def road(camera: Camera, x: float, y: float, yaw: float) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -49,18 +58,23 @@ def road(camera: Camera, x: float, y: float, yaw: float) -> tuple[NDArray[np.flo
 
 def test_a_plain_looks_as_it_will() -> None:
     """In every camera, looked up in all others, against the plain as that camera sees it."""
-    views = [View.of(camera, torch.device("cpu")) for camera in RIG]
-    pictures = [torch.from_numpy(road(camera, 0, 0, 0)[0]) for camera in RIG]
+    rig = Rig.of(WorldConfig(), torch.device("cpu"))
+    cameras, grid = [view.camera for view in rig.views], rig.pixels
+    pictures = [torch.from_numpy(road(camera, 0, 0, 0)[0]) for camera in cameras]
     poses = torch.tensor([[0.0, 0.0, 0.0], [1.5, 0.2, 0.2], [2.0, -0.5, -0.3]])
-    move = Move.of(poses)
-    points = [move.points(view, view.pixels[0], view.pixels[1].expand(3, -1)) for view in views]
+    points = Move.of(poses).points(rig.views, grid, grid.ground_M.expand(3, -1))
+    all_values, all_found = look(rig.views, grid, pictures, points)
     elsewhere = 0
-    for n, (values, found) in enumerate(look(views, pictures, points)):
-        alone = look(views[n : n + 1], pictures[n : n + 1], points[n : n + 1])[0][1]
+    for n, part in enumerate(grid.parts):
+        found, order = torch.empty_like(all_found[:, part]), rig.views[n].order_M
+        values = torch.empty_like(all_values[:, :, part])
+        found[:, order], values[:, :, order] = all_found[:, part], all_values[:, :, part]
+        alone = torch.empty_like(found)
+        alone[:, order] = rig.views[n].project(points[:, :, part].flatten(1))[1].view(3, -1)
         elsewhere += int((found & ~alone).sum())
         assert (found | ~alone).all()
         for k, pose in enumerate(poses.tolist()):
-            truth, near = road(RIG[n], *pose)
+            truth, near = road(cameras[n], *pose)
             told = found[k].numpy() & near.reshape(-1)
             error = np.abs(values[:, k].numpy() - truth.reshape(3, -1))[:, told]
             assert told.sum() > 0.5 * near.sum()
@@ -111,32 +125,52 @@ def test_cars_are_looked_up_where_they_were_and_what_is_hidden_is_not_seen() -> 
     same places must be found on the car wherever it went."""
     wall = torch.tensor([[12.0, 0.0, 0.0, 0.3, 20.0, 0.0, 4.0, 0.2, 0.9, 0.2]])
     layout = small_layout(wall)
-    camera = RIG[0]
-    view = View.of(camera, torch.device("cpu"))
+    rig = Rig.of(WorldConfig(cameras=RIG[:1]), torch.device("cpu"))
+    view, rays = rig.views[0], rig.pixels.rays_3M
     site = Site(layout, torch.zeros(3, dtype=torch.float64), 2)
-    poses = torch.zeros(20, 3)
-    now = Around.of(layout, torch.zeros(1, 3), [2])
-    drawn = draw(layout, view, now)
-    axes = torch.from_numpy(camera_axes(camera)).float()
-    points = axes.T @ (view.pixels[0] * drawn.depth_KM[0]) + view.place_3[:, None]
+    around, what = now_at(site, Scenery.of(rig), torch.device("cpu"))
+    poses, axes = torch.zeros(20, 3), torch.from_numpy(camera_axes(view.camera)).float()
+    now, later = (draw(around, poses[: len(frames)], frames) for frames in ([2], range(3, 23)))
+    assert torch.equal(what, now.what_KM[0])
+    points = axes.T @ (rays * now.depth_KM[0]) + view.place_3[:, None]
 
     def on_the_car(points_3M: Tensor, frame: int) -> Tensor:
         x, y, yaw = layout.poses_TC3[frame, 0]
         dx, dy = points_3M[0] - x, points_3M[1] - y
         return torch.stack([dx * yaw.cos() + dy * yaw.sin(), dy * yaw.cos() - dx * yaw.sin(), points_3M[2]])
 
-    picture = on_the_car(points, 2).view(3, camera.height, camera.width)
-    colours, depths, seen, own = look_up_in_layout([picture], [view], Move.of(poses), site, poses, range(1, 21))
-    later = draw(layout, view, Around.of(layout, poses, list(range(3, 23))))
-    torch.testing.assert_close(depths[0], later.depth_KM)
-    torch.testing.assert_close(own[0], later.colour_3KM)
+    marked = rig.pictures(torch.cat([on_the_car(points, 2), what[None]]))
+    looked = look_up_in_layout(marked, around, site, poses, range(1, 21))
+    assert torch.equal(looked.depth_KM, later.depth_KM)
+    assert torch.equal(looked.drawn_3KM, later.colour_3KM)
     checked = 0
     for k in (3, 8):
-        car = (later.car_KM[k] == 0) & seen[0][k]
-        body = on_the_car(axes.T @ (view.pixels[0] * later.depth_KM[k]) + view.place_3[:, None], 3 + k)
-        assert (colours[0][:, k, car] - body[:, car]).abs().median() < 0.15
-        checked += int(car.sum())
-        uncovered = (drawn.car_KM[0] == 0) & (later.car_KM[k] < 0)
-        assert not seen[0][k][uncovered].any()  # the wall behind it was hidden
-        assert torch.equal(colours[0][:, k, uncovered], later.colour_3KM[:, k, uncovered])
+        car, was = later.what_KM[k] >= 8, what >= 8  # the wall is the first box, the car the second
+        told = car & (looked.seen_KM[k] == 1)
+        body = on_the_car(axes.T @ (rays * later.depth_KM[k]) + view.place_3[:, None], 3 + k)
+        assert (looked.colour_3KM[:, k, told] - body[:, told]).abs().median() < 0.15
+        checked += int(told.sum())
+        uncovered = was & ~car & (later.what_KM[k] > GROUND)
+        assert not looked.seen_KM[k][was & ~car].any()  # what is behind it was hidden
+        assert torch.equal(looked.colour_3KM[:, k, uncovered], later.colour_3KM[:, k, uncovered])
     assert checked > 100
+
+
+@pytest.mark.parametrize("located", [False, True])
+def test_latent_frames_by_themselves_are_those_of_the_window(located: bool) -> None:
+    """Bit for bit, in any order, from a site that knows nothing yet or that was drawn before."""
+    model = small_model()
+    last, poses = latents(model, 1)[:, 0], torch.tensor([[0.3 * k, 0.01 * k, 0.02 * k] for k in range(12)])[None]
+    boxes = torch.tensor([[12.0, n - 2.0, 0.1 * n, 0.3, 2.0, 0.0, 4.0, n / 10, 0.9, 0.2] for n in range(5)])
+    layout = small_layout(boxes, cars=2)
+
+    def sites() -> list[Site] | None:
+        return [Site(layout, torch.tensor([1.0, 2.0, 0.1]).double(), 5)] if located else None
+
+    once = sites()
+    whole = model.reprojection(last, poses, once)
+    for at in (once, sites()):
+        for frames in ([2], [1, 0], [0, 1, 2]):
+            chosen = poses.unflatten(1, (-1, FRAMES))[:, frames].flatten(1, 2)
+            for each, expected in zip(model.reprojection(last, chosen, at, frames), whole, strict=True):
+                assert torch.equal(each, expected[:, frames])

@@ -1,6 +1,8 @@
 """Moving cameras as tensors: where they see points, and what other cameras saw there.
 
-Shape suffixes: K video frames, M points, C channels of a picture.
+All cameras of a rig stand on one axis, one after the other, so that each operation runs once for all of them.
+
+Shape suffixes: K video frames, V cameras, M points, C channels of a picture.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdover_world.config import SCALE
+from holdover_world.config import SCALE, WorldConfig
 from holdover_world.scene.cameras import Camera, camera_axes, camera_rays
 from holdover_world.scene.depth import FAR
 
+FINE = 2  # side in pixels of the squares for which boxes are searched
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class View:
     """The geometry of a camera.
 
@@ -26,42 +30,144 @@ class View:
         camera: the camera.
         place_3: its position in ego coordinates.
         axes_33: its axes right, down and forward, as rows.
-        squares: for squares of 8 by 8 pixels the rays in these axes ``[3, M]``, and the distance of flat ground along
-            them ``[M]``.
-        pixels: the same for pixels.
+        order_M: the numbers of its pixels, counted row by row, in the order of the rig.
     """
 
     camera: Camera
     place_3: Tensor
     axes_33: Tensor
-    squares: tuple[Tensor, Tensor]
-    pixels: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, camera: Camera, device: torch.device) -> View:
-        axes = torch.from_numpy(camera_axes(camera)).float().to(device)
-        grids = []
-        for size in (SCALE, 1):
-            rays_M3 = torch.from_numpy(camera_rays(camera, every=size)).float().to(device).flatten(0, 1)
-            down = -rays_M3[:, 2]
-            ground = torch.where(down > 1e-3, camera.position[2] / down.clamp(min=1e-3), FAR).clamp(max=FAR)
-            grids.append((axes @ rays_M3.T, ground))
-        return cls(camera, torch.tensor(camera.position, device=device), axes, *grids)
+    order_M: Tensor
 
     @property
     def slope(self) -> float:
         """The slope of the ray through the middle of the right edge."""
         return math.tan(math.radians(self.camera.fov) / 2)
 
+    @property
+    def ratio(self) -> float:
+        """Width of the picture by its height."""
+        return self.camera.width / self.camera.height
+
+    def project(self, points_3M: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in the picture points of the camera's axes are, -1 to 1 each way ``[2, M]``, and which are in it."""
+        return _project(points_3M, self.slope, self.ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Rays through the squares or pixels of all cameras.
+
+    Attributes:
+        parts: the part of each camera.
+        rays_3M: the rays in the axes of their camera; the component along the viewing axis is 1.
+        ground_M: the distance of flat ground along them.
+        slope_M, ratio_M: `View.slope` and `View.ratio` of their camera.
+    """
+
+    parts: tuple[slice, ...]
+    rays_3M: Tensor
+    ground_M: Tensor
+    slope_M: Tensor
+    ratio_M: Tensor
+
+    @classmethod
+    def of(cls, views: Sequence[View], every: int) -> Grid:
+        """The squares of this many pixels, row by row; or the pixels, in the order of the rig."""
+        device, parts, tables = views[0].place_3.device, list[slice](), []
+        for view in views:
+            rays_M3 = torch.from_numpy(camera_rays(view.camera, every=every)).float().to(device).flatten(0, 1)
+            if every == 1:
+                rays_M3 = rays_M3[view.order_M]
+            down = -rays_M3[:, 2]
+            ground = torch.where(down > 1e-3, view.camera.position[2] / down.clamp(min=1e-3), FAR).clamp(max=FAR)
+            same = [torch.full_like(ground, each) for each in (view.slope, view.ratio)]
+            tables.append(torch.cat([view.axes_33 @ rays_M3.T, torch.stack([ground, *same])]))
+            start = parts[-1].stop if parts else 0
+            parts.append(slice(start, start + len(ground)))
+        rays_3M, others = torch.cat(tables, 1).split([3, 3])
+        return cls(tuple(parts), rays_3M, *others.unbind())
+
     def project(self, points_3KM: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in the picture points of the camera's axes are, -1 to 1 each way ``[K, M, 2]``, and which are in it."""
-        right, down, forward = points_3KM
-        scale = 1 / (forward.clamp(min=0.1) * self.slope)
-        at = torch.stack([right * scale, down * scale * (self.camera.width / self.camera.height)], -1)
-        return at, (at.abs().amax(-1) <= 1).logical_and_(forward > 0.1)
+        """`View.project` of each camera: ``[2, K, M]`` and ``[K, M]``."""
+        return _project(points_3KM, self.slope_M, self.ratio_M)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Rig:
+    """The cameras of a model on a device.
+
+    Their pixels stand in the order of the tokens of colour: token by token, in it latent by latent, in it square by
+    square of 2 by 2 pixels, each row by row. So latents and tokens are plain parts of the axis of pixels.
+
+    Attributes:
+        views: the cameras, in the order of the tokens.
+        pixels: the grid of pixels.
+        coarse: the grid of squares of 8 by 8 pixels.
+        fine: the grid of squares of 2 by 2 pixels.
+        fine_order_S: the numbers of the squares of ``fine`` in the order of the pixels.
+        padded_D: the pixels that the tokens of depth cover, in the order of these tokens; at edges some stand twice.
+        unpadded_M: where each pixel stands among them.
+    """
+
+    views: tuple[View, ...]
+    pixels: Grid
+    coarse: Grid
+    fine: Grid
+    fine_order_S: Tensor
+    padded_D: Tensor
+    unpadded_M: Tensor
+
+    def __deepcopy__(self, _: dict[int, object]) -> Rig:
+        """Itself. Nothing changes it, so copies of a model share it."""
+        return self
+
+    @classmethod
+    def of(cls, sizes: WorldConfig, device: torch.device) -> Rig:
+        views, pixels, covering = list[View](), 0, 0
+        squares, padded, unpadded = list[Tensor](), list[Tensor](), list[Tensor]()
+        side, depth_side = SCALE * sizes.patch, SCALE * sizes.depth_patch
+        for camera in (camera for group in sizes.groups for camera in group):
+            rows, columns = camera.height, camera.width
+            order = _nested(torch.arange(rows * columns).view(rows, columns), (side, SCALE, FINE))
+            axes = torch.from_numpy(camera_axes(camera)).float()
+            views.append(View(camera, *(t.to(device) for t in (torch.tensor(camera.position), axes, order))))
+            small = torch.arange(rows * columns // FINE**2).view(rows // FINE, -1)
+            squares.append(_nested(small, (side // FINE, SCALE // FINE)) + pixels // FINE**2)
+            at = order.new_empty(len(order)).scatter_(0, order, torch.arange(len(order))).view(rows, columns)
+            below, right = -rows % depth_side, -columns % depth_side
+            whole = F.pad(at[None].double(), (0, right, 0, below), mode="replicate")[0].long()
+            covered = _nested(torch.arange(whole.numel()).view(whole.shape), (depth_side, SCALE, FINE))
+            own = torch.empty_like(covered).scatter_(0, covered, torch.arange(len(covered))).view(whole.shape)
+            unpadded.append(own[:rows, :columns].flatten()[order] + covering)
+            padded.append(whole.flatten()[covered] + pixels)
+            pixels, covering = pixels + len(order), covering + len(covered)
+        grids = (Grid.of(views, 1), Grid.of(views, SCALE), Grid.of(views, FINE))
+        return cls(tuple(views), *grids, *(torch.cat(each).to(device) for each in (squares, padded, unpadded)))
+
+    def pictures(self, values_CM: Tensor) -> list[Tensor]:
+        """Values of all pixels as one picture ``[C, height, width]`` per camera."""
+        found = []
+        for view, part in zip(self.views, self.pixels.parts, strict=True):
+            picture_CM = values_CM.new_empty(len(values_CM), len(view.order_M))
+            picture_CM[:, view.order_M] = values_CM[:, part]
+            found.append(picture_CM.unflatten(1, (view.camera.height, view.camera.width)))
+        return found
+
+
+def block_order() -> Tensor:
+    """The numbers of the pixels of a latent, counted row by row, in the order of a rig."""
+    return _nested(torch.arange(SCALE**2).view(SCALE, SCALE), (FINE,))
+
+
+def _nested(grid_hw: Tensor, sides: Sequence[int]) -> Tensor:
+    """The elements of a grid in squares of the first side, these in squares of the next, and so on; row by row."""
+    for side in sides:
+        squares = grid_hw.unflatten(-2, (-1, side)).unflatten(-1, (-1, side))
+        grid_hw = squares.transpose(-3, -2)
+    return grid_hw.flatten()
+
+
+@dataclass(frozen=True, eq=False)
 class Move:
     """From the ego's coordinates at K poses to the present ones: rotations ``[K, 3, 3]`` and shifts ``[K, 3]``."""
 
@@ -79,12 +185,16 @@ class Move:
         """Positions of a camera at the poses, in present coordinates ``[K, 3]``."""
         return self.turn_K33 @ view.place_3 + self.shift_K3
 
-    def points(self, view: View, rays_3M: Tensor, depth_KM: Tensor) -> Tensor:
-        """Points that a camera will see along rays at these distances, in its present axes ``[3, K, M]``."""
-        turn_K33 = view.axes_33 @ self.turn_K33 @ view.axes_33.T
-        shift_3K = view.axes_33 @ (self.places(view) - view.place_3).T
-        directions_3KM = (turn_K33.movedim(1, 0).flatten(0, 1) @ rays_3M).unflatten(0, (3, -1))
-        return torch.addcmul(shift_3K[..., None], directions_3KM, depth_KM)
+    def points(self, views: Sequence[View], grid: Grid, depth_KM: Tensor) -> Tensor:
+        """Points that cameras will see along their rays at these distances, in their present axes ``[3, K, M]``."""
+        points_3KM = depth_KM.new_empty(3, *depth_KM.shape)
+        for view, part in zip(views, grid.parts, strict=True):
+            turn_K33 = view.axes_33 @ self.turn_K33 @ view.axes_33.T
+            shift_3K = view.axes_33 @ (self.places(view) - view.place_3).T
+            own = points_3KM[:, :, part]
+            torch.mm(turn_K33.movedim(1, 0).flatten(0, 1), grid.rays_3M[:, part], out=own.view(-1, own.shape[-1]))
+            torch.addcmul(shift_3K[..., None], own, depth_KM[:, part], out=own)
+        return points_3KM
 
     def depth(self, view: View, points_3KM: Tensor) -> Tensor:
         """Distances along a camera's future axis of points in present ego coordinates, ``[K, M]``."""
@@ -94,46 +204,57 @@ class Move:
 
 
 def look(
-    views: Sequence[View], pictures: Sequence[Tensor], points: Sequence[Tensor], *, nearest: int = 0
-) -> list[tuple[Tensor, Tensor]]:
+    views: Sequence[View], grid: Grid, pictures: Sequence[Tensor], points_3KM: Tensor, *, nearest: int = 0
+) -> tuple[Tensor, Tensor]:
     """Look points up in pictures: in the picture of their own camera, or else in the first one that shows them.
 
     Args:
+        grid: whose rays these points are on.
         pictures: per camera ``[C, h, w]``.
-        points: per camera, in its axes ``[3, K, M]``.
+        points_3KM: the points, in the axes of their camera.
         nearest: the number of last channels that are not interpolated.
 
     Returns:
-        Per camera the values ``[C, K, M]``, and for which points any were found ``[K, M]``.
+        The values ``[C, K, M]``, and for which points any were found ``[K, M]``.
     """
-    looked, missing, elsewhere = [], [], []
-    for picture, view, points_3KM in zip(pictures, views, points, strict=True):
-        at, found_KM = view.project(points_3KM)
-        looked.append((_sample(picture, at, nearest), found_KM))
-        missing.append((~found_KM).flatten().nonzero()[:, 0])
-        elsewhere.append(view.axes_33.T @ points_3KM.flatten(1)[:, missing[-1]] + view.place_3[:, None])
-    ego_3M = torch.cat(elsewhere, 1)
-    values_CM = ego_3M.new_zeros(len(pictures[0]), ego_3M.shape[1])
-    found_M = torch.zeros_like(values_CM[0], dtype=torch.bool)
-    left = torch.arange(len(found_M), device=found_M.device)
+    at_2KM, found_KM = grid.project(points_3KM)
+    values_CKM = points_3KM.new_empty(len(pictures[0]), *found_KM.shape)
+    values, points, found = values_CKM.flatten(1), points_3KM.flatten(1), found_KM.view(-1)
+    missing, elsewhere = [], []
+    for picture, view, part in zip(pictures, views, grid.parts, strict=True):
+        values_CKM[:, :, part] = _sample(picture, at_2KM[:, :, part], nearest)
+        k, m = (~found_KM[:, part]).nonzero(as_tuple=True)
+        missing.append(k * found_KM.shape[1] + m + part.start)
+        elsewhere.append(torch.addmm(view.place_3[:, None], view.axes_33.T, points.index_select(1, missing[-1])))
+    ego_3P, place_P = torch.cat(elsewhere, 1), torch.cat(missing)
     for picture, view in zip(pictures, views, strict=True):
-        at, here_KM = view.project((view.axes_33 @ (ego_3M[:, left] - view.place_3[:, None]))[:, None])
-        here = here_KM[0].nonzero()[:, 0]
-        values_CM[:, left[here]] = _sample(picture, at[:, here], nearest)[:, 0]
-        found_M[left[here]] = True
-        left = left[~here_KM[0]]
-    counts = [len(places) for places in missing]
-    others = zip(looked, missing, values_CM.split(counts, 1), found_M.split(counts), strict=True)
-    for (all_CKM, all_KM), places, values, found in others:
-        all_CKM.flatten(1)[:, places], all_KM.flatten()[places] = values, found
-    return looked
+        at_2P, here_P = view.project(view.axes_33 @ (ego_3P - view.place_3[:, None]))
+        here, left = here_P.nonzero()[:, 0], (~here_P).nonzero()[:, 0]
+        place = place_P.index_select(0, here)
+        values.index_copy_(1, place, _sample(picture, at_2P.index_select(1, here)[:, None], nearest)[:, 0])
+        found.index_fill_(0, place, True)
+        ego_3P, place_P = ego_3P.index_select(1, left), place_P.index_select(0, left)
+    values.index_fill_(1, place_P, 0)
+    return values_CKM, found_KM
 
 
-def _sample(picture_Chw: Tensor, at_KM2: Tensor, nearest: int) -> Tensor:
+def _project(points: Tensor, slope: Tensor | float, ratio: Tensor | float) -> tuple[Tensor, Tensor]:
+    right, down, forward = points
+    scale = 1 / (forward.clamp(min=0.1) * slope)
+    at = torch.stack([right * scale, (down * scale).mul_(ratio)])
+    x, y = at.abs()
+    return at, (torch.maximum(x, y) <= 1) & (forward > 0.1)
+
+
+def _sample(picture_Chw: Tensor, at_2KM: Tensor, nearest: int) -> Tensor:
+    """Values ``[C, K, M]`` at places in a picture. Each video frame is a picture of its own, for the threads."""
+    places, count = at_2KM.movedim(0, -1)[:, None], at_2KM.shape[1]
     smooth = len(picture_Chw) - nearest
-    found = F.grid_sample(picture_Chw[None, :smooth], at_KM2[None], padding_mode="border", align_corners=False)[0]
-    if not nearest:
-        return found
-    kept = picture_Chw[None, smooth:]
-    rest = F.grid_sample(kept, at_KM2[None], mode="nearest", padding_mode="border", align_corners=False)[0]
-    return torch.cat([found, rest])
+    found = F.grid_sample(
+        picture_Chw[:smooth].expand(count, -1, -1, -1), places, padding_mode="border", align_corners=False
+    )
+    if nearest:
+        kept = picture_Chw[smooth:].expand(count, -1, -1, -1)
+        rest = F.grid_sample(kept, places, mode="nearest", padding_mode="border", align_corners=False)
+        found = torch.cat([found, rest], 1)
+    return found[:, :, 0].movedim(0, 1)

@@ -11,9 +11,10 @@ frames of the log.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -47,18 +48,30 @@ class Layout:
     parts_J10: Tensor
     poses_TC3: Tensor
 
+    LEVELS: ClassVar[int] = 4
+
     @cached_property
-    def levels(self) -> tuple[Tensor, ...]:
-        """The ground's colours ``uint8 [G, H, 3]`` in squares of one, two, four and eight times `METRES`."""
-        palette = torch.tensor(list(GROUNDS.values())) * 255
-        colours = palette.round().to(torch.uint8)[self.ground_GH.long()]
-        found = [colours]
-        for _ in range(3):
-            last = found[-1].float()
-            even = last[: len(last) // 2 * 2, : last.shape[1] // 2 * 2]
-            mean = (even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]) / 4
-            found.append(mean.round().to(torch.uint8))
-        return tuple(found)
+    def texels(self) -> tuple[Tensor, Tensor]:
+        """The ground's colours in squares of one, two, four and eight times `METRES`.
+
+        Returns:
+            ``int32``, one number per square: red, green and blue, from the lowest bits up. The levels follow each
+            other, row by row, and a frame of grass stands around each. And ``int64 [LEVELS, 3]``: rows and columns
+            without the frame, and where each level begins.
+        """
+        palette = torch.tensor(list(GROUNDS.values()), device=self.ground_GH.device).mul(255).round()
+        level, parts, sizes, first = palette[self.ground_GH.long()], [], [], 0
+        weights = palette.new_tensor([1, 2**8, 2**16])
+        for _ in range(self.LEVELS):
+            rows, columns = level.shape[:2]
+            framed = palette[0].expand(rows + 2, columns + 2, 3).clone()
+            framed[1:-1, 1:-1] = level
+            parts.append((framed @ weights).int().flatten())
+            sizes.append((rows, columns, first))
+            first += len(parts[-1])
+            even = level[: rows // 2 * 2, : columns // 2 * 2]
+            level = ((even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]) / 4).round()
+        return torch.cat(parts), torch.tensor(sizes, device=palette.device)
 
     def cars(self, frames: Sequence[int]) -> Tensor:
         """Poses of the cars in these video frames, ``[K, C, 3]``. After the log's end they keep their last speed."""
@@ -72,7 +85,7 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         if self.ground_GH.device == torch.device(device):
-            return self  # and keep the levels that are computed already
+            return self  # and keep the texels that are worked out already
         return Layout(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def save(self, folder: Path) -> None:
@@ -123,11 +136,13 @@ class Site:
         layout: the layout.
         pose_3: x, y and yaw in it, ``float64 [3]``, on the CPU.
         frame: the video frame of the log.
+        kept: what was worked out for this place, by who did.
     """
 
     layout: Layout
     pose_3: Tensor
     frame: int
+    kept: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def moved(self, pose_3: Tensor, frames: int) -> Site:
         """The place that many video frames later, at a pose relative to this one."""
@@ -139,7 +154,7 @@ class Site:
 
     def state_dict(self) -> dict[str, Tensor]:
         # Copies: rows of a batch may share a layout, and a file of safetensors holds nothing twice.
-        own = {field.name: getattr(self.layout, field.name).clone() for field in fields(Layout)}
+        own = {each.name: getattr(self.layout, each.name).clone() for each in fields(Layout)}
         return {**own, "pose": self.pose_3, "frame": torch.tensor(self.frame)}
 
     @classmethod
