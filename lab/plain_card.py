@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from holdover.report.tables import decibels, markdown, ratio
+from holdover.report.tables import decibels, markdown, ratio, scientific
 from holdover_world.measure.cards import about
 
 #: A run is as near to the simulator as four passes if it is no farther by more than so many dB, at any horizon.
@@ -105,13 +105,13 @@ def _truth(rows: Sequence[Mapping[str, Any]]) -> str:
             *(decibels(row["truth_db_by_horizon"][seconds]) for seconds in horizons),
             *(decibels(row["psnr_db_by_horizon"][seconds]) for seconds in horizons),
             *(f"{row['lpips_by_horizon'][seconds]:.3f}" for seconds in horizons),
-            *(f"{span['frechet']:.2f}" for span in row["frechet"]),
+            *(scientific(span["frechet"]) for span in row["frechet"]),
             f"{row['detail']:.2f}",
         )
         for row in rows
     ]
     halves = ["simulator, halves", *[""] * (3 * len(horizons))]
-    halves += [f"{span['simulator']:.2f}" for span in rows[0]["frechet"]]
+    halves += [scientific(span["simulator"]) for span in rows[0]["frechet"]]
     return markdown(columns, [*cells, (*halves, "")])
 
 
