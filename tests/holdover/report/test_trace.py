@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def test_the_terminal_shows_a_letter_for_every_decision(run: Path) -> None:
     skipped = [d.computed for d in DECISIONS if d.role == "denoise" and d.reason != "warm-up"]
     assert f"first / xcache: {100 * skipped.count(False) / len(skipped):.1f} % skipped" in text
     assert "other" not in text
+
+
+def test_held_windows_and_parts_are_told_from_what_is_reused() -> None:
+    reused = next(d for d in DECISIONS if not d.computed)
+    assert category(reused) == "reused"
+    assert category(replace(reused, reason="window")) == "held"
+    assert category(replace(reused, scores={"recomputed": 0.25})) == "part"
 
 
 def test_a_chunk_in_full(run: Path) -> None:

@@ -12,9 +12,10 @@ from holdover.decision import WARM_UP, WINDOW, Decision
 
 #: The category of a decision, for its colour. Reasons that `_OF_REASON` does not name are "computed".
 REUSED, ANCHOR, PROTECTED, WARMING, COMPUTED = "reused", "anchor", "protected", "warm-up", "computed"
-CATEGORIES = (COMPUTED, REUSED, ANCHOR, PROTECTED, WARMING)
+PARTLY, HELD = "part", "held"
+CATEGORIES = (COMPUTED, REUSED, ANCHOR, PROTECTED, WARMING, PARTLY, HELD)
 #: The letter of each category, where there is no colour.
-LETTERS = {COMPUTED: "C", REUSED: "·", ANCHOR: "A", PROTECTED: "K", WARMING: "W"}
+LETTERS = {COMPUTED: "C", REUSED: "·", ANCHOR: "A", PROTECTED: "K", WARMING: "W", PARTLY: "P", HELD: "H"}
 _OF_REASON = {
     "anchor": ANCHOR,
     "kv cycle": PROTECTED,
@@ -28,7 +29,11 @@ _PASS = {"kv_update": "KV update", "prefill": "prefill"}
 
 def category(decision: Decision) -> str:
     """One of `CATEGORIES`."""
-    return _OF_REASON.get(decision.reason, COMPUTED) if decision.computed else REUSED
+    if decision.computed:
+        return _OF_REASON.get(decision.reason, COMPUTED)
+    if decision.reason == WINDOW:
+        return HELD
+    return PARTLY if "recomputed" in decision.scores else REUSED
 
 
 @dataclass(frozen=True, kw_only=True)

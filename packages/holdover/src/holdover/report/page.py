@@ -25,6 +25,8 @@ LEGEND = {
     "anchor": "anchor: a block that is always computed",
     "protected": "KV-protected: what enters the KV cache is computed",
     "warm-up": "warm-up: there is nothing to reuse yet",
+    "part": "computed in part: the frame that is shown, or some of the tokens",
+    "held": "held window: the frame is right in the window in hand, and no pass ran",
 }
 _DIGITS = 6  # significant ones of a score
 

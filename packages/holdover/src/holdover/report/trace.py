@@ -23,7 +23,15 @@ _arrow: Any = pyarrow
 _csv: Any = pyarrow.csv
 
 SUFFIXES = (".parquet", ".csv", ".json")
-STYLES = {"computed": "dark_orange3", "reused": "green", "anchor": "grey50", "protected": "blue", "warm-up": "magenta"}
+STYLES = {
+    "computed": "dark_orange3",
+    "reused": "green",
+    "anchor": "grey50",
+    "protected": "blue",
+    "warm-up": "magenta",
+    "part": "yellow3",
+    "held": "cyan",
+}
 #: Colour names of chrome://tracing. Perfetto colours a slice by its name, which is its reason.
 _CHROME = {
     "computed": "bad",
@@ -31,6 +39,8 @@ _CHROME = {
     "anchor": "grey",
     "protected": "vsync_highlight_color",
     "warm-up": "yellow",
+    "part": "bad",
+    "held": "good",
 }
 #: In the trace a reused block is drawn this long, as a share of a computed one, so that it can be seen.
 _REUSED_WIDTH = 0.1

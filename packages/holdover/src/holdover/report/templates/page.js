@@ -3,6 +3,7 @@
 // drawn only once each of them says that it shows it.
 
 const DATA = JSON.parse(document.getElementById("page:data").textContent);
+const UNCOMPUTED = { 1: "reused", 5: "computed in part", 6: "held: no pass ran" };
 const LETTERS = [...document.getElementById("page:player").content.querySelectorAll(".legend .cell")].map((c) => c.textContent.trim());
 const MODES = { curtain: "c", "heat map": "h", blink: "b", "side by side": "s" };
 const BLINK_MS = 500;
@@ -302,7 +303,7 @@ class Player {
       const values = ribbon.values[at][i] || [];
       const scores = ribbon.scores.map((name, k) => (values[k] == null ? null : `${name} ${values[k]}`)).filter(Boolean);
       cell.dataset.reason = reason ? reason.reason : "";
-      const words = [reason ? (category === 1 ? "reused" : `computed: ${reason.reason}`) : "nothing decided", ...scores];
+      const words = [reason ? UNCOMPUTED[category] || `computed: ${reason.reason}` : "nothing decided", ...scores];
       cell.title = words.join(", ");
       cell.setAttribute("aria-label", `block ${i % ribbon.blocks}, ${cell.title}`);
     });
