@@ -179,7 +179,7 @@ def describe(
     draws_depth = "depth" in base.loop.model.sizes.modalities
     cycle = run.loop.window_frames
     full, skip = count(run.decisions(), first=cycle, chunks=len(run.exact) - cycle)
-    stats, level = run.stats(), run.arm.policy.level if run.arm.policy else "block"
+    stats, level = run.stats(), run.arm.policy.level if isinstance(run.arm.policy, Policy) else "block"
     assert stats is not None
     return {
         "name": setting.name,

@@ -40,14 +40,14 @@ class Arm:
 
     Attributes:
         name: of the arm.
-        policy: None is full compute, with nothing attached.
+        policy: or policies, outermost first. None is full compute, with nothing attached.
         loop: the cadence.
         plan: what frames are told that are not yet commanded: the ``newest`` action, or what the scenario commands
             next, an ``oracle`` plan, which is always kept.
     """
 
     name: str
-    policy: Policy | None = None
+    policy: Policy | Sequence[Policy] | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
     plan: PlanKind = "newest"
 
