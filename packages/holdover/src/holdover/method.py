@@ -79,6 +79,8 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
+        if not self.extras and not self.memory:
+            return sum([tensor.nbytes for tensor in self.tensors.values()])
         return sum(tensor.nbytes for tensor in self.all_tensors())
 
     def updated(self, numbers: Mapping[str, float], tensors: Mapping[str, Tensor]) -> Entry:

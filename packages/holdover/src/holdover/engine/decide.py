@@ -124,8 +124,9 @@ class Decider:
             verdicts = [self._judge(row, call, signal) for row, call in zip(rows, calls, strict=True)]
             return [Decided(span, calls, verdicts)]
         forced = [self._forced(row, call) for row, call in zip(rows, calls, strict=True)]
-        ahead = self._runtime.spans_after(span, min(row.reach for row in rows))
-        if not ahead or any(reason is not None for reason in forced):
+        free = forced.count(None) == len(forced)
+        ahead = self._runtime.spans_after(span, min([row.reach for row in rows])) if free else ()
+        if not ahead:
             triples = zip(rows, calls, forced, strict=True)
             found = [Decided(span, calls, [self._verdict(*triple, signal) for triple in triples])]
             asked = 1
@@ -137,9 +138,9 @@ class Decider:
                 if not found[-1].reused:
                     break
             asked = len(look.lineup)
-        if all(reason is None for reason in forced):
+        if free:
             for row in rows:
-                row.ran_on(sum(each.reused for each in found), asked)
+                row.ran_on(sum([each.reused for each in found]), asked)
         return found
 
     def _judge(self, row: Transaction, call: Call, signal: Signal | None) -> Verdict:

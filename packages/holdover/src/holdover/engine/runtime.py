@@ -58,6 +58,7 @@ class Runtime:
         #: Whether an entry changes when its span is reused.
         self.changed_by_reuse = self.follows or getattr(type(predictor), "reused", None) is not Predictor.reused
         self.span_of = [span for span in self.spans for _ in range(span.first, span.last + 1)]
+        self._place_of = {span.first: n for n, span in enumerate(self.spans)}
         self._signals: dict[tuple[torch.Size, torch.device], Signal] = {}
         self._signals_of = {self.view_groups: self._signals}
         for span in self.spans:
@@ -109,9 +110,9 @@ class Runtime:
 
     def spans_after(self, span: Span, spans: int) -> Sequence[Span]:
         """The spans that may be decided together with this one, so many with it."""
-        if self.audit.rate > 0 or self.process_group is not None:
+        if spans == 1 or self.audit.rate > 0 or self.process_group is not None:
             return ()
-        at = self.spans.index(span) + 1
+        at = self._place_of[span.first] + 1
         ahead = self.spans[at : at + spans - 1]
         probe = next((n for n, span in enumerate(ahead) if span.computed is not None), len(ahead))
         return ahead[:probe]

@@ -32,7 +32,8 @@ class Transaction:
         self.audit_errors: list[float] = []
         self.reuses = self.stream.reuses
         self._policy, self._max_bytes = policy, max_bytes
-        self._reach = self.stream.reach.get((step.branch, step.index), policy.look_ahead)
+        #: How many spans to decide at once in this pass.
+        self.reach = self.stream.reach.get((step.branch, step.index), policy.look_ahead)
         chunk, run = self.stream.find(step)
         if run is None and policy.lifetime == "chunk":
             self.stream.free(step.branch)
@@ -80,14 +81,9 @@ class Transaction:
             self._runs[self._key(block)] = run
             self.stream.nbytes += grown
 
-    @property
-    def reach(self) -> int:
-        """How many spans to decide at once in this pass."""
-        return self._reach
-
     def ran_on(self, reused: int, asked: int) -> None:
         """So many of the spans that were decided at once were reused: look further ahead next time, or less far."""
-        self._reach = min(2 * self._reach, self._policy.look_ahead) if reused == asked else max(1, reused)
+        self.reach = min(2 * self.reach, self._policy.look_ahead) if reused == asked else max(1, reused)
 
     def refusal(self, call: Call) -> str | None:
         """The engine's own reasons to compute a span."""
@@ -210,7 +206,7 @@ class Transaction:
         stream.runs.update(self._runs)
         stream.reuses = self.reuses
         if self._policy.look_ahead > 1:
-            stream.reach[step.branch, step.index] = self._reach
+            stream.reach[step.branch, step.index] = self.reach
         if self._policy.lifetime == "chunk" and len(run.indices) == run.num_steps:
             stream.end(chunk)
 

@@ -110,7 +110,8 @@ class PreparedFingerprint(Signal):
 
     def _by_entry(self, *sums_BN: Tensor) -> Tensor:
         """Sums over the tokens of each entry, ``[..., 2·S]``."""
-        return torch.cat([(sums.sum(-2)[..., None, :] * self._member_SN).sum(-1) for sums in sums_BN], -1)
+        sums_2S = (torch.stack(sums_BN)[..., None, :, :] * self._member_SN[:, None]).sum((-2, -1))
+        return sums_2S.movedim(0, -2).flatten(-2)
 
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
         """``cosine`` and ``deviation``, NaN where either fingerprint is not finite."""
