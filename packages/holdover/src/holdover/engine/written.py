@@ -44,18 +44,16 @@ class WrittenLatents:
         self._x: Tensor | None = None
         self._told = False
         self._handles: list[RemovableHandle] = []
-        # What serves one chunk alone is mostly used without a KV cache: hooks then wait for an uncommitted chunk.
-        if any(runtime.policy.predictor and runtime.policy.lifetime == "stream" for runtime in runtimes):
-            self._insert()
+        if any(runtime.policy.predictor is not None for runtime in runtimes):
+            self._handles = [
+                model.register_forward_pre_hook(self._enter, with_kwargs=True),
+                model.register_forward_hook(self._leave),
+            ]
+            mark(model, self._clean)
 
     def begin(self, steps: Sequence[Step]) -> None:
         """A pass begins."""
-        self._step = None
-        if not self._handles:
-            if steps[0].commits:
-                return
-            self._insert()
-        if len(steps) == 1:
+        if self._handles and len(steps) == 1:
             step = steps[0]
             last = step.role == "denoise" and step.index == step.num_steps - 1
             self._step = step if last or step.role == "kv_update" else None
@@ -63,13 +61,6 @@ class WrittenLatents:
     def end(self) -> None:
         """The pass is over, however it ended."""
         self._step = self._x = None
-
-    def _insert(self) -> None:
-        self._handles = [
-            self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self._model.register_forward_hook(self._leave),
-        ]
-        mark(self._model, self._clean)
 
     def remove(self) -> None:
         """Take the hooks out."""
