@@ -174,6 +174,9 @@ MANY_STEPS = [
 LEFT_OUT = {
     "deepcache": "reuses the deep part of a U-Net; this model is a plain stack of blocks",
     "fastercache": "reuses one guidance branch in the other; these runs have one branch, without guidance",
+    "frontier": "computes the frame that will be shown of a window; lab/plans measures it",
+    "step_hold": "holds the whole model; lab/plain and lab/plans measure it",
+    "light_interaction": "goes by what of the world ahead has been seen; lab/plain measures it",
 }
 LEFT_OUT_OF_FEW = {"worldcache_htc": "computes the first three steps and the last: at four steps, all"}
 

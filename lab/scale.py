@@ -52,7 +52,7 @@ def replay(pattern: NDArray[np.bool_], *, fingerprint: bool) -> Policy:
     policy = xcache(front_anchors=0, protection="pass")
     guard, signal = policy.trigger.guard, policy.trigger.signal if fingerprint else None
     trigger = Replay(guard=guard, signal=signal, pattern=tuple(tuple(map(bool, row)) for row in pattern))
-    return replace(policy, trigger=trigger)
+    return replace(policy, trigger=trigger, look_ahead=policy.look_ahead if fingerprint else 1)
 
 
 def decision_pattern(

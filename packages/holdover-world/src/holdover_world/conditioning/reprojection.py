@@ -215,7 +215,8 @@ class Reprojection(nn.Module):
 
     def _newest(self, last_NP: Tensor, modality: str) -> Tensor:
         """The last pictures in one modality, ``[colours, pixels]``, in the order of its tokens."""
-        first, *_, last = [plane.tokens for plane in self.sizes.planes if plane.modality == modality]
+        planes = [plane.tokens for plane in self.sizes.planes if plane.modality == modality]
+        first, last = planes[0], planes[-1]
         latents = self.sizes.token_latents(modality) ** 2
         z_TZ = last_NP[first.start : last.stop].unflatten(1, (-1, latents)).transpose(1, 2).flatten(0, 1)
         return self._path(modality).newest(z_TZ)
