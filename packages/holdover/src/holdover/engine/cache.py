@@ -156,6 +156,11 @@ class Cache:
         return tuple(sorted(set().union(*(r.streams[stream].drafts for r in self._runtimes if stream in r.streams))))
 
     @property
+    def shown_alone(self) -> bool:
+        """Whether a chunk may compute the latent frame that it shows, and no other (`frontier`)."""
+        return any(runtime.policy.trigger.shown_alone for runtime in self._runtimes)
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """The streams that ran since they were reset."""
         return tuple(self._runtimes[0].streams)

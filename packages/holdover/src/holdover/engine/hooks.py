@@ -6,10 +6,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from holdover.engine.blocks import Block
+from holdover.engine.compiled import compiling, own_graph, skipped, uncompiled
 from holdover.engine.copies import mark, unmark
+
+#: Told by Dynamo where a graph must not break.
+WHY = (
+    "Holdover decides here whether this module runs, so no graph goes through it; for fullgraph=True call the module's "
+    "own compile() instead of compiling what is around it"
+)
 
 
 class Shortcuts:
@@ -63,24 +68,20 @@ class Hook:
         shortcuts: Shortcuts,
         dispatch: Callable[[Block, tuple[Any, ...], dict[str, Any]], Any],
     ) -> None:
-        self._block, self._dispatch = block, dispatch
+        self._block, self._dispatch, self._shortcuts = block, dispatch, shortcuts
         self._method = block.slot.method
         self._original = getattr(block.module, self._method)
         self._previous = block.module.__dict__.get(self._method)
         #: What `Module.compile` leaves: it bypasses ``forward``, so it is set aside and called from here.
         self._compiled = block.module._compiled_call_impl if self._method == "forward" else None
-        block.compute = self._original if self._compiled is None else self._compute_compiled
-
-        # Decisions must not be traced into a graph; what keeps Dynamo out is too slow for where it is not.
-        disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
-        untraced = disable(lambda args, kwargs: self._dispatch(block, args, kwargs))
+        self._own_graph = own_graph(self._original)
+        within_compiled = uncompiled(self._within_compiled, WHY)
         # Every block of every pass comes by here, and finds the processor's caches emptied by the one before.
-        is_traced, shortcut = torch.compiler.is_dynamo_compiling, shortcuts.left.pop
-        index, compute, given = block.index, block.compute, block.given
+        shortcut, index, given = shortcuts.left.pop, block.index, block.given
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if is_traced():
-                return untraced(args, kwargs)
+            if compiling() is not None:
+                return within_compiled(args, kwargs)
             computed = shortcut(index, None)
             if computed:
                 return compute(*args, **kwargs)
@@ -88,8 +89,15 @@ class Hook:
                 return self._dispatch(block, args, kwargs)
             return args[given] if len(args) > given else block.read(args, kwargs)
 
+        def set_compute() -> None:
+            nonlocal compute
+            compute = block.compute = self._original if self._compiled is None else self._compute_compiled
+
+        compute = self._original
+        set_compute()
+        self._set_compute = set_compute
         # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.
-        self._forward = functools.wraps(self._original, updated=())(forward)
+        self._forward = skipped(functools.wraps(self._original, updated=())(forward), WHY)
         mark(block.module, self._clean)
         self._insert()
 
@@ -101,6 +109,8 @@ class Hook:
 
     def _clean(self, state: dict[str, Any]) -> None:
         """Take the dispatcher out of a copy of the module's ``__dict__``."""
+        if self._method == "forward":
+            state.pop("compile", None)
         if state.get(self._method) is not self._forward:
             return
         if self._previous is None:
@@ -110,15 +120,21 @@ class Hook:
 
     def _pass_through(self, _: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._withdraw()
-        return self._original(*args, **kwargs)
+        compute = self._original if self._block.compute == self._compute_compiled else self._block.compute
+        return compute(*args, **kwargs)
 
     def _insert(self) -> None:
-        setattr(self._block.module, self._method, self._forward)
+        module = self._block.module
+        setattr(module, self._method, self._forward)
+        if self._method == "forward":
+            module.__dict__["compile"] = self._compile
         if self._compiled is not None:
-            self._block.module._compiled_call_impl = None
+            module._compiled_call_impl = None
 
     def _withdraw(self) -> None:
         module = self._block.module
+        if self._method == "forward":
+            module.__dict__.pop("compile", None)
         if self._compiled is not None:
             module._compiled_call_impl = self._compiled
         if module.__dict__.get(self._method) is not self._forward:
@@ -143,3 +159,29 @@ class Hook:
         finally:
             module.__dict__.update(hooks)
             self._insert()
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """`Module.compile` of an attached module: what it makes runs within the dispatcher, as if it had come first."""
+        module = self._block.module
+        self._withdraw()
+        stepping = module.__dict__.pop("_call_impl", None)  # what an adapter does around a pass stays outside, too
+        try:
+            module.compile(*args, **kwargs)
+        finally:
+            if stepping is not None:
+                module.__dict__["_call_impl"] = stepping
+            self._compiled = module._compiled_call_impl
+            self._set_compute()
+            self._insert()
+
+    def _within_compiled(self, outside: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call from a compiled function: decide uncompiled, and compute in a graph of the block's own."""
+        block, plain = self._block, self._block.compute
+        block.compute = compute = functools.partial(outside, self._own_graph if self._compiled is None else plain)
+        try:
+            computed = self._shortcuts.left.pop(block.index, None)
+            if computed is None:
+                return self._dispatch(block, args, kwargs)
+            return compute(*args, **kwargs) if computed else block.read(args, kwargs)
+        finally:
+            block.compute = plain

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from holdover.engine import condition as conditions
 from holdover.engine.cache import Cache
+from holdover.engine.compiled import uncompiled
 from holdover.engine.copies import mark, unmark
 from holdover.models.adapter import DIFFUSERS
 from holdover.models.noise import of_scheduler
@@ -102,17 +102,16 @@ class Passes:
     def _stepping(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """The same call of the module, in a step."""
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(outside: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.cache.in_step:
-                return run(*args, **kwargs)
+                return outside(run, *args, **kwargs)
             fields, commit = self._place(args, kwargs)
             with self.cache.step(**fields):
-                output = run(*args, **kwargs)
+                output = outside(run, *args, **kwargs)
             commit()
             return output
 
-        untraced: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
-        return untraced
+        return uncompiled(call)
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``cache_context``, which also says where the pass stands."""

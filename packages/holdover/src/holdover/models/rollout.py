@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from holdover.engine.cache import Cache
+from holdover.engine.compiled import uncompiled
 from holdover.engine.copies import mark, unmark
 from holdover.method import Policy
 from holdover.models.adapter import Place
@@ -92,17 +92,16 @@ class Rollout:
     def _stepping(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """The same call of the module, in a step."""
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(outside: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.cache.in_step:
-                return run(*args, **kwargs)
+                return outside(run, *args, **kwargs)
             fields, commit = self._place(args, kwargs)
             with self.cache.step(**fields):
-                output = run(*args, **kwargs)
+                output = outside(run, *args, **kwargs)
             commit()
             return output
 
-        untraced: Callable[..., Any] = torch.compiler.disable(call, recursive=False)
-        return untraced
+        return uncompiled(call)
 
     def _place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
         """The fields of this pass's step, and what to note once it has ended well."""
