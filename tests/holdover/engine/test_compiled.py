@@ -113,7 +113,6 @@ def test_graphs_run_every_operation_of_the_blocks(way: Callable[..., Any], order
     policy = POLICIES["fbcache"]
     whole = way in (compile_in_place, compile_around)
     model, backend = Waves(alike=not whole), Graphs()
-    plain = [dict(module.__dict__) for module in model.modules()]
     expected = passes(model, None)
     cache = holdover.attach(model, policy()) if order.startswith("attach") else None
     run = way(model, backend)
@@ -131,8 +130,6 @@ def test_graphs_run_every_operation_of_the_blocks(way: Callable[..., Any], order
     cache.detach()
     if order != "attach, compile":
         assert [dict(module.__dict__) for module in model.modules()] == compiled
-    elif way is compile_around:
-        assert [dict(module.__dict__) for module in model.modules()] == plain
     if whole:
         torch.compiler.reset()  # it keeps in mind that the model's own code cannot be one graph
     backend.ran = 0

@@ -165,6 +165,7 @@ class Histories(RuleBasedStateMachine):
                 with pytest.raises(ValueError, match="within a step") as error:
                     act()
                 self._names_the_fix(error.value)
+        assert "nested" not in self.cache.streams  # no model ran in it
 
     @rule(stream=st.sampled_from("ab"))
     def reset(self, stream: str) -> None:
@@ -265,5 +266,7 @@ quick = settings(
     derandomize=EXAMPLES == 12,
     suppress_health_check=list(HealthCheck),
 )
-TestHistories = pytest.mark.filterwarnings("ignore:.* could reuse nothing")(Histories.TestCase)
+TestHistories = pytest.mark.filterwarnings("ignore:.* could reuse nothing", "ignore:no block was asked")(
+    Histories.TestCase
+)
 TestHistories.settings = quick

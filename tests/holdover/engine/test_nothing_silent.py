@@ -447,3 +447,39 @@ def test_two_threads_on_one_model_are_told_once_and_leave_nothing_open() -> None
         assert len(cache.trace) == 2
         with cache.step(chunk=1):  # from a third, in turn
             model(ones())
+
+
+# A step in which no block was asked.
+
+
+def test_a_step_in_which_the_model_did_not_run_is_told_once_and_leaves_nothing() -> None:
+    model = Stack(Scale(), Scale())
+    twin = copy.deepcopy(model)
+    with holdover.attach(model, EAGER) as cache, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for index in (1, 2):
+            with cache.step(chunk=3, index=index, num_steps=4):
+                twin(ones())
+            assert cache.streams == ()
+        assert len(cache.trace) == 0
+        with cache.step(chunk=3, index=1, num_steps=4):  # the place is still free
+            model(ones())
+    (warning,) = told
+    assert warning.filename == __file__
+    assert "within the step of chunk 3, index 1, so xcache did nothing: call the model" in str(warning.message)
+    assert "a chunk that runs no pass is told by cache.hold(chunk=...)" in str(warning.message)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_step_that_may_be_empty_is_not_told() -> None:
+    """One whose blocks an outer policy answered for, one that failed, and a KV update by other means."""
+    model = Stack(Scale(), Scale())
+    with holdover.attach(model, [holdover.policy("step_hold", prediction="clean", hold=(1,)), EAGER]) as cache:
+        for index in range(3):
+            with cache.step(chunk=0, index=index, num_steps=3, commits=False):
+                model(ones())
+        assert cache.stats().reasons["step_hold"] == 2
+        with pytest.raises(RuntimeError, match="before the model"), cache.step(chunk=1):
+            raise RuntimeError("before the model")
+        with cache.step(chunk=0, role="kv_update"):
+            pass

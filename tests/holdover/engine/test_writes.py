@@ -141,3 +141,29 @@ def test_latents_that_cannot_be_told_are_said_once(caplog: pytest.LogCaptureFixt
                 with cache.step(chunk=n, role="kv_update"):
                     model(ones(100 + n) + torch.arange(6.0).view(1, 3, 2), 0.0)
     assert [record.getMessage()[:40] for record in caplog.records] == ["chunks 1 since the last KV update came f"]
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+def test_rows_of_a_batch_are_told_each_for_itself(velocity: bool) -> None:
+    """Stream b keeps what was generated last, a what was committed; they stand at different chunks."""
+    model, starts = Loop(velocity=velocity), {"a": 0, "b": 10}
+    committed = ones(batch=2)
+    with holdover.attach(model, EAGER) as cache, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for n in range(4):
+            latents = ones(batch=2) + torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(n)) / 10
+            for index, sigma in enumerate((1.0, 0.5)):
+                fields = {"index": index, "num_steps": 2, "sigma": sigma, "commits": n == 0}
+                with cache.step(rows=[holdover.Step(stream=s, chunk=at + n, **fields) for s, at in starts.items()]):
+                    output = model(latents, sigma)
+                clean = latents - sigma * output if velocity else output
+                latents = clean if index else 0.5 * clean + 0.5 * latents
+            if n == 0:
+                committed = latents.clone()
+        committed[1] = latents[1]
+        rows = [holdover.Step(stream=s, chunk=at + 3, role="kv_update") for s, at in starts.items()]
+        with cache.step(rows=rows):
+            model(committed, 0.0)
+    assert cache.stats().reused > 0
+    (message,) = (str(warning.message) for warning in told)
+    assert message.startswith("the KV update writes the latents of chunk 13, which came from cache")

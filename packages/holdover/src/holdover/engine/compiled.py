@@ -22,7 +22,8 @@ def skipped(function: Any, why: str = "") -> Any:
     """The same function, marked: Dynamo neither compiles it nor takes it into a graph, and tells ``why``."""
     from torch._dynamo.decorators import skip
 
-    skip(function)._torchdynamo_disable_msg = why
+    marked: Any = skip(function)
+    marked._torchdynamo_disable_msg = why
     return function
 
 

@@ -75,6 +75,7 @@ class Hook:
         #: What `Module.compile` leaves: it bypasses ``forward``, so it is set aside and called from here.
         self._compiled = block.module._compiled_call_impl if self._method == "forward" else None
         self._own_graph = own_graph(self._original)
+        compute: Callable[..., Any] = self._original
         within_compiled = uncompiled(self._within_compiled, WHY)
         # Every block of every pass comes by here, and finds the processor's caches emptied by the one before.
         shortcut, index, given = shortcuts.left.pop, block.index, block.given
@@ -93,7 +94,6 @@ class Hook:
             nonlocal compute
             compute = block.compute = self._original if self._compiled is None else self._compute_compiled
 
-        compute = self._original
         set_compute()
         self._set_compute = set_compute
         # The original's attributes are not copied: those of a compiled function would lead Dynamo past the dispatcher.

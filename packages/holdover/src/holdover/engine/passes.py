@@ -111,6 +111,7 @@ class Pass:
         runtime.trace.extend(self._notes)
         if not self._notes:
             self.roll_back()
+            self._warn_if_empty()
             return
         for row in self._transactions:
             row.commit()
@@ -224,5 +225,18 @@ class Pass:
             f"{runtime.policy.name} could reuse nothing in {BARREN} chunks in a row: "
             f"{', '.join(f'{reason} {count}' for reason, count in reasons.most_common())}. Where the reason is "
             f"'kv cycle', pass step(commits=False) for chunks whose latents the KV update does not write",
+            stacklevel=4,
+        )
+
+    def _warn_if_empty(self) -> None:
+        """A denoising pass in which no block was asked ran without the cache, if it ran."""
+        runtime, step = self._runtime, self._steps[0]
+        if self._role != "denoise" or runtime.warned_empty:
+            return
+        runtime.warned_empty = True
+        warnings.warn(
+            f"no block was asked within the step of chunk {step.chunk}, index {step.index}, so {runtime.policy.name} "
+            f"did nothing: call the model that the cache is attached to within `with cache.step(...)`, not a copy of "
+            f"it or a CUDA graph that replays it; a chunk that runs no pass is told by cache.hold(chunk=...)",
             stacklevel=4,
         )

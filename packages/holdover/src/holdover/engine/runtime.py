@@ -49,6 +49,7 @@ class Runtime:
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
     warned_barren: bool = False
     warned_gradients: bool = False
+    warned_empty: bool = False
 
     def __post_init__(self) -> None:
         self.spans = list(self.policy.spans(len(self.blocks)))

@@ -40,7 +40,7 @@ class WrittenLatents:
     def __init__(self, model: nn.Module, runtimes: Sequence[Runtime]) -> None:
         self._model, self._streams = model, [runtime.streams for runtime in runtimes]
         self._made: dict[tuple[str, str], list[Made]] = {}
-        self._step: Step | None = None  # of the pass in progress, if it is worth a look
+        self._steps: Sequence[Step] = ()  # of the pass in progress, one per row, if one of them is worth a look
         self._x: Tensor | None = None
         self._told = False
         self._handles: list[RemovableHandle] = []
@@ -53,14 +53,12 @@ class WrittenLatents:
 
     def begin(self, steps: Sequence[Step]) -> None:
         """A pass begins."""
-        if self._handles and len(steps) == 1:
-            step = steps[0]
-            last = step.role == "denoise" and step.index == step.num_steps - 1
-            self._step = step if last or step.role == "kv_update" else None
+        if self._handles and (steps[0].role == "kv_update" or any(map(_is_last, steps))):
+            self._steps = steps
 
     def end(self) -> None:
         """The pass is over, however it ended."""
-        self._step = self._x = None
+        self._steps, self._x = (), None
 
     def remove(self) -> None:
         """Take the hooks out."""
@@ -83,37 +81,51 @@ class WrittenLatents:
             state[name] = type(state[name])((n, hook) for n, hook in state[name].items() if n not in own)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = self._step
-        if torch.compiler.is_compiling() or step is None:
+        steps = self._steps
+        if torch.compiler.is_compiling() or not steps:
             return
         self._x = next(_latents([*args, *kwargs.values()]), None)
-        if step.role == "kv_update" and self._x is not None:
-            self._look(step, self._x)
+        if steps[0].role == "kv_update" and self._x is not None:
+            self._look(list(zip(steps, _rows(self._x, len(steps)), strict=False)))
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        step = self._step
-        if torch.compiler.is_compiling() or step is None or step.role != "denoise":
+        steps = self._steps
+        if torch.compiler.is_compiling() or not steps or steps[0].role != "denoise":
             return
         x, self._x = self._x, None
         y = next(_latents([output]), None)
         if x is None or y is None or x.shape != y.shape:
             return
-        candidates = [_sample(y)]
-        if isinstance(step.sigma, float):
-            candidates.append(_sample(x) - step.sigma * candidates[0])
-        made = self._made.setdefault((step.stream, step.branch), [])
-        made.append(Made(step.chunk, torch.stack(candidates)))
-        del made[:-RECENT]
+        count = len(steps)
+        for step, x_row, y_row in zip(steps, _rows(x, count), _rows(y, count), strict=False):
+            if not _is_last(step):
+                continue
+            candidates = [_sample(y_row)]
+            if isinstance(step.sigma, float):
+                candidates.append(_sample(x_row) - step.sigma * candidates[0])
+            made = self._made.setdefault((step.stream, step.branch), [])
+            made.append(Made(step.chunk, torch.stack(candidates)))
+            del made[:-RECENT]
 
-    def _look(self, step: Step, x: Tensor) -> None:
+    def _look(self, rows: Sequence[tuple[Step, Tensor]]) -> None:
         """Tell if the latents are those of a chunk from cache that was said not to be committed."""
-        made = self._made.pop((step.stream, step.branch), [])
-        cached = [each for each in made if self._from_cache(step, each.chunk)]
-        if not cached:
+        known: list[tuple[list[Made], list[Made]]] = []
+        distances: list[Tensor] = []
+        for step, x in rows:
+            made = self._made.pop((step.stream, step.branch), [])
+            cached = [each for each in made if self._from_cache(step, each.chunk)]
+            if cached:
+                written = _sample(x)
+                nearest = torch.stack([(each.candidates - written).norm(dim=1).amin() for each in made])
+                distances.append(nearest / written.norm().clamp_min(torch.finfo(torch.float32).tiny))
+                known.append((made, cached))
+        if not known:
             return
-        written = _sample(x)
-        known = torch.stack([(each.candidates - written).norm(dim=1).amin() for each in made])
-        distances = (known / written.norm().clamp_min(torch.finfo(torch.float32).tiny)).tolist()
+        told = iter(torch.cat(distances).tolist())
+        for made, cached in known:
+            self._tell(made, cached, [next(told) for _ in made])
+
+    def _tell(self, made: list[Made], cached: list[Made], distances: list[float]) -> None:
         nearest = min(range(len(made)), key=distances.__getitem__)
         if distances[nearest] <= TOLERANCE:
             if made[nearest] in cached:
@@ -156,3 +168,15 @@ def _sample(x: Tensor) -> Tensor:
     """Some values, spread over the tensor, float32."""
     flat = x.detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float()
+
+
+def _rows(x: Tensor, count: int) -> Sequence[Tensor]:
+    """The latents of each row of the batch; none where it has other rows than steps."""
+    if count == 1:
+        return [x]
+    return list(x) if len(x) == count else []
+
+
+def _is_last(step: Step) -> bool:
+    """Whether a denoising pass is its chunk's last."""
+    return step.index == step.num_steps - 1
