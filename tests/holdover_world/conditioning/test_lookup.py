@@ -46,14 +46,24 @@ def test_only_frames_that_a_new_action_changes_are_worked_out(forked: bool) -> N
             assert torch.equal(each, expected)
 
 
-def test_only_frames_that_are_wanted_are_worked_out() -> None:
+def test_of_frames_that_are_not_wanted_the_newest_serves() -> None:
+    """Whatever it was told; one that was never worked out has to be."""
     lookup, asked = Lookup(), list[int]()
-    for frames, missing in (([1], [1]), ([1], []), ([1, 0], [0]), (None, []), ([0], [])):
+    calm, later, other = (worked_out(action) for action in (CALM, LATER, OTHER))
+    cases = (
+        (CALM, [1], [0, 1], (calm, calm)),
+        (LATER, [0], [], (calm, calm)),
+        (LATER, [1], [1], (calm, later)),
+        (CALM, None, [], (calm, calm)),
+        (OTHER, [0], [0], (other, later)),
+        (OTHER, [1], [1], (other, other)),
+    )
+    for action, wanted, missing, expected in cases:
         asked.clear()
-        found = lookup.get(CALM, of(CALM, asked), frames)
+        found = lookup.get(action, of(action, asked), wanted)
         assert asked == missing
-        for each, expected in zip(found, worked_out(CALM, frames), strict=True):
-            assert torch.equal(each, expected)
+        for each, *right in zip(found, *expected, strict=True):
+            assert torch.equal(each, torch.cat([own[:, [n]] for n, own in enumerate(right)], 1))
 
 
 def test_earlier_windows_of_a_cycle_are_still_known() -> None:

@@ -258,6 +258,8 @@ def test_the_cache_is_told_a_chunk_once() -> None:
 class Drafting:
     """A cache whose policy leaves some frames of every window after the first as drafts."""
 
+    by_frame = False
+
     def __init__(self, cache: holdover.Cache, drafts: tuple[int, ...]) -> None:
         self.cache, self._drafts, self.chunks = cache, drafts, 0
 

@@ -179,12 +179,15 @@ def test_what_is_expected_is_embedded_once_for_the_passes_of_a_chunk() -> None:
     assert len(calls) == 6  # while gradients are recorded, nothing is kept
 
 
-def test_only_wanted_latent_frames_are_worked_out_and_equal_those_of_the_window() -> None:
-    """Bit for bit. The rows of a batch may want different ones."""
+def test_latent_frames_that_are_worked_out_alone_equal_those_of_the_window() -> None:
+    """Bit for bit. The rows of a batch may show different ones."""
     model = small_model()
     histories = [written(model, 1, history=written(model, 1)) for _ in range(2)]
     histories[0].follow(track())
     whole = model.stack([history.fork() for history in histories]).expect(ACTION, model.reprojection)
-    found = model.stack(histories).expect(ACTION, model.reprojection, [[1], [0]])
+    batch = model.stack(histories)
+    batch.expect(-ACTION, model.reprojection)
+    found = batch.expect(ACTION, model.reprojection, [1, 0])
     for each, expected in zip(found, whole, strict=True):
-        assert torch.equal(each, torch.stack([expected[0, [1]], expected[1, [0]]]))
+        assert torch.equal(each[[0, 1], [1, 0]], expected[[0, 1], [1, 0]])
+    assert not torch.equal(found.latents_BFNP, whole.latents_BFNP)

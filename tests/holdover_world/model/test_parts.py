@@ -131,6 +131,39 @@ def test_the_loop_shows_frames_that_were_computed(guidance: float) -> None:
         assert torch.equal(tensors[name], tensor)
 
 
+@pytest.mark.parametrize("later", ["never", "always"])
+def test_only_what_is_computed_is_looked_up(later: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Being told which frame is shown changes no bit of it, whether it is the only one computed or not."""
+    shown = list[list[Tensor]]()
+    looked_up = list[list[list[int]]]()
+    for told in (True, False):
+        model, frames = world_model(), list[list[int]]()
+        look = model.reprojection.forward
+        monkeypatch.setattr(
+            model.reprojection, "forward", lambda *a, f=frames, g=look: (f.append(list(a[3])), g(*a))[1]
+        )
+        with holdover.attach(model, holdover.policy("frontier", later=later)) as cache:
+            monkeypatch.setattr(type(cache), "by_frame", told)
+            ours = loop(model, cache)
+            shown.append([ours.step(action).latents for action in drive(8)])
+        looked_up.append(frames)
+    for ours_, theirs in zip(*shown, strict=True):
+        assert torch.equal(ours_, theirs)
+    if later == "never":
+        assert looked_up[0] == [[0, 1, 2, 3], [1], [2], [3], [0, 1, 2, 3], [1], [2], [3]]
+    assert looked_up[1][1] == [1, 2, 3]
+
+
+@torch.no_grad()
+def test_a_pass_that_computes_all_frames_looks_all_of_them_up(model: WorldModel) -> None:
+    """Although it was told that one will do: nothing but time is lost if no cache leaves any."""
+    x, history = latents(model, 4), model.new_history()
+    model(x, sigma=0.0, action_BFA=ACTIONS, history=history, write=True)
+    model(x, sigma=0.7, action_BFA=ACTIONS.flip(1), history=history)
+    expected = model(x, sigma=0.7, action_BFA=ACTIONS, history=history.fork())
+    assert torch.equal(model(x, sigma=0.7, action_BFA=ACTIONS, history=history, shown=[2]), expected)
+
+
 def test_what_is_held_is_keys_values_and_one_residual_per_pass() -> None:
     model = world_model()
     with holdover.attach(model, holdover.policy("frontier")) as cache:

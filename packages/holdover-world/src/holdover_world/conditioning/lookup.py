@@ -42,16 +42,18 @@ class Lookup:
     def get(
         self, action_BFA: Tensor, expect: Callable[[Sequence[int]], Expected], frames: Sequence[int] | None = None
     ) -> Expected:
-        """What is expected under these actions.
+        """What is expected of the window under these actions.
 
         Args:
             expect: works out some latent frames of the window, given by their numbers from 0.
-            frames: which latent frames are wanted, by default all.
+            frames: which latent frames must be right, by default all. Of the others, what was expected last serves,
+                whatever the actions were.
         """
-        wanted = tuple(range(action_BFA.shape[1]) if frames is None else frames)
+        every = tuple(range(action_BFA.shape[1]))
+        wanted = every if frames is None else tuple(frames)
         if self._latest is not None and self._latest[0] is action_BFA and self._latest[1] == wanted:
             return self._latest[2]
-        found = {frame: self._recall(frame, action_BFA) for frame in wanted}
+        found = {frame: self._recall(frame, action_BFA) if frame in wanted else self._newest(frame) for frame in every}
         missing = [frame for frame, expected in found.items() if expected is None]
         if missing:
             parts = zip(*(part.split(1, 1) for part in expect(missing)), strict=True)
@@ -68,6 +70,9 @@ class Lookup:
         own = action_BFA[:, : frame + 1]
         known = self._known.get(frame, ())
         return next((expected for told, expected in reversed(known) if torch.equal(told, own)), None)
+
+    def _newest(self, frame: int) -> Expected | None:
+        return self._known[frame][-1][1] if frame in self._known else None
 
     def fork(self) -> Lookup:
         """A copy that shares memory."""

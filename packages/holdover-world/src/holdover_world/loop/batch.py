@@ -16,7 +16,7 @@ from torch import Tensor
 
 from holdover.step import Step
 from holdover_world.loop.cycle import ChunkInputs, Cycle
-from holdover_world.loop.protocol import Stacks
+from holdover_world.loop.protocol import Drafts, Stacks
 from holdover_world.loop.state import Piece
 from holdover_world.model.sampler import denoise
 
@@ -101,6 +101,7 @@ def _denoise(loops: Sequence[Cycle[Any]], inputs: Sequence[ChunkInputs]) -> tupl
     config, sigmas = loops[0].config, loops[0].sigmas
     actions_BFA = torch.cat([each.actions_BFA for each in inputs])
     stands = [_stand(loop, each) for loop, each in zip(loops, inputs, strict=True)]
+    shown = _shown(loops, inputs)
     seconds = 0.0
 
     def predict(index: int, noisy: Tensor) -> Tensor:
@@ -109,7 +110,8 @@ def _denoise(loops: Sequence[Cycle[Any]], inputs: Sequence[ChunkInputs]) -> tupl
         writes = config.kv == "last_pass" and index == config.steps - 1
         if writes:  # such a pass is never served from cache
             fields = [{"role": "kv_update", "sigma": sigmas[index]} for _ in loops]
-        output, took = _forward(loops, fields, noisy, sigma=sigmas[index], action_BFA=actions_BFA, write=writes)
+        inside = {"write": writes} if shown is None or writes else {"shown": shown}
+        output, took = _forward(loops, fields, noisy, sigma=sigmas[index], action_BFA=actions_BFA, **inside)
         seconds += took
         if config.guidance == 1:
             return output
@@ -125,6 +127,15 @@ def _denoise(loops: Sequence[Cycle[Any]], inputs: Sequence[ChunkInputs]) -> tupl
     if len(loops) > 1:  # a view would keep the whole batch in memory
         windows = tuple(window.clone() for window in windows)
     return windows, seconds
+
+
+def _shown(loops: Sequence[Cycle[Any]], inputs: Sequence[ChunkInputs]) -> Sequence[int] | None:
+    """Per row the latent frame to be shown, where the cache may leave the others."""
+    cache = loops[0].cache
+    may = isinstance(cache, Drafts) and cache.by_frame
+    if not may or any(each.position == 0 or each.commits for each in inputs):  # of a cycle's first, all are computed
+        return None
+    return [each.position for loop, each in zip(loops, inputs, strict=True) for _ in range(loop.rows)]
 
 
 def _stand(loop: Cycle[Any], inputs: ChunkInputs) -> dict[str, Any]:

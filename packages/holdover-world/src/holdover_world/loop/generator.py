@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,8 +81,9 @@ class Generator:
         history: GeneratorHistory,
         write: bool = False,
         done_BFA: Tensor | None = None,
+        shown: Sequence[int] | None = None,
     ) -> Tensor:
-        """One pass; ``done_BFA`` is not used, because generators keep no ego."""
+        """One pass; ``done_BFA`` and ``shown`` are not used, because generators keep no ego and look nothing up."""
         latents = latents_BFNP.unflatten(2, (self.sizes.rows, self.sizes.columns)).permute(0, 4, 1, 2, 3)
         output = self._predict(
             latents, sigma=sigma, kv=history.kv, start=history.frames, actions=action_BFA, write=write

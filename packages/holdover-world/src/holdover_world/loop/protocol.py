@@ -55,6 +55,7 @@ class LoopModel(Protocol):
         history: Any,
         write: bool = False,
         done_BFA: Tensor | None = None,
+        shown: Sequence[int] | None = None,
     ) -> Tensor:
         """Run the model once and return predicted clean latents ``[B, F, N, P]``.
 
@@ -68,6 +69,8 @@ class LoopModel(Protocol):
                 latents that it predicts are added, and its output is used.
             done_BFA: with ``write``, the actions that were carried out while these frames were shown. They differ from
                 ``action_BFA`` where a new action arrived after the window was made. None: the same.
+            shown: per row the latent frame that the chunk shows, told where the cache may leave the others
+                (`Drafts`).
         """
         ...
 
@@ -141,6 +144,11 @@ class LoopCache(Protocol):
 @runtime_checkable
 class Drafts(Protocol):
     """A cache whose policies may compute some latent frames of a window and leave the others."""
+
+    @property
+    def by_frame(self) -> bool:
+        """Whether it has such a policy. Then the model is told which latent frame a chunk shows."""
+        ...
 
     def drafts(self, stream: str) -> Sequence[int]:
         """The latent frames that the stream's newest chunk left."""

@@ -76,11 +76,12 @@ class WorldHistory:
             self.ego, end_B3 = self.ego.moved(action_BFA, done_BFA)
             self.sites = self.sites.moved(end_B3, FRAMES * frames)
 
-    def expect(self, action_BFA: Tensor, expect: Expect, frames: Sequence[int] | None = None) -> Expected:
+    def expect(self, action_BFA: Tensor, expect: Expect, shown: Sequence[int] | None = None) -> Expected:
         """What is expected after the newest latent frame, under these actions.
 
         Args:
-            frames: of which latent frames, counted from 0; by default of all. Only these are worked out.
+            shown: per row the latent frame that must be right, counted from 0; by default all of them. Of the others,
+                what was expected last serves.
         """
         last_BNP = self.last
         assert last_BNP is not None
@@ -89,7 +90,7 @@ class WorldHistory:
             poses_BK3 = self.poses(action_BFA)[:, list(frames)].flatten(1, 2)
             return expect(last_BNP, poses_BK3, self.sites or None, frames)
 
-        return self.lookup.get(action_BFA, work_out, frames)
+        return self.lookup.get(action_BFA, work_out, None if shown is None else sorted(set(shown)))
 
     def embed(self, expected: Expected, embed: Callable[[Expected], Tensor]) -> Tensor:
         """What is expected as the model embeds it; the passes of a chunk share that, unless gradients are recorded."""
@@ -169,9 +170,9 @@ class HistoryBatch:
         for history, *each in zip(self.histories, latents_BFNP.split(1), actions, done, strict=True):
             history.commit(*each)
 
-    def expect(self, action_BFA: Tensor, expect: Expect, frames: Sequence[Sequence[int]] | None = None) -> Expected:
-        """`WorldHistory.expect` of every row. The rows may want different latent frames, but equally many."""
-        chosen = [None] * len(self.histories) if frames is None else frames
+    def expect(self, action_BFA: Tensor, expect: Expect, shown: Sequence[int] | None = None) -> Expected:
+        """`WorldHistory.expect` of every row."""
+        chosen = [None] * len(self.histories) if shown is None else [[frame] for frame in shown]
         rows = zip(self.histories, action_BFA.split(1), chosen, strict=True)
         found = [history.expect(action, expect, own) for history, action, own in rows]
         return Expected(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class Pass:
             different times.
         rotary_cross: the table over viewing directions, ``[N, 1, 1, D]``.
         frames_Bf: of a part: which latent frames of the window it is.
+        shown: per row the one latent frame that is conditioned, if the others are not.
+        complete: what enters the first block with all of them conditioned, ``[B, L, C]``.
         parts: what was made of this for rows and for parts, to be made once for all blocks.
     """
 
@@ -72,6 +75,8 @@ class Pass:
     kv: KVCache | KVBatch | None
     write: bool
     frames_Bf: Tensor | None = None
+    shown: Sequence[int] | None = None
+    complete: Callable[[], Tensor] | None = None
     parts: dict[Any, tuple[Any, Pass]] = field(default_factory=dict, compare=False, repr=False)
 
     def take(self, rows: Sequence[int]) -> Pass:
@@ -81,7 +86,15 @@ class Pass:
             cos, sin = self.rotary_temporal
             table = (cos, sin) if cos.dim() == 5 else (cos[rows], sin[rows])
             kv = self.kv.take(rows) if self.kv else None
-            taken = replace(self, modulation_BF6C=self.modulation_BF6C[rows], rotary_temporal=table, kv=kv, parts={})
+            taken = replace(
+                self,
+                modulation_BF6C=self.modulation_BF6C[rows],
+                rotary_temporal=table,
+                kv=kv,
+                shown=self.shown and [self.shown[row] for row in rows],
+                complete=self.complete and partial(_some, self.complete, rows),
+                parts={},
+            )
             self.parts[key] = rows, taken
         return self.parts[key][1]
 
@@ -102,11 +115,14 @@ class Pass:
                 )
             rows = torch.arange(b, device=tokens.device)[:, None]
             cos, sin = (t[frames_Bf] if t.dim() == 5 else t[rows, frames_Bf] for t in self.rotary_temporal)
+            conditioned = self.shown is not None and frames_Bf.tolist() == [[frame] for frame in self.shown]
+            whole = None if conditioned else self.complete
             taken = replace(
                 self,
                 modulation_BF6C=self.modulation_BF6C[rows, frames_Bf],
                 rotary_temporal=(cos, sin),
                 frames_Bf=frames_Bf,
+                complete=whole and partial(_some, whole, (rows, tokens.expand(b, -1))),
                 parts={},
             )
             self.parts[key] = tokens, taken  # the tokens are kept, so that nothing else can have their id
@@ -122,6 +138,10 @@ class Pass:
             for held, new, frames in zip(memory[name], made, self.frames_Bf, strict=True):
                 held.unflatten(2, (-1, per_frame)).index_copy_(2, frames, new.unflatten(2, (-1, per_frame)))
         return memory[f"k{group}"], memory[f"v{group}"]
+
+
+def _some(complete: Callable[[], Tensor], at: Any) -> Tensor:
+    return complete()[at]
 
 
 def take_rows(rows: Sequence[int], hidden_BLC: Tensor, shared: Pass) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -154,6 +174,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v / weights.sum(-1, keepdim=True)
 
 
+def attention_in_pieces(q: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`attention` over several keys and values, which are not joined: with few queries the copy would cost more."""
+    weights = [(q @ k.transpose(-1, -2)).exp_() for k, _ in pieces]
+    values = sum(own @ v for own, (_, v) in zip(weights, pieces, strict=True))
+    return values / sum(own.sum(-1, keepdim=True) for own in weights)
+
+
 class Block(nn.Module):
     """Attention over time or across views, and an MLP. Both are modulated per latent frame."""
 
@@ -175,6 +202,8 @@ class Block(nn.Module):
 
     def forward(self, hidden_BLC: Tensor, shared: Pass, memory: Memory | None = None) -> Tensor:
         """One block. Keys and values of temporal attention are kept in the memory, and a part takes others' from it."""
+        if self.index == 0 and shared.complete is not None:
+            hidden_BLC = shared.complete()
         x_BFNC = hidden_BLC.unflatten(1, (-1, self.config.tokens))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(shared)
         y_BFNC = torch.addcmul(shift1, self.norm1(x_BFNC), 1 + scale1)
@@ -216,9 +245,11 @@ class Block(nn.Module):
             held = shared.kv.get(self.index, g) if shared.kv else None
             if shared.kv and shared.write:
                 shared.kv.stage(self.index, g, k, v)
-            if held:
-                k, v = (torch.cat([old, new], 3) for old, new in zip(held, (k, v), strict=True))
-            out = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+            pieces = [held, (k, v)] if held else [(k, v)]
+            if held and not (q.is_cpu and shared.frames_Bf is not None):
+                pieces = [(torch.cat([held[0], k], 3), torch.cat([held[1], v], 3))]
+            flat = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in pieces]
+            out = attention(q.flatten(0, 1), *flat[0]) if len(flat) == 1 else attention_in_pieces(q.flatten(0, 1), flat)
             made.append(out.transpose(1, 2).reshape(b, views, f, -1, c).transpose(1, 2).flatten(2, 3))
         return torch.cat(made, 2).index_select(2, shared.order.places_N)
 
@@ -345,6 +376,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         history: WorldHistory | HistoryBatch | None = None,
         write: bool = False,
         done_BFA: Tensor | None = None,
+        shown: Sequence[int] | None = None,
     ) -> Tensor:
         """Predict clean latents.
 
@@ -357,6 +389,8 @@ class WorldModel(ModelMixin, ConfigMixin):
             write: this is the clean pass of a KV update: add these latents, with their keys and values, to the history.
                 With a noise level above 0 it is the last denoising pass, which adds the latents that it predicts.
             done_BFA: with ``write``, the actions that the ego carried out meanwhile; by default ``action_BFA``.
+            shown: per row the one latent frame that the cache on this model may compute alone. What is expected of the
+                others is worked out only if the blocks compute them after all.
         """
         b, f, n, _ = x_BFNP.shape
         dtype = self.keep.weight.dtype
@@ -373,14 +407,20 @@ class WorldModel(ModelMixin, ConfigMixin):
             kv=history.kv if history else None,
             write=write,
         )
-        hidden_BFNC = self._each(self.embed, x_BFNP.to(dtype)) + self.ray_mlp(self.rays_NR.to(dtype))
-        expected = self._expected(history, action_BFA, f) if history is not None else None
-        if expected is not None:
-            # Still things are looked up, because attention alone takes long to learn where to look.
-            assert history is not None
-            expected_BFNP, _, layout_BFNP = (x.to(dtype) for x in expected)
-            hidden_BFNC = hidden_BFNC + history.embed(expected, self._embed_expected)
-        hidden = hidden_BFNC.view(b, f * n, -1)
+        embedded_BFNC = self._each(self.embed, x_BFNP.to(dtype)) + self.ray_mlp(self.rays_NR.to(dtype))
+        expected: Expected | None = None
+
+        def enter(shown: Sequence[int] | None) -> Tensor:
+            """What enters the first block. Still things are looked up: attention alone takes long to learn where."""
+            nonlocal expected
+            expected = self._expected(history, action_BFA, f, shown) if history is not None else None
+            if history is None or expected is None:
+                return embedded_BFNC.view(b, f * n, -1)
+            return (embedded_BFNC + history.embed(expected, self._embed_expected)).view(b, f * n, -1)
+
+        hidden = enter(shown)
+        if shown is not None:
+            shared = replace(shared, shown=shown, complete=partial(enter, None))
         for block in self.blocks:
             hidden = block(hidden, shared)
         shift, scale = self.final_modulation(condition_BFC).unsqueeze(2).chunk(2, -1)
@@ -388,6 +428,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         clean = self._each(self.head, final_BFNC)
         if expected is not None:
             # Much of a picture is as expected, so it need not pass through the blocks.
+            expected_BFNP, _, layout_BFNP = (x.to(dtype) for x in expected)
             clean = torch.addcmul(clean, torch.sigmoid(self.keep(final_BFNC)), expected_BFNP)
             clean = torch.addcmul(clean, self.keep_layout(final_BFNC), layout_BFNP)
         if history is not None and write:
@@ -395,7 +436,11 @@ class WorldModel(ModelMixin, ConfigMixin):
         return clean
 
     def _expected(
-        self, history: WorldHistory | HistoryBatch, action_BFA: Tensor | None, frames: int
+        self,
+        history: WorldHistory | HistoryBatch,
+        action_BFA: Tensor | None,
+        frames: int,
+        shown: Sequence[int] | None,
     ) -> Expected | None:
         """What is expected of the latent frames; without an action the newest one again, with nothing seen."""
         if history.last is None:
@@ -404,7 +449,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             last_BFNP = history.last[:, None].expand(-1, frames, -1, -1)
             nothing = last_BFNP.new_zeros(1)
             return Expected(last_BFNP, nothing.expand(*last_BFNP.shape[:3], 1), nothing.expand_as(last_BFNP))
-        return history.expect(action_BFA, self.reprojection)
+        return history.expect(action_BFA, self.reprojection, shown)
 
     def _embed_expected(self, expected: Expected) -> Tensor:
         """What is expected as it enters the blocks, ``[B, F, N, C]``."""

@@ -156,9 +156,9 @@ class Cache:
         return tuple(sorted(set().union(*(r.streams[stream].drafts for r in self._runtimes if stream in r.streams))))
 
     @property
-    def shown_alone(self) -> bool:
-        """Whether a chunk may compute the latent frame that it shows, and no other (`frontier`)."""
-        return any(runtime.policy.trigger.shown_alone for runtime in self._runtimes)
+    def by_frame(self) -> bool:
+        """Whether a policy may compute some latent frames of a pass and leave the others (`frontier`)."""
+        return any(runtime.policy.trigger.by_frame for runtime in self._runtimes)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -278,9 +278,7 @@ class Cache:
         self._require_attached()
         known = self._runtimes[0].streams
         if name not in known:
-            raise ValueError(
-                f"no stream {name!r}; streams that ran since reset: {', '.join(map(repr, known)) or 'none'}"
-            )
+            raise ValueError(f"no stream {name!r}; streams since reset: {', '.join(map(repr, known)) or 'none'}")
 
     def _require_attached(self) -> None:
         if self._bytes_at_detach is not None:
@@ -289,8 +287,7 @@ class Cache:
     def _require_this_thread(self) -> None:
         if self._thread not in (None, get_ident()):
             raise ValueError(
-                "two threads use one attached model; give each thread a model and a cache of its own, or let them take "
-                "turns"
+                "two threads use one attached model; give each a model and a cache of its own, or let them take turns"
             )
 
     def _require_no_pass(self, what: str) -> None:
