@@ -8,6 +8,7 @@ from torch import nn
 
 from holdover.models.adapter import Adapter
 from holdover.models.diffusers import DIFFUSERS
+from holdover.models.flashdreams import FLASHDREAMS
 from holdover.models.self_forcing import RECOMPUTING, SELF_FORCING
 
 #: The attributes with which ``torch.compile`` and data parallelism wrap a model.
@@ -16,7 +17,7 @@ WRAPPERS = ("_orig_mod", "module")
 
 def adapters() -> tuple[Adapter, ...]:
     """Every known model."""
-    return (*DIFFUSERS, *SELF_FORCING)
+    return (*DIFFUSERS, *SELF_FORCING, *FLASHDREAMS)
 
 
 def unwrapped(model: Any) -> Any:
