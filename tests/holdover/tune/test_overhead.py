@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from holdover import cli
 from holdover.tune import overhead
+from holdover.tune.counts import Counts
 from holdover.tune.loop import Pass, Run, run
 from holdover.tune.overhead import ARMS, arms, measure_overhead
 from tests.holdover.toy import one_thread
@@ -36,6 +37,8 @@ def test_the_arms_reuse_nothing_and_everything(make: Callable[[], Any]) -> None:
     assert rows["always-hit"]["skip"] == blocks.stats.skip >= 0.5
     assert (rows["never"]["bytes_held"], rows["never-hit"]["bytes_held"] > 0) == (0, True)
     assert all(row["ms_per_pass"] > 0 for row in rows.values())
+    assert (rows["never"]["launches_per_pass"], rows["unattached"]["launches_per_pass"]) == (0, None)
+    assert rows["never-hit"]["syncs_per_pass"] > 0
 
 
 def test_ratios_are_medians_over_the_same_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,9 +59,13 @@ def test_ratios_are_medians_over_the_same_passes(monkeypatch: pytest.MonkeyPatch
         return Run(passes=passes, output=(), stats=None, bytes_held=0)
 
     monkeypatch.setattr(overhead, "run", fake)
+    counts = Counts(passes=4, syncs=2, launches=6, bytes_held=1)
+    monkeypatch.setattr(overhead, "count", lambda *_: counts)
     figures = measure_overhead(None, None, rounds=3)  # type: ignore[arg-type]
     assert [row["ratio"] for row in figures["rows"]] == [1.0, 2.0, 3.0, 3.0]
     assert [row["ms_per_pass"] for row in figures["rows"]] == [2000.0, 4000.0, 6000.0, 6000.0]
+    assert [row["syncs_per_pass"] for row in figures["rows"]] == [None, 0.5, 0.5, 0.5]
+    assert [row["launches_per_pass"] for row in figures["rows"]] == [None, 1.5, 1.5, 1.5]
     assert figures["passes"] == 3
     assert len(calls) == 4 * ARMS
     assert [calls[n * ARMS] and calls[n * ARMS].name for n in range(3)] == [
@@ -87,3 +94,4 @@ def test_the_command(tmp_path: Path) -> None:
     for row in figures["rows"]:
         (line,) = (line for line in result.stdout.splitlines() if line.split()[:1] == [row["name"]])
         assert f"{row['ms_per_pass']:.3f}" in line
+        assert row["launches_per_pass"] is None or f"{row['launches_per_pass']:.1f}" in line

@@ -48,7 +48,8 @@ def overhead(
 ) -> None:
     """Measure what a cache costs per pass of a model.
 
-    Times the passes without a cache, with one that reuses nothing, and with one that reuses every block.
+    Times the passes without a cache, with one that reuses nothing, and with one that reuses every block. Counts how
+    often the host waits for the device, and the operators that the cache runs outside of the blocks.
     """
     with plain_errors():
         from holdover.report.progress import bar
@@ -67,11 +68,14 @@ def overhead(
                 f"{100 * (row['ratio'] - 1):+.1f} %",
                 percent(row["skip"]),
                 _mebibytes(row["bytes_held"]),
+                _number(row["syncs_per_pass"]),
+                _number(row["launches_per_pass"]),
                 "yes" if row["identical"] else "no",
             )
             for row in figures["rows"]
         ]
-        print_table(("", "ms per pass", "against unattached", "skip", "MiB held", "same bits"), rows)
+        columns = ("", "ms per pass", "against unattached", "skip", "MiB held", "syncs", "launches", "same bits")
+        print_table(columns, rows)
         _write(out, figures)
 
 
@@ -119,6 +123,10 @@ def compare(
         for name, why in figures["unfit"].items():
             typer.echo(f"{name} does not fit: {' '.join(why.split())}")
         _write(out, figures)
+
+
+def _number(count: float | None) -> str:
+    return "–" if count is None else f"{count:.1f}"
 
 
 def _mebibytes(count: int | None) -> str:
