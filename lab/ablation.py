@@ -25,7 +25,6 @@ from holdover_world.measure.figures import Metrics, describe, describe_full, fin
 from holdover_world.measure.race import Arm, Race
 from holdover_world.measure.reaction import moments, run_race
 from holdover_world.measure.stlpips import StLpips
-from holdover_world.measure.timing import cadence_block_share
 from holdover_world.model.transformer import WorldModel
 from lab.ablation_card import card
 from lab.cards import LAB, Out, Parts, run_script
@@ -112,12 +111,7 @@ def run_ablation(
     loaded = {name: load_scenario(name, model, clips=clips, chunks=chunks) for name in {*scenarios, *KINDS}}
     settings = {"chunks": chunks, "seed": seed, "every": every}
     parts = Parts(out, "ablation", model, clips=str(clips), **settings)
-    first = loaded[scenarios[0]]
-    shares: dict[str, float] = parts.get(
-        f"block shares: {scenarios[0]}",
-        lambda: {loop.cadence: cadence_block_share(model, first, loop)[0] for loop in (WINDOW, PLAIN)},
-    )
-    metrics = Metrics(every=every, distance=distance, block_shares=shares)
+    metrics = Metrics(every=every, distance=distance)
     task = progress.add_task("ablation", total=(len(scenarios) + len(KINDS)) * chunks)
 
     plan = [("ablation", name, ablation_arms()) for name in scenarios]
@@ -132,7 +126,7 @@ def run_ablation(
     figures = {
         **found,
         **settings,
-        "environment": {**environment(model), "block_shares": shares},
+        "environment": environment(model),
     }
     write_card(out, "ablation", card(figures), figures)
     parts.clear()

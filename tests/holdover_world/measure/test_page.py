@@ -14,7 +14,7 @@ from holdover.report.run_dir import ChunkRecord, Rollout
 from holdover.report.run_write import write_rollout
 from holdover_world.loop.scenarios import shipped_clips
 from holdover_world.measure.published import X_CACHE
-from holdover_world.measure.tables import demo_table, published_figures
+from holdover_world.measure.tables import demo_table, published_figures, result_lines
 from holdover_world.scene.cameras import RIG, STITCH_ROWS, stitch
 from holdover_world.scene.clips import list_clips, read_clip
 
@@ -36,16 +36,35 @@ def test_a_table_is_never_cut(capsys: pytest.CaptureFixture[str], monkeypatch: p
         "dit_ms_per_chunk": 180.0,
         "end_to_end_ms_per_chunk": 190.0,
         "speedup": 2.1,
+        "speedup_spread": [1.9, 2.2],
         "speedup_bound": 2.5,
         "bytes_held": 2**20,
         "reaction": {"brake": 0.04, "steer": 1.0},
     }
     full = {**policy, "name": "full", "policy": None}
-    report = {"scenarios": [{"name": "urban", "policies": [full, policy]}]}
+    drive = {"name": "urban-oracle", "title": "urban, oracle plan", "scenario": "urban", "policies": [policy, full]}
+    report = {"scenarios": [drive], "environment": {"dtype": "float32"}}
     tables.print_whole(demo_table(report))
     text = capsys.readouterr().out
-    for cell in ("reference", "51.00", "1.0e-4", "68.0 %", "2.10×", "2.50×", "0.04", "3682 → 1392"):
+    for cell in ("reference", "51.00", "1.0e-4", "68.0 %", "2.10× (1.90–2.20)", "2.50×", "0.04", "3682 → 1392"):
         assert cell in text
+    assert "In float32" in text
+    assert "urban, oracle plan" in text
+    assert list(result_lines(report)) == [
+        "urban, oracle plan, float32: xcache 2.10× (1.90–2.20), 51.00 dB, 68.0 % skipped; full compute 180 ms a chunk"
+    ]
+
+
+def test_no_figure_says_more_than_was_measured() -> None:
+    figures = {"cycles_timed": 5, "speedup": 1.04, "speedup_spread": [0.98, 1.1], "dit_ms_per_chunk": 90.4}
+    assert tables.speed(figures) == "≈ 1 (0.98–1.10)"
+    assert tables.speed({**figures, "speedup_spread": [1.01, 1.1]}) == "1.04× (1.01–1.10)"
+    assert tables.milliseconds(figures, "dit_ms_per_chunk") == "90"
+    spread = {**figures, "dit_ms_per_chunk_spread": [88.0, 93.5]}
+    assert tables.milliseconds(spread, "dit_ms_per_chunk") == "90 (88–94)"
+    assert tables.speed({**figures, "cycles_timed": 2}) == "–"
+    assert tables.milliseconds({**spread, "cycles_timed": 2}, "dit_ms_per_chunk") == "–"
+    assert tables.speed({"speedup": 2.0}) == "2.00×"  # a recording of one's own counts no cycles
 
 
 def test_the_canvas_of_the_rig_is_the_stitched_view() -> None:

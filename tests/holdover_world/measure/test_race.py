@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from holdover_world.loop.closed_loop import ClosedLoop
 from holdover_world.loop.config import HoldWindow, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.measure.race import Arm, ArmRun, Race, fork
-from holdover_world.model.transformer import WorldModel
+from holdover_world.model.transformer import Block, WorldModel
 
 
 @pytest.fixture
@@ -248,6 +249,37 @@ def test_commit_errors_compare_committed_with_shown_frames(model: WorldModel, sc
     assert race.runs["emitted"].commit_errors() == [0.0, 0.0]
     assert len(race.runs["first"].commit_errors()) == 2
     assert min(race.runs["first"].commit_errors()) > 0
+
+
+def test_full_compute_knows_what_its_blocks_and_passes_took(
+    model: WorldModel, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that sleep take what they sleep; forks on the same model, KV updates and cached runs do not count."""
+    nap, own = 0.002, Block.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(nap)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(Block, "forward", slow)
+    with Race(model, scenario, [Arm(name="x", policy=holdover.xcache(), plan="oracle")]) as race:
+        base = race.base("x")
+        for action in scenario.actions[:8]:
+            fork(base.loop, "other").step(action)
+            race.step(action)
+        blocks, passes, dit = (np.array(v) for v in (base.block_seconds, base.pass_seconds, base.dit_seconds))
+        shares = base.shares(range(4, 8))
+        with pytest.raises(ValueError, match=r"'x' is no run of full compute"):
+            race.runs["x"].shares(range(4, 8))
+    least = 4 * model.sizes.layers * nap
+    assert len(blocks) == len(passes) == 8
+    assert (least <= blocks).all()
+    assert (blocks <= passes).all()
+    assert (passes <= dit).all()
+    assert (passes[3::4] <= dit[3::4] - model.sizes.layers * nap).all()  # the KV update
+    assert shares.blocks == pytest.approx(blocks[4:].sum() / dit[4:].sum())
+    assert shares.passes == pytest.approx(passes[4:].sum() / dit[4:].sum())
+    assert not race.base("x").loop.model.blocks[0]._forward_hooks
 
 
 def test_arms_need_names_of_their_own(model: WorldModel, scenario: Scenario) -> None:

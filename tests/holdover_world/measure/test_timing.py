@@ -11,7 +11,9 @@ import torch
 
 import holdover
 from holdover_world.loop.closed_loop import ClosedLoop
-from holdover_world.measure.timing import block_share, clock_blocks, cycles, speedup
+from holdover_world.loop.config import LoopConfig
+from holdover_world.loop.scenarios import Scenario
+from holdover_world.measure.timing import block_share, chunk_seconds, clock_blocks, cycles, speedup, spread, timed
 from holdover_world.model.transformer import WorldModel
 
 
@@ -26,10 +28,18 @@ def test_cycles_average_whole_cycles_after_the_warm_up() -> None:
     assert cycles(seconds, 2, warm_up=0).tolist() == [9.0, 2.0, 4.0]
     with pytest.raises(ValueError, match="run at least 8"):
         cycles(seconds, 4)
+    assert [*timed(7, 2)] == [2, 3, 4, 5]  # the chunks that were averaged
+    assert [*timed(7, 2, warm_up=0)] == [0, 1, 2, 3, 4, 5]
+    assert not timed(7, 4)
 
 
 def test_speedup_is_the_ratio_of_medians() -> None:
     assert speedup(np.array([4.0, 4, 400]), np.array([2.0, 2, 2])) == 2.0
+
+
+def test_the_spread_is_the_middle_half() -> None:
+    assert spread(np.array([9.0, 1, 2, 3, 4])) == (2.0, 4.0)
+    assert spread(np.array([5.0])) == (5.0, 5.0)
 
 
 def test_the_blocks_of_denoising_passes_are_timed(model: WorldModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +63,14 @@ def test_the_blocks_of_denoising_passes_are_timed(model: WorldModel, monkeypatch
     share, seconds = block_share(loop(model), torch.zeros(2), cycles=1)
     assert 0.5 < share < 1
     assert seconds > 0
+    scenario = Scenario(
+        name="x",
+        start=torch.zeros(1, 4, model.sizes.tokens, model.sizes.patch_values),
+        start_actions=torch.zeros(1, 4, 2),
+        actions=torch.zeros(1, 2),
+        truth=None,
+    )
+    assert chunk_seconds(model, scenario, LoopConfig()) > 4 * 0.02
 
 
 def test_the_share_is_that_of_the_model_alone(model: WorldModel) -> None:

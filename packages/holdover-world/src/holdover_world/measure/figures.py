@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from holdover.report.bound import amdahl_bound
+from holdover.method import Policy
+from holdover.report.bound import amdahl_bound, saved
 from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
 from holdover_world.loop.scenarios import Scenario
 from holdover_world.measure.fidelity import Comparison, compare
-from holdover_world.measure.race import ArmRun, Race
+from holdover_world.measure.race import Arm, ArmRun, Race
 from holdover_world.measure.reaction import EVENTS, Event, Reaction, mean_ratio
 from holdover_world.measure.stlpips import StLpips
-from holdover_world.measure.timing import cycles, speedup
+from holdover_world.measure.timing import cycles, speedup, spread, timed
 from holdover_world.scene.cameras import FPS
 
 #: PSNR over time is given for each second.
@@ -34,14 +35,11 @@ class Metrics:
     Attributes:
         every: SSIM and ST-LPIPS are computed on every n-th frame.
         distance: ST-LPIPS, or None to leave it out.
-        block_shares: for each cadence, the share of the DiT time without a cache that the blocks of denoising passes
-            take.
         events: the events whose reactions are measured.
     """
 
     every: int
     distance: StLpips | None
-    block_shares: Mapping[str, float]
     events: Sequence[Event] = EVENTS
 
 
@@ -50,22 +48,31 @@ def describe(
 ) -> dict[str, Any]:
     """The figures of a cached run, against its full-compute reference and, in a scripted scenario, the simulator.
 
-    The keys are those of a policy in ``report.json``.
+    The keys are those of a policy in ``report.json``. Times, skip and the bound are of the same chunks: those of the
+    whole cycles after the first.
     """
     run, reference = race.runs[name], race.reference(name)
     stats = run.stats()
     assert stats is not None, "an arm without a policy is a reference; use describe_full"
     comparison = compare(run.video(), reference.video(), every=metrics.every, distance=metrics.distance)
-    full_time, time = _times(race.base(name)), _times(run)
-    config = run.loop.model.sizes
-    bound = amdahl_bound(metrics.block_shares[run.loop.config.cadence], stats.skip)
+    base = race.base(name)
+    full_time, time, config = _times(base), _times(run), run.loop.model.sizes
+    chunks = timed(len(run.exact), run.loop.window_frames)
+    decisions = [d for d in run.decisions() if d.chunk in chunks]
+    left_out, shares = saved(decisions), base.shares(chunks)
+    bound = amdahl_bound(shares.blocks, left_out.skip, rest_share=shares.passes - shares.blocks, idle=left_out.idle)
     faster = speedup(full_time.dit, time.dit)
-    decisions = run.decisions()
+    by_block = [d for d in decisions if d.slot]  # and not of the model as a whole
     return {
         "name": name,
-        "policy": repr(run.arm.policy),
-        "skip": stats.skip,
+        "policy": described(run.arm),
+        "skip": left_out.skip,
+        "idle": left_out.idle,
+        "held_chunks": sum(run.held),
+        "block_share": shares.blocks,
+        "pass_share": shares.passes,
         "speedup": faster,
+        "speedup_spread": [*spread(full_time.dit / time.dit)],
         "speedup_bound": bound,
         "share_of_bound": faster / bound,
         **time.to_json(),
@@ -75,12 +82,20 @@ def describe(
         "truth": _truth(run, scenario, metrics),
         "reaction": {event.name: mean_ratio(reactions, event.name) for event in metrics.events},
         "reasons": dict(stats.reasons),
-        "skip_by_block": _nullable(skip_by_block(decisions, config.layers)),
+        "skip_by_block": _nullable(skip_by_block(by_block, config.layers)),
         "cosine_by_step_and_block": [
-            _nullable(row) for row in cosine_by_step_and_block(decisions, run.loop.config.steps, config.layers)
+            _nullable(row) for row in cosine_by_step_and_block(by_block, run.loop.config.steps, config.layers)
         ],
-        "full_chunks": sum(run.exact),
+        "full_chunks": sum(exact and not held for exact, held in zip(run.exact, run.held, strict=True)),
     }
+
+
+def described(arm: Arm) -> str | None:
+    """An arm's policies and what its loop holds, as text; None for full compute."""
+    if arm.policy is None:
+        return None
+    policies = [arm.policy] if isinstance(arm.policy, Policy) else arm.policy
+    return " + ".join([*map(repr, [arm.loop.hold_window] if arm.loop.hold_window else []), *map(repr, policies)])
 
 
 def describe_full(run: ArmRun, scenario: Scenario, metrics: Metrics, *, name: str = "full") -> dict[str, Any]:
@@ -90,7 +105,10 @@ def describe_full(run: ArmRun, scenario: Scenario, metrics: Metrics, *, name: st
         "name": name,
         "policy": None,
         "skip": 0.0,
+        "idle": 0.0,
+        "held_chunks": 0,
         "speedup": 1.0,
+        "speedup_spread": [1.0, 1.0],
         "speedup_bound": 1.0,
         "share_of_bound": 1.0,
         **_times(run).to_json(),
@@ -110,9 +128,11 @@ class _Times:
     dit: NDArray[np.float64]  # mean seconds of a chunk, for each whole cycle after the first
     end_to_end: NDArray[np.float64]
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         return {
+            "cycles_timed": len(self.dit),
             "dit_ms_per_chunk": 1e3 * float(np.median(self.dit)),
+            "dit_ms_per_chunk_spread": [*spread(1e3 * self.dit)],
             "dit_ms_per_chunk_mean": 1e3 * float(self.dit.mean()),
             "end_to_end_ms_per_chunk": 1e3 * float(np.median(self.end_to_end)),
         }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -28,6 +28,7 @@ from holdover_world.loop.closed_loop import ClosedLoop
 from holdover_world.loop.config import Commit, LoopConfig
 from holdover_world.loop.scenarios import Scenario
 from holdover_world.loop.state import Piece
+from holdover_world.measure.timing import BlockClock, Shares, clock_blocks
 from holdover_world.model.transformer import WorldModel
 
 STREAM = "default"
@@ -64,6 +65,8 @@ class ArmRun:
         dit_seconds, end_to_end_seconds: seconds of each chunk; the latter include decoding to frames.
         exact: for each chunk, whether every block was computed.
         held: for each chunk, whether it ran no pass.
+        block_seconds, pass_seconds: of full compute, the seconds of each chunk in the blocks of denoising passes, and
+            in whole denoising passes. Empty for a cached run, and for one that follows another.
         pieces: the newest pieces, at most those of one cycle.
     """
 
@@ -75,6 +78,10 @@ class ArmRun:
         self.end_to_end_seconds: list[float] = []
         self.exact: list[bool] = []
         self.held: list[bool] = []
+        self.block_seconds: list[float] = []
+        self.pass_seconds: list[float] = []
+        self._clocks: tuple[BlockClock, BlockClock] | None = None
+        self._open = ExitStack()
         self._made: list[tuple[Tensor, Tensor]] = []  # latents, and the latents before them
         self._committed: dict[int, Tensor] = {}  # latents, by the number of chunks shown until then
 
@@ -94,6 +101,9 @@ class ArmRun:
             track=scenario.track,
         )
         run = cls(arm, loop, scenario)
+        if cache is None:
+            blocks, passes = (run._open.enter_context(clock_blocks(own, whole=whole)) for whole in (False, True))
+            run._clocks = blocks, passes
         own.register_forward_pre_hook(run._see_commit, with_kwargs=True)
         return run
 
@@ -113,8 +123,11 @@ class ArmRun:
 
     def step(self, action: Tensor) -> Piece:
         """Generate the next piece under ``action [A]`` and record it."""
+        before = self._clocked()  # forks run on this model, too
         started = perf_counter()
         piece = self.loop.step(action, self.plan)
+        for kept, was, now in zip((self.block_seconds, self.pass_seconds), before, self._clocked(), strict=False):
+            kept.append(now - was)
         decoded = self.loop.model.codec.decode(piece.latents, piece.before)
         frames = {name: video[0] for name, video in decoded.items()}
         seconds = perf_counter() - started
@@ -170,12 +183,28 @@ class ArmRun:
         """The cache's decisions in this run, without those of its forks."""
         return [d for d in self.cache.trace if d.stream == STREAM] if self.cache else []
 
+    def shares(self, chunks: range) -> Shares:
+        """What blocks and denoising passes took of the DiT time of these chunks, in full compute.
+
+        Raises:
+            ValueError: the run has a cache, or follows another.
+        """
+        if self._clocks is None:
+            raise ValueError(f"{self.arm.name!r} is no run of full compute of its own; ask `Race.base`")
+        part = slice(chunks.start, chunks.stop)
+        total = sum(self.dit_seconds[part])
+        return Shares(blocks=sum(self.block_seconds[part]) / total, passes=sum(self.pass_seconds[part]) / total)
+
     def stats(self) -> Stats | None:
         return self.cache.stats(STREAM) if self.cache else None
 
     def close(self) -> None:
+        self._open.close()
         if self.cache:
             self.cache.detach()
+
+    def _clocked(self) -> tuple[float, ...]:
+        return tuple(clock.seconds for clock in self._clocks or ())
 
     def _see_commit(self, _model: Any, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
         if kwargs.get("write") and kwargs["history"] is self.loop.history:  # and not the history of a fork
@@ -305,7 +334,7 @@ class Race:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for run in self.runs.values():
+        for run in (*self.runs.values(), *self._bases.values()):
             run.close()
 
     def reference(self, name: str) -> ArmRun:

@@ -1,9 +1,10 @@
-"""Speed: whole cycles of interleaved runs, and the share of time that the blocks take."""
+"""Speed: whole cycles of interleaved runs, and the share of time that blocks and passes take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +17,11 @@ from holdover_world.loop.closed_loop import ClosedLoop
 from holdover_world.loop.config import LoopConfig
 from holdover_world.loop.scenarios import Scenario
 from holdover_world.model.transformer import WorldModel
+
+
+def timed(total: int, chunks: int, *, warm_up: int = 1) -> range:
+    """The chunks that `cycles` averages: those of whole cycles after the warm-up."""
+    return range(warm_up * chunks, total // chunks * chunks)
 
 
 def cycles(seconds: NDArray[np.float64], chunks: int, *, warm_up: int = 1) -> NDArray[np.float64]:
@@ -31,13 +37,13 @@ def cycles(seconds: NDArray[np.float64], chunks: int, *, warm_up: int = 1) -> ND
     Raises:
         ValueError: no whole cycle remains.
     """
-    count = len(seconds) // chunks
-    if count <= warm_up:
+    counted = timed(len(seconds), chunks, warm_up=warm_up)
+    if not counted:
         raise ValueError(
             f"{len(seconds)} chunks hold no cycle of {chunks} after {warm_up} of warm-up; "
             f"run at least {(warm_up + 1) * chunks}"
         )
-    whole: NDArray[np.float64] = seconds[: count * chunks].reshape(count, chunks).mean(1)[warm_up:]
+    whole: NDArray[np.float64] = seconds[counted.start : counted.stop].reshape(-1, chunks).mean(1)
     return whole
 
 
@@ -46,18 +52,50 @@ def speedup(full: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return float(np.median(full) / np.median(other))
 
 
-def now(device: torch.device) -> float:
-    """Seconds on a clock, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter()
+def spread(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Where the middle half of some values lies: their quartiles."""
+    low, high = np.percentile(values, (25, 75))
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Of the DiT time without a cache: what the ``blocks`` of denoising passes take, and what whole ``passes`` take.
+
+    The rest are KV updates.
+    """
+
+    blocks: float
+    passes: float
 
 
 class BlockClock:
-    """Seconds spent in the blocks of denoising passes, or in the whole passes."""
+    """Seconds spent in the blocks of denoising passes, or in the whole passes.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    On a GPU it sets marks among the work and waits for nothing, until its seconds are read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu, self._seconds = device.type == "cuda", 0.0
+        self._spans: list[tuple[Any, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        if self._gpu and self._spans:
+            torch.cuda.synchronize()
+        self._seconds += sum(a.elapsed_time(b) / 1e3 if self._gpu else b - a for a, b in self._spans)
+        self._spans.clear()
+        return self._seconds
+
+    def now(self) -> Any:
+        if not self._gpu:
+            return perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def add(self, start: Any, end: Any) -> None:
+        self._spans.append((start, end))
 
 
 @contextmanager
@@ -66,8 +104,8 @@ def clock_blocks(model: WorldModel, *, whole: bool = False) -> Iterator[BlockClo
 
     KV updates are left out.
     """
-    clock, entered, denoising = BlockClock(), 0.0, True
-    device = next(model.parameters()).device
+    clock, denoising = BlockClock(next(model.parameters()).device), True
+    entered: Any = None
 
     def enter_pass(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal denoising
@@ -75,11 +113,11 @@ def clock_blocks(model: WorldModel, *, whole: bool = False) -> Iterator[BlockClo
 
     def enter(_module: Any, _args: Any) -> None:
         nonlocal entered
-        entered = now(device)
+        entered = clock.now()
 
     def leave(_module: Any, _args: Any, _output: Any) -> None:
         if denoising:
-            clock.seconds += now(device) - entered
+            clock.add(entered, clock.now())
 
     hooks = [model.register_forward_pre_hook(enter_pass, with_kwargs=True)]
     for block in [model] if whole else model.blocks:
@@ -115,7 +153,9 @@ def block_share(loop: ClosedLoop[WorldModel], action: Tensor, *, cycles: int = 2
     return clock.seconds / total, total / chunks
 
 
-def cadence_block_share(model: WorldModel, scenario: Scenario, config: LoopConfig) -> tuple[float, float]:
-    """`block_share` of a model with this cadence, from the start of a scenario."""
+def chunk_seconds(model: WorldModel, scenario: Scenario, config: LoopConfig) -> float:
+    """The seconds of a chunk in full compute with this cadence: the mean of one cycle, after one chunk of warm-up."""
     start = scenario.start, scenario.start_actions
-    return block_share(ClosedLoop(model, *start, config=config, track=scenario.track), scenario.actions[0])
+    loop = ClosedLoop(model, *start, config=config, track=scenario.track)
+    loop.step(scenario.actions[0])
+    return sum(loop.step(scenario.actions[0]).dit_seconds for _ in range(loop.window_frames)) / loop.window_frames

@@ -53,6 +53,7 @@ def build_page(run_dir: Path) -> tuple[Path, list[str]]:
         .render(
             problems=problems,
             columns=tables.COLUMNS,
+            measured_in=_measured_in(rollouts),
             rows=[row for scenario in by_scenario.values() for row in _rows(scenario)],
             plots=overall,
             scenarios=scenarios,
@@ -99,6 +100,7 @@ def _environment() -> Environment:
         "percent": tables.percent,
         "ratio": tables.ratio,
         "scientific": tables.scientific,
+        "enough": tables.enough,
     }
     environment.globals["source"] = lambda name: Markup(
         (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
@@ -111,6 +113,7 @@ def _scenario(run_dir: Path, name: str, rollouts: Sequence[Recorded]) -> dict[st
     plots: list[Plot] = draw_scenario(run_dir, name, rollouts)
     return {
         "name": name,
+        "title": next((r.about.figures["drive"] for r in rollouts if "drive" in r.about.figures), name),
         "frames": max(r.frames for r in rollouts),
         "fps": rollouts[0].about.fps,
         "plots": plots,
@@ -195,6 +198,13 @@ def _ribbon(r: Recorded) -> dict[str, Any] | None:
 
 def _short(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")
+
+
+def _measured_in(rollouts: Sequence[Recorded]) -> str:
+    """The dtypes and processors of the rollouts, where they are known."""
+    said = (r.about.environment for r in rollouts)
+    told = [", ".join(str(each[key]) for key in ("dtype", "processor") if key in each) for each in said]
+    return "; ".join(dict.fromkeys(filter(None, told)))
 
 
 def _made_by(rollouts: Sequence[Recorded]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from holdover.decision import Decision
 from holdover.engine.cache import Cache
-from holdover.report.bound import amdahl_bound
+from holdover.report.bound import amdahl_bound, saved
 from holdover.report.canvas import Rows, arrange
 from holdover.report.decisions import skip_rate
 from holdover.report.environment import environment
@@ -232,13 +232,20 @@ class Recording:
         if self._reference is not None:
             figures["speedup"] = _mean_seconds(self._reference.chunks) / seconds
             if self.rollout.block_share is not None:
-                figures["speedup_bound"] = amdahl_bound(self.rollout.block_share, skip or 0.0)
+                timed = {chunk.chunk for chunk in _timed(self.chunks)}
+                skipped = saved(d for d in self._decisions if d.chunk in timed).skip
+                figures["speedup_bound"] = amdahl_bound(self.rollout.block_share, skipped)
         return figures
 
 
 def _mean_seconds(chunks: Sequence[ChunkRecord]) -> float:
-    """Mean seconds of a chunk. The first chunk warms up and is left out, unless it is the only one."""
-    return fmean(g.seconds for g in chunks[1:] or chunks)
+    """Mean seconds of a chunk that is timed."""
+    return fmean(g.seconds for g in _timed(chunks))
+
+
+def _timed(chunks: Sequence[ChunkRecord]) -> Sequence[ChunkRecord]:
+    """The first chunk warms up and is left out, unless it is the only one."""
+    return chunks[1:] or chunks
 
 
 def _fidelity(frames: Frames, reference: Frames | None, rows: Rows | None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ FORMAT = 2
 GAIN = 8
 SUMS = "SHA256SUMS"
 SCORE = "score_"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 Frames = Mapping[str, NDArray[np.uint8]]  # per camera [T, height, width, 3]
 
@@ -51,11 +51,12 @@ class Rollout:
     """One rollout of a scenario.
 
     Attributes:
-        scenario, name: names of its folders: letters, digits, dot, dash, underscore.
+        scenario, name: names of its folders: letters, digits, dot, dash, plus, underscore.
         fps: frames per second.
         policy: what decided; None for full compute.
         reference: the rollout of the same scenario that it is compared with; None for a reference itself.
         block_share: the share of the reference's time that the skippable blocks take; None if not measured.
+        pass_share: the share that whole denoising passes take, these blocks included; None if not measured.
         figures: what the table shows, keys as those of a policy in ``report.json``; empty to leave it out of the table.
         published: figures that others published for this scenario, as text per column of the table, and their
             ``source``; they are a row of their own.
@@ -73,6 +74,7 @@ class Rollout:
     policy: str | None = None
     reference: str | None = None
     block_share: float | None = None
+    pass_share: float | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, str] = field(default_factory=dict)
     rows: Rows | None = None
@@ -85,11 +87,17 @@ class Rollout:
         for kind in ("scenario", "name", "reference"):
             value = getattr(self, kind)
             if value is not None and not _NAME.fullmatch(value):
-                raise ValueError(f"{kind}={value!r} names a folder; use letters, digits, dot, dash and underscore")
+                raise ValueError(
+                    f"{kind}={value!r} names a folder; use letters, digits, dot, dash, plus and underscore"
+                )
         if self.reference == self.name:
             raise ValueError(f"rollout {self.name!r} is its own reference; compare it with another")
-        if self.block_share is not None and not 0 <= self.block_share <= 1:
-            raise ValueError(f"block_share={self.block_share} is a share, between 0 and 1")
+        for share in ("block_share", "pass_share"):
+            value = getattr(self, share)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{share}={value} is a share, between 0 and 1")
+        if self.pass_share is not None and (self.block_share is None or self.pass_share < self.block_share):
+            raise ValueError(f"pass_share={self.pass_share} includes block_share={self.block_share}; give both")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdover.report import plots
-from holdover.report.decisions import cosine_by_step_and_block, skip_by_block, skip_rate
+from holdover.report.bound import saved
+from holdover.report.decisions import cosine_by_step_and_block, skip_by_block
 from holdover.report.fidelity import STITCHED
 from holdover.report.files import write_text
 from holdover.report.run_dir import ChunkRecord
 from holdover.report.run_read import Recorded
+from holdover.report.tables import enough
 
 _Curve = NDArray[np.float64]
 
@@ -91,7 +93,7 @@ def draw_run(run_dir: Path, rollouts: Sequence[Recorded], problems: list[str]) -
     points: dict[str, list[tuple[str, float, float]]] = {}
     for r in rollouts:
         speedup, decibels = r.about.figures.get("speedup"), r.about.figures.get("stitched", {}).get("psnr_db")
-        if r.about.reference and speedup is not None and decibels is not None:
+        if r.about.reference and speedup is not None and decibels is not None and enough(r.about.figures):
             points.setdefault(r.about.name, []).append((r.about.scenario, speedup, decibels))
     if points:
         path = book.add(
@@ -145,8 +147,12 @@ def _psnr(book: Sketchbook, compared: Mapping[str, Recorded]) -> None:
 
 
 def _decisions(book: Sketchbook, decided: Mapping[str, Recorded]) -> None:
-    of = {name: [d for d in r.decisions or () if d.role == "denoise"] for name, r in decided.items()}
-    blocks = {name: max((d.block + 1 for d in found), default=0) for name, found in of.items()}
+    """What is known of single blocks; a slot without a name is the model as a whole."""
+    of = {name: [d for d in r.decisions or () if d.role == "denoise" and d.slot] for name, r in decided.items()}
+    of = {name: found for name, found in of.items() if found}
+    if not of:
+        return
+    blocks = {name: max(d.block + 1 for d in found) for name, found in of.items()}
     skips = {name: skip_by_block(found, blocks[name]) for name, found in of.items()}
     path = book.add(
         "block-skip",
@@ -182,12 +188,14 @@ def _times(book: Sketchbook, rollouts: Sequence[Recorded], made: Mapping[str, tu
             by_chunk: dict[int, list[Any]] = {}
             for d in r.decisions:
                 by_chunk.setdefault(d.chunk, []).append(d)
-            skip = np.array([skip_rate(by_chunk.get(g.chunk, ())) or 0.0 for g in r.chunks])
-            bounds[about.name] = float(np.median(curves[about.reference])) * (1 - about.block_share * skip)
+            rest = 0.0 if about.pass_share is None else about.pass_share - about.block_share
+            found = [saved(by_chunk.get(g.chunk, ())) for g in r.chunks]
+            least = [1 - about.block_share * each.skip - rest * each.idle for each in found]
+            bounds[about.name] = float(np.median(curves[about.reference])) * np.array(least)
     path = book.add(
         "time",
         "Time per chunk",
-        "Milliseconds in the transformer if measured, else in all. Dotted: the least time that the skip of each chunk "
+        "Milliseconds in the transformer if measured, else in all. Dotted: the least that what each chunk left out "
         "allows, from the median of the reference.",
         ("rollout", "chunk", "milliseconds", "bound_milliseconds"),
         [(n, i, v, bounds[n][i] if n in bounds else "") for n, values in curves.items() for i, v in enumerate(values)],

@@ -125,7 +125,8 @@ def _about(path: Path) -> tuple[Rollout, int, Canvas, list[str]]:
     if content["format"] != FORMAT:
         raise ValueError(content["format"])
     rects = {name: (left, top, width, height) for name, (left, top, width, height) in content["rects"].items()}
-    rollout = Rollout(**{field.name: content[field.name] for field in fields(Rollout)})
+    # A field that an earlier version did not write has its default; the others are required.
+    rollout = Rollout(**{field.name: content[field.name] for field in fields(Rollout) if field.name in content})
     canvas = Canvas(width=content["width"], height=content["height"], rects=rects)
     return rollout, content["frames"], canvas, content["files"]
 

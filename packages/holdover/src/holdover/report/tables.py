@@ -27,6 +27,9 @@ COLUMNS = (
     "steer",
 )
 
+#: With fewer timed cycles a median and its spread say nothing.
+FEWEST = 3
+
 
 def decibels(value: float | None) -> str:
     """PSNR in dB; None stands for equal videos."""
@@ -51,21 +54,45 @@ def scientific(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def enough(figures: Mapping[str, Any]) -> bool:
+    """Whether so many cycles were timed that their median says something; true where nobody counted them."""
+    return bool(figures.get("cycles_timed", FEWEST) >= FEWEST)
+
+
+def speed(figures: Mapping[str, Any]) -> str:
+    """A speed-up with its spread, "≈ 1" where 1 lies within it; a dash where too little was timed."""
+    value, spread = figures.get("speedup"), figures.get("speedup_spread")
+    if value is None or not enough(figures):
+        return "–"
+    if spread is None:
+        return f"{value:.2f}×"
+    low, high = spread
+    return f"{'≈ 1' if low <= 1 <= high else f'{value:.2f}×'} ({low:.2f}–{high:.2f})"
+
+
+def milliseconds(figures: Mapping[str, Any], key: str) -> str:
+    """A time of a chunk with its spread, if it is known; a dash where too little was timed."""
+    value, spread = figures.get(key), figures.get(f"{key}_spread")
+    if value is None or not enough(figures):
+        return "–"
+    return f"{value:.0f}" if spread is None else f"{value:.0f} ({spread[0]:.0f}–{spread[1]:.0f})"
+
+
 def row(scenario: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
-    """The figures of a rollout, in the order of `COLUMNS`. What was not measured is a dash."""
+    """The figures of a rollout, in the order of `COLUMNS`. What was not measured, or too seldom, is a dash."""
     stitched, reaction = figures["stitched"], figures.get("reaction", {})
     cached = figures["policy"] is not None
     cells = (
-        scenario,
+        figures.get("drive", scenario),
         figures["name"],
         decibels(stitched["psnr_db"]) if cached else "reference",
         _or_dash(stitched["ssim"], "{:.4f}"),
         scientific(stitched["lpips"]),
         percent(figures.get("skip")),
-        _or_dash(figures.get("dit_ms_per_chunk"), "{:.0f}"),
-        _or_dash(figures.get("end_to_end_ms_per_chunk"), "{:.0f}"),
-        _or_dash(figures.get("speedup"), "{:.2f}×"),
-        _or_dash(figures.get("speedup_bound"), "{:.2f}×"),
+        milliseconds(figures, "dit_ms_per_chunk"),
+        milliseconds(figures, "end_to_end_ms_per_chunk"),
+        speed(figures),
+        _or_dash(figures.get("speedup_bound") if enough(figures) else None, "{:.2f}×"),
         _or_dash(figures.get("bytes_held", 0) / 2**20, "{:.1f}"),
         ratio(reaction.get("brake")),
         ratio(reaction.get("steer")),
