@@ -83,8 +83,9 @@ def pipeline(transformer: Any, scheduler: str = "fresh noise", **more: Any) -> A
     return StreamInferencePipelineConfig(name="tiny", diffusion_model=model, **control).setup().eval()
 
 
-def wan(scheduler: str = "fresh noise", guided: bool = False, **more: Any) -> Any:
-    return pipeline(wan_transformer(**{"guidance_scale": 2.0} if guided else {}, **more), scheduler)
+def wan(scheduler: str = "fresh noise", guided: bool = False, context_noise: int = 0, **more: Any) -> Any:
+    scale = {"guidance_scale": 2.0} if guided else {}
+    return pipeline(wan_transformer(**scale, **more), scheduler, context_noise=context_noise)
 
 
 def wan22(scheduler: str = "fresh noise") -> Any:
@@ -113,10 +114,10 @@ def template(scheduler: str = "fresh noise", **more: Any) -> Any:
     return pipeline(config, scheduler, encoder=encoder, decoder=decoder)
 
 
-def begin(pipeline: Any, seed: int = 0) -> Any:
+def begin(pipeline: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A rollout cache; the text, or the template's context, is of this seed."""
     source, config = torch.Generator().manual_seed(seed), pipeline.diffusion_model.transformer.config
-    told = [torch.randn(1, 3, 5, generator=source) for _ in range(2)]
+    told = [torch.randn(1, 3, 5, generator=source).to(dtype) for _ in range(2)]
     names = ("context", "negative_context") if pipeline.encoder else ("text_embeddings", "negative_text_embeddings")
     context = {**dict(zip(names, told, strict=True)), "height": ROWS, "width": COLUMNS}
     if getattr(config, "guidance_scale", 1.0) == 1.0:
@@ -125,16 +126,17 @@ def begin(pipeline: Any, seed: int = 0) -> Any:
 
 
 def control(pipeline: Any, chunk: int, seed: int = 0) -> Any:
-    """What steers a chunk of the template's."""
+    """What steers a chunk of the template's; it changes with every third."""
     if pipeline.encoder is None:
         return None
-    return torch.randn(1, 3, CHUNK, ROWS, COLUMNS, generator=torch.Generator().manual_seed(100 * seed + chunk))
+    return torch.randn(1, 3, CHUNK, ROWS, COLUMNS, generator=torch.Generator().manual_seed(100 * seed + chunk // 3))
 
 
 def chunks(pipeline: Any, rollout: Any, count: int, seed: int = 0, first: int = 0) -> list[Tensor]:
-    """Some chunks of a rollout, as FlashDreams' runners make them."""
+    """Some chunks of a rollout, as FlashDreams' runners make them; noise and control are of this seed."""
     made = []
     for chunk in range(first, first + count):
+        pipeline.diffusion_model.rng.manual_seed(100 * seed + chunk)
         made.append(pipeline.generate(chunk, rollout, input=control(pipeline, chunk, seed)))
         pipeline.finalize(chunk, rollout)
     return made

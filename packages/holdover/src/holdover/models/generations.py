@@ -120,6 +120,12 @@ class Generations:
         if any(policy.level == "model" for policy in inner):
             told = ", ".join(f"{policy.name} ({policy.level})" for policy in policies)
             raise ValueError(f"policies are {told}; give one per level, outermost first: model, block, sublayer")
+        if outer and outer[0].guided:
+            raise ValueError(
+                f"{outer[0].name} tells guidance branches apart, {' and '.join(map(repr, outer[0].guided))}, and "
+                f"FlashDreams runs both within one call of its model; take another policy, such as "
+                f"holdover.policy('step_hold')"
+            )
         if outer:
             own = {name: value for name, value in options.items() if name not in ("slots", "view_groups")}
             self.caches[MODEL] = attach(self._transformer, outer, slots=[WHOLE], **own)
@@ -161,7 +167,7 @@ class Generations:
         @functools.wraps(original)
         def generate(autoregressive_index: int, cache: Any, input: Any = None, **more: Any) -> Any:
             rollout, caches = self._rollout(cache), self.caches.values()
-            if autoregressive_index < rollout.index:  # its bookkeeping was reset, and it serves another video
+            if autoregressive_index <= rollout.index:  # its bookkeeping was reset, and it serves another video
                 for each in caches:
                     each.restart(rollout.name)
             now = Generation(cache, {"stream": rollout.name, "chunk": rollout.chunk + 1}, plain(input))
