@@ -2,9 +2,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # The library alone, from its wheel, for its own tests.
 ALONE := .venv-holdover/bin
-INSTALL := install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 VENV = test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || python3 -m venv $(1)
-PYTEST = OMP_NUM_THREADS=1 $(1)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(1)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: install demo test check wheels test-holdover test-world browser simulator peers clean
 
@@ -13,7 +13,8 @@ install: .venv/.installed
 .venv/.installed: $(wildcard packages/*/pyproject.toml) requirements-dev.txt constraints.txt Makefile
 	$(call VENV,.venv)
 	$(BIN)/pip $(INSTALL) torch numpy
-	$(BIN)/pip $(INSTALL) -r requirements-dev.txt -e packages/holdover -e packages/holdover-world-weights \
+	$(BIN)/pip $(INSTALL) -r requirements-dev.txt
+	$(BIN)/pip $(INSTALL) --no-build-isolation -e packages/holdover -e packages/holdover-world-weights \
 		-e 'packages/holdover-world[train,serve,env,fleet,rl]'
 	touch $@
 
@@ -29,7 +30,7 @@ check: install
 
 wheels: install
 	rm -rf dist
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist ./packages/*
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist ./packages/*
 	$(BIN)/python .ci/wheels.py dist
 
 # First without extras: the command line needs none.

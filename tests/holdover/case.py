@@ -42,6 +42,11 @@ class Case:
         """Enough for it to show all it does, in a golden trace that can be read."""
         return 20 if self.sigmas is FEW else 6
 
+    @property
+    def length(self) -> int:
+        """Chunks of a run that is compared: some cycles."""
+        return 20 if len(self.sigmas) <= len(FEW) else 8
+
     def protected(self) -> Case:
         """The same under KV protection, which methods from the world without a KV cache have off."""
         return replace(self, options={**self.options, "protection": "chunk"}) if self.sigmas is MANY else self
