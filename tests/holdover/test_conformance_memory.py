@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import holdover
 from holdover.engine import streams
-from tests.holdover.registry import DEFAULTS, Case
+from tests.holdover.case import Case
+from tests.holdover.registry import DEFAULTS
 from tests.holdover.toy import FEW, PER_FRAME, Runner, ToyLoop, ToyModel, cached, one_thread
 
 each = pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: case.id)
@@ -79,8 +80,9 @@ def test_a_million_decisions_take_no_more_memory_than_the_first_thousands(
         total = cache.stats().computed + cache.stats().reused
         assert total == len(cache.trace) + cache.trace.dropped > 3 * LIMIT
     assert max(rows for rows, _, _ in most) <= LIMIT + LIMIT // 4 + per_pass
-    for column in (1, 2):
-        assert max(each[column] for each in most[-span:]) <= max(each[column] for each in most[-2 * span : -span])
+    for column, slack in ((1, 4), (2, 0)):  # one thing may be held at times
+        before, after = (max(each[column] for each in part) for part in (most[-2 * span : -span], most[-span:]))
+        assert after <= before + slack
 
 
 @barren
@@ -129,7 +131,7 @@ def test_another_thread_is_told_and_changes_nothing(case: Case) -> None:
         assert told
 
 
-def vars_of(decision: holdover.Decision) -> tuple[Any, ...]:
+def vars_of(decision: Any) -> tuple[Any, ...]:
     return decision.branch, decision.chunk, decision.index, decision.block, decision.reason, dict(decision.scores)
 
 

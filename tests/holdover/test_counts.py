@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import holdover
 from holdover.method import Call, Trigger, Verdict
 from holdover.tune.counts import Counts, count
+from tests.holdover.case import Case
 from tests.holdover.engine.models import EAGER, Stack
-from tests.holdover.registry import DEFAULTS, Case
+from tests.holdover.registry import DEFAULTS
 from tests.holdover.toy import FEW, ToyModel, cached, drive, one_thread
 
 GOLDEN = Path(__file__).parent / "counts.txt"

@@ -175,7 +175,7 @@ class Histories(RuleBasedStateMachine):
     @rule(src=st.sampled_from("ab"), dst=st.sampled_from("ab"))
     def fork(self, src: str, dst: str) -> None:
         if not self._known(src):
-            with pytest.raises(ValueError, match=f"no stream '{src}'; streams that ran"):
+            with pytest.raises(ValueError, match=f"no stream '{src}'; streams since reset"):
                 self.cache.fork(src, dst)
         elif not self._known(dst):
             self.cache.fork(src, dst)

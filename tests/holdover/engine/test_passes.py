@@ -307,7 +307,7 @@ def test_fork_refuses_unknown_and_existing_streams() -> None:
     model = Stack(Scale())
     with holdover.attach(model, EAGER) as cache:
         run(cache, model, ones(1), 0, stream="a")
-        with pytest.raises(ValueError, match="no stream 'b'; streams that ran since reset: 'a'"):
+        with pytest.raises(ValueError, match="no stream 'b'; streams since reset: 'a'"):
             cache.fork("b", "c")
         with pytest.raises(ValueError, match="stream 'a' exists"):
             cache.fork("a", "a")
