@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from holdover.report import tables
+from holdover.report.bound import saved
 from holdover.report.decisions import CATEGORIES, LETTERS, category, ribbon, skip_rate
 from holdover.report.files import write_text
 from holdover.report.run_dir import GAIN
@@ -158,6 +159,7 @@ def _chunks(r: Recorded) -> list[dict[str, Any]]:
         by_chunk.setdefault(decision.chunk, []).append(decision)
     rows, first = [], 0
     for g in r.chunks or ():
+        found = by_chunk.get(g.chunk, [])
         rows.append(
             {
                 "chunk": g.chunk,
@@ -165,7 +167,7 @@ def _chunks(r: Recorded) -> list[dict[str, Any]]:
                 "frames": g.frames,
                 "ms": _short(1e3 * (g.seconds if g.dit_seconds is None else g.dit_seconds)),
                 "action": None if g.action is None else [_short(a) for a in g.action],
-                "skip": skip_rate(by_chunk.get(g.chunk, ())),
+                "skip": None if skip_rate(found) is None else saved(found).skip,  # None: warm-up, or no pass ran
             }
         )
         first += g.frames
