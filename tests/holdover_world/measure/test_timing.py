@@ -33,8 +33,9 @@ def test_cycles_average_whole_cycles_after_the_warm_up() -> None:
     assert not timed(7, 4)
 
 
-def test_speedup_is_the_ratio_of_medians() -> None:
+def test_speedup_is_the_median_ratio_of_cycles_side_by_side() -> None:
     assert speedup(np.array([4.0, 4, 400]), np.array([2.0, 2, 2])) == 2.0
+    assert speedup(np.array([4.0, 8, 16]), np.array([2.0, 2, 8])) == 2.0  # their medians are 8 and 2
 
 
 def test_the_spread_is_the_middle_half() -> None:

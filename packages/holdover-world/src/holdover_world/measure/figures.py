@@ -61,7 +61,7 @@ def describe(
     chunks = timed(len(run.exact), run.loop.window_frames)
     decisions = [d for d in run.decisions() if d.chunk in chunks]
     left_out, shares = saved(decisions), base.shares(chunks)
-    bound = speedup(full_time.dit, least_seconds(full_time.dit, shares, decisions, chunks))
+    bound = float(np.median(cycle_bounds(shares, decisions, chunks, run.loop.window_frames)))
     faster = speedup(full_time.dit, time.dit)
     by_block = [d for d in decisions if d.slot]  # and not of the model as a whole
     return {
@@ -91,23 +91,15 @@ def describe(
     }
 
 
-def least_seconds(
-    full: NDArray[np.float64], shares: Shares, decisions: Sequence[Decision], chunks: range
-) -> NDArray[np.float64]:
-    """The least seconds of a chunk in each timed cycle, by Amdahl's law, from those of full compute ``[cycles]``.
+def cycle_bounds(shares: Shares, decisions: Sequence[Decision], chunks: range, cycle: int) -> NDArray[np.float64]:
+    """The speed-up that Amdahl's law allows each timed cycle ``[cycles]``; their median is the bound of the median.
 
-    A median of these is the bound of a median: cycles differ in what they skip, so their mean skip would bound another.
+    Cycles differ in what they skip, so their mean skip would bound another number.
     """
-    cycle = len(chunks) // len(full)
-    by_cycle = [[d for d in decisions if d.chunk in part] for part in _parts(chunks, cycle)]
-    left_out, rest = [saved(made) for made in by_cycle], shares.passes - shares.blocks
-    bounds = [amdahl_bound(shares.blocks, each.skip, rest_share=rest, idle=each.idle) for each in left_out]
-    least: NDArray[np.float64] = full / np.array(bounds)
-    return least
-
-
-def _parts(chunks: range, length: int) -> list[range]:
-    return [range(first, first + length) for first in range(chunks.start, chunks.stop, length)]
+    parts = [range(first, first + cycle) for first in range(chunks.start, chunks.stop, cycle)]
+    left_out = [saved(d for d in decisions if d.chunk in part) for part in parts]
+    rest = shares.passes - shares.blocks
+    return np.array([amdahl_bound(shares.blocks, each.skip, rest_share=rest, idle=each.idle) for each in left_out])
 
 
 def described(arm: Arm) -> str | None:
