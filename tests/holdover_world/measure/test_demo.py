@@ -122,16 +122,16 @@ def test_the_figures_equal_those_of_runs_of_their_own(
         calls = [d.computed for d in cache.trace if d.role == "denoise" and d.chunk in range(g, g + 4)]
         bounds.append(1 / (1 - figures["block_share"] * calls.count(False) / len(calls)))
     assert figures["speedup_bound"] == pytest.approx(np.median(bounds))
-    pairs = [dit_seconds(out, "urban-oracle", name).reshape(-1, 4).mean(1)[1:] for name in ("full", "xcache")]
-    assert figures["speedup"] == pytest.approx(np.median(pairs[0] / pairs[1]))
+    whole, own = (dit_seconds(out, "urban-oracle", name).reshape(-1, 4).mean(1)[1:] for name in ("full", "xcache"))
+    assert figures["speedup"] == pytest.approx(np.median(whole / own))
     low, high = figures["speedup_spread"]
     assert low <= figures["speedup"] <= high
     assert figures["share_of_bound"] == pytest.approx(figures["speedup"] / figures["speedup_bound"])
     scenario = load_scenario("urban", model, clips=clips, chunks=CHUNKS)
     assert scenario.truth is not None
-    error = [((full[name].astype(float) - scenario.truth[name]) ** 2).ravel() for name in full]
+    off = [((full[name].astype(float) - scenario.truth[name]) ** 2).ravel() for name in full]
     truth = policy_of(report, "urban-oracle", "full")["truth"]
-    assert truth["psnr_db"] == pytest.approx(10 * np.log10(255**2 / np.concatenate(error).mean()))
+    assert truth["psnr_db"] == pytest.approx(10 * np.log10(255**2 / np.concatenate(off).mean()))
     assert policy_of(report, "uturn-steady", "full")["truth"] is None
 
 
