@@ -16,7 +16,8 @@ from typing import Any
 
 import holdover.diffusers as of_diffusers
 from holdover.method import Policy
-from holdover.models.generations import Generations, diffusion_of
+from holdover.models.flashdreams import diffusion_of
+from holdover.models.generations import Generations
 from holdover.models.rollout import Rollout, model_of
 
 

@@ -85,7 +85,8 @@ class Schedule:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self._scheduler, self._known, self._values = scheduler, None, list[float]()
+        self._scheduler, self._values = scheduler, list[float]()
+        self._known: tuple[Tensor | None, Tensor | None] = None, None
         self._checked: set[int] = set()
         self.num_steps: int = getattr(scheduler.config, "num_inference_steps", 0)
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
@@ -101,9 +102,8 @@ class Schedule:
             ValueError: the scheduler runs another pass than its schedule names.
         """
         sigmas, timesteps = (self._first(names) for names in (SIGMAS, TIMESTEPS))
-        version = sigmas, timesteps, *(each._version for each in (sigmas, timesteps) if each is not None)
-        if self._known is None or any(a is not b for a, b in zip(version, self._known, strict=True)):
-            self._known, self._checked = version, set()
+        if sigmas is not self._known[0] or timesteps is not self._known[1]:  # a scheduler that moved to a device
+            self._known, self._checked = (sigmas, timesteps), set()
             self._values = [] if sigmas is None else sigmas.tolist()
         if index >= self.num_steps or self._strays(index, timestep, timesteps):
             raise ValueError(
