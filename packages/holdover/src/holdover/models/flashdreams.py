@@ -117,8 +117,10 @@ class Schedule:
         """Looked at once per pass of a schedule: the device has to answer."""
         if timesteps is None or index in self._checked:
             return False
+        if (timesteps[index].to(timestep) != timestep).any():
+            return True
         self._checked.add(index)
-        return bool((timesteps[index].to(timestep) != timestep).any())
+        return False
 
     def _first(self, names: Sequence[str]) -> Tensor | None:
         return next((value for name in names if (value := getattr(self._scheduler, name, None)) is not None), None)
