@@ -18,10 +18,7 @@ _CPU = Path("/proc/cpuinfo")
 @pytest.mark.skipif(platform.machine() != "x86_64" or not _CPU.is_file(), reason="reads the flags of an x86 CPU")
 def test_bfloat16_needs_instructions_for_it() -> None:
     flags = set(_CPU.read_text().partition("flags")[2].partition("\n")[0].split())
-    wide = {"avx512bw", "avx512vl", "avx512dq"} <= flags
-    if not wide and {"avx_ne_convert", "avx10"} & flags:
-        pytest.skip("PyTorch may use these for bfloat16, depending on its version")
-    assert fast_dtype() == (torch.bfloat16 if wide else torch.float32)
+    assert fast_dtype() == (torch.bfloat16 if {"avx512_bf16", "amx_tile"} & flags else torch.float32)
 
 
 def test_other_devices_compute_in_bfloat16() -> None:
