@@ -116,13 +116,13 @@ class Pass:
             rows = torch.arange(b, device=tokens.device)[:, None]
             cos, sin = (t[frames_Bf] if t.dim() == 5 else t[rows, frames_Bf] for t in self.rotary_temporal)
             conditioned = self.shown is not None and frames_Bf.tolist() == [[frame] for frame in self.shown]
-            whole = None if conditioned else self.complete
+            complete = None if conditioned else self.complete
             taken = replace(
                 self,
                 modulation_BF6C=self.modulation_BF6C[rows, frames_Bf],
                 rotary_temporal=(cos, sin),
                 frames_Bf=frames_Bf,
-                complete=whole and partial(_some, whole, (rows, tokens.expand(b, -1))),
+                complete=complete and partial(_some, complete, (rows, tokens.expand(b, -1))),
                 parts={},
             )
             self.parts[key] = tokens, taken  # the tokens are kept, so that nothing else can have their id
@@ -177,8 +177,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_in_pieces(q: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """`attention` over several keys and values, which are not joined: with few queries the copy would cost more."""
     weights = [(q @ k.transpose(-1, -2)).exp_() for k, _ in pieces]
-    values = sum(own @ v for own, (_, v) in zip(weights, pieces, strict=True))
-    return values / sum(own.sum(-1, keepdim=True) for own in weights)
+    values = torch.stack([own @ v for own, (_, v) in zip(weights, pieces, strict=True)]).sum(0)
+    return values / torch.stack([own.sum(-1, keepdim=True) for own in weights]).sum(0)
 
 
 class Block(nn.Module):
