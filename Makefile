@@ -45,7 +45,7 @@ test-holdover: wheels
 	$(call PYTEST,$(ALONE)) tests/holdover
 
 test-world: install
-	$(call PYTEST,$(BIN)) tests/holdover_world tests/holdover_world_weights tests/lab
+	$(call PYTEST,$(BIN)) tests/lab tests/holdover_world tests/holdover_world_weights
 
 # For the tests of pages in a browser: Chromium, and what drives it. Without them these tests are skipped.
 browser: install

@@ -99,4 +99,4 @@ def test_a_server_whose_port_is_taken_says_so(tmp_path: Path) -> None:
         arguments = [sys.executable, "-c", SERVER, str(taken.getsockname()[1]), str(tmp_path)]
         ended = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
     assert ended.returncode not in (0, -signal.SIGKILL)
-    assert "address already in use" in ended.stderr
+    assert "Address already in use" in ended.stderr

@@ -329,7 +329,11 @@ def test_the_documents(live: Live) -> None:
     assert "ActionMessage" in json.dumps(stream["x-websocket"])
     described = next(x for x in _dictionaries(stream["x-websocket"]) if "plan" in x and "seq" in x)
     assert {"array", "null"} == {kind["type"] for kind in described["plan"]["anyOf"]}
-    assert live.http.get(f"/v1/sessions/{live.create()}/stream").status_code == 426
+    session = live.create(policy="eager")
+    assert live.http.get(f"/v1/sessions/{session}/stream").status_code == 426
+    with live.stream(session) as stream:
+        for seq in range(1, 7):
+            stream.step(seq, [0.5, 0.0])
     metrics = live.metrics()
     assert metrics["holdover_action_to_frame_seconds_count"] > 0
     assert metrics['holdover_block_calls_total{outcome="reused"}'] > 0

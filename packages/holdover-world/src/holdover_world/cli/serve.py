@@ -31,12 +31,14 @@ def serve(
         import holdover
         from holdover_world.server.access import read_tokens
         from holdover_world.server.seats import Limits
+        from holdover_world.server.server import check_address
         from holdover_world.server.server import serve as run
         from holdover_world.sessions.world import World, load_starts
 
         chosen = {name: holdover.policy(name) for name in policy} if policy else None
         limits = Limits(sessions=sessions, max_bytes=max_bytes)
         known = read_tokens(tokens) if tokens else None
+        check_address(host, port, known)
         loaded = load(model)[0]
         world = World(loaded, load_starts(loaded), policies=chosen)
         run(world, host=host, port=port, tokens=known, limits=limits, folder=folder, durable=durable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -73,6 +74,25 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def check_address(host: str, port: int, tokens: list[str] | None) -> None:
+    """See whether a server may listen there, before anything is loaded.
+
+    Raises:
+        ValueError: other machines can reach the host and there are no tokens; or the port is none, or taken.
+    """
+    if not tokens and not is_loopback(host):
+        raise ValueError(f"host={host!r} can be reached from other machines; give tokens (--tokens FILE)")
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port={port} is not a port; give one from 0 to 65535, where 0 is any that is free")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(found[0]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[4])
+    except OSError as error:
+        raise ValueError(f"cannot listen on host={host!r}, port={port}: {error.strerror}; give another") from error
+
+
 def serve(
     world: World,
     *,
@@ -97,10 +117,9 @@ def serve(
         durable: write every session to disk after each chunk.
 
     Raises:
-        ValueError: other machines can reach the host and there are no tokens.
+        ValueError: see `check_address`.
     """
-    if not tokens and not is_loopback(host):
-        raise ValueError(f"host={host!r} can be reached from other machines; give tokens (--tokens FILE)")
+    check_address(host, port, tokens)
     this = ThisThread()
     app = create_app(Hub(world, limits=limits, folder=folder, durable=durable, thread=this), Access(tokens or ()))
     handler = logging.StreamHandler()
