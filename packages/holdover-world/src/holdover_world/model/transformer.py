@@ -174,13 +174,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v / weights.sum(-1, keepdim=True)
 
 
-def attention_in_pieces(q: Tensor, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """`attention` over several keys and values, which are not joined: with few queries the copy would cost more."""
-    weights = [(q @ k.transpose(-1, -2)).exp_() for k, _ in pieces]
-    values = torch.stack([own @ v for own, (_, v) in zip(weights, pieces, strict=True)]).sum(0)
-    return values / torch.stack([own.sum(-1, keepdim=True) for own in weights]).sum(0)
-
-
 class Block(nn.Module):
     """Attention over time or across views, and an MLP. Both are modulated per latent frame."""
 
@@ -245,11 +238,9 @@ class Block(nn.Module):
             held = shared.kv.get(self.index, g) if shared.kv else None
             if shared.kv and shared.write:
                 shared.kv.stage(self.index, g, k, v)
-            pieces = [held, (k, v)] if held else [(k, v)]
-            if held and not (q.is_cpu and shared.frames_Bf is not None):
-                pieces = [(torch.cat([held[0], k], 3), torch.cat([held[1], v], 3))]
-            flat = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in pieces]
-            out = attention(q.flatten(0, 1), *flat[0]) if len(flat) == 1 else attention_in_pieces(q.flatten(0, 1), flat)
+            if held:
+                k, v = (torch.cat([old, new], 3) for old, new in zip(held, (k, v), strict=True))
+            out = attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
             made.append(out.transpose(1, 2).reshape(b, views, f, -1, c).transpose(1, 2).flatten(2, 3))
         return torch.cat(made, 2).index_select(2, shared.order.places_N)
 
