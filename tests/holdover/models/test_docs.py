@@ -43,7 +43,7 @@ def tiny_wan(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("page", "heading"), [("README.md", "A pipeline of diffusers"), ("docs/own-model.md", "Pipelines of diffusers")]
+    ("page", "heading"), [("README.md", "A pipeline"), ("docs/own-model.md", "Pipelines of diffusers")]
 )
 def test_the_example_with_a_pipeline(
     page: str, heading: str, tiny_wan: Any, capsys: pytest.CaptureFixture[str]
