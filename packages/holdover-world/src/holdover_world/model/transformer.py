@@ -402,7 +402,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         expected: Expected | None = None
 
         def enter(shown: Sequence[int] | None) -> Tensor:
-            """What enters the first block. Still things are looked up, because attention learns slowly where to look."""
+            """What enters the first block. Still things are looked up: attention learns too slowly where to look."""
             nonlocal expected
             expected = self._expected(history, action_BFA, f, shown) if history is not None else None
             if history is None or expected is None:
