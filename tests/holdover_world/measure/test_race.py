@@ -18,7 +18,8 @@ from holdover_world.loop.closed_loop import ClosedLoop
 from holdover_world.loop.config import HoldWindow, LoopConfig
 from holdover_world.loop.scenarios import Scenario, load_scenario
 from holdover_world.measure.race import Arm, ArmRun, Race, fork
-from holdover_world.model.transformer import Block, WorldModel
+from holdover_world.model.block import Block
+from holdover_world.model.transformer import WorldModel
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from holdover_world.conditioning.motion import drive
 from holdover_world.config import FRAMES, Plane, WorldConfig, token_rays
+from holdover_world.model.block import Block
 from holdover_world.model.features import sigma_features
 from holdover_world.model.rotary import RotaryTables, rotate
-from holdover_world.model.transformer import Block, WorldModel
+from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.layout import Track
 
 

@@ -12,7 +12,8 @@ import holdover
 from holdover_world.loop.batch import advance
 from holdover_world.loop.closed_loop import ClosedLoop
 from holdover_world.loop.config import LoopConfig
-from holdover_world.model.transformer import Block, Pass, WorldModel, compute_part
+from holdover_world.model.block import Block, Pass, compute_part
+from holdover_world.model.transformer import WorldModel
 from tests.holdover_world.driving import world_model
 from tests.holdover_world.small import latents
 

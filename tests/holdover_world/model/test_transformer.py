@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from holdover_world.conditioning.motion import drive
 from holdover_world.config import Plane
-from holdover_world.model.transformer import Block, WorldModel, attention
+from holdover_world.model.block import Block, attention
+from holdover_world.model.transformer import WorldModel
 from holdover_world.scene.layout import Track
 from tests.holdover_world.model.naive_transformer import naive_action_features, naive_block_causal
 from tests.holdover_world.small import latents, small_config, small_layout, small_model
